@@ -1,0 +1,100 @@
+"""Who has how much of what: class counts of clients, as numbers, as text and as a plot."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+
+MAX_LEGEND_CLASSES = 20
+MAX_TABLE_CLASSES = 12
+MAX_SHARE_CLASSES = 6
+MAX_TABLE_CLIENTS = 30
+
+
+def count_labels(labels: np.ndarray, parts: Sequence[np.ndarray], num_labels: int) -> np.ndarray:
+    """
+    Counts the classes of each part.
+
+    Args:
+        labels (`np.ndarray`, shape `[N]`): Labels of the pool.
+        parts (`Sequence[np.ndarray]`): M arrays of rows of the pool.
+        num_labels (`int`): Number of classes C.
+
+    Returns:
+        `np.ndarray`: Shape `[M, C]`, int64.
+    """
+    return np.stack([np.bincount(labels[rows], minlength=num_labels) for rows in parts])
+
+
+def label_table(names: Sequence[str], counts_MC: np.ndarray, label_names: Sequence[str]) -> str:
+    """
+    A table of rows "name, size, count and share of each class".
+
+    Shares are left out above six classes; above twelve the columns are "classes present" and "largest class" instead.
+
+    Args:
+        names (`Sequence[str]`): M names of clients or splits.
+        counts_MC (`np.ndarray`, shape `[M, C]`): Class counts.
+        label_names (`Sequence[str]`): C names of classes.
+
+    Returns:
+        `str`: Aligned text, one line for the header and one for each name.
+    """
+    many = len(label_names) > MAX_TABLE_CLASSES
+    header = ["", "size", *(["classes", "largest class"] if many else label_names)]
+    lines = [header]
+    for name, counts_C in zip(names, counts_MC, strict=True):
+        size = int(counts_C.sum())
+        if many:
+            top = int(counts_C.argmax())
+            cells = [
+                f"{np.count_nonzero(counts_C)}/{len(counts_C)}",
+                f"{label_names[top]} ({counts_C[top] / max(size, 1):.0%})",
+            ]
+        elif len(label_names) > MAX_SHARE_CLASSES:
+            cells = [str(count) for count in counts_C]
+        else:
+            cells = [f"{count} ({count / max(size, 1):.0%})" for count in counts_C]
+        lines.append([name, str(size), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    )
+
+
+def plot_labels(counts_MC: np.ndarray, label_names: Sequence[str], path: str | os.PathLike) -> None:
+    """
+    Draws one bar for each client, stacked by class, and writes it as an image (format by the suffix of `path`).
+
+    Args:
+        counts_MC (`np.ndarray`, shape `[M, C]`): Class counts.
+        label_names (`Sequence[str]`): C names of classes; a legend is drawn for up to twenty.
+        path (`str` or `os.PathLike`): Where to write.
+    """
+    # Imported here because it is slow; a Figure by itself leaves the user's backend and open figures alone.
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_clients, num_classes = counts_MC.shape
+    figure = Figure(figsize=(min(4.0 + 0.3 * num_clients, 16.0), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    # "tab" palettes hold 10 and 20 colours that are told apart easily; beyond that a continuous one must do.
+    if num_classes <= MAX_LEGEND_CLASSES:
+        colors = colormaps["tab10" if num_classes <= 10 else "tab20"].colors
+    else:
+        colors = colormaps["nipy_spectral"](np.linspace(0.02, 0.98, num_classes))
+    bottom_M = np.zeros(num_clients)
+    for label, (name, counts_M) in enumerate(zip(label_names, counts_MC.T, strict=True)):
+        axes.bar(np.arange(num_clients), counts_M, bottom=bottom_M, width=0.9, color=colors[label], label=name)
+        bottom_M += counts_M
+    axes.set(xlabel="client", ylabel="examples", xlim=(-0.6, num_clients - 0.4))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if num_classes <= MAX_LEGEND_CLASSES:
+        figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path)

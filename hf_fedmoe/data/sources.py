@@ -1,0 +1,193 @@
+"""Where data comes from: the shipped reviews, a local file, a folder of parquet files, or the Hub."""
+
+import io
+import os
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from .partitions import hold_out
+from .split_checks import column_as_numpy
+
+
+DATA_FOLDER_VARIABLE = "HF_FEDMOE_DATA"
+FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def load_source(
+    name: str,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    test_size: int | float = 0.2,
+    seed: int = 0,
+) -> DatasetDict:
+    """
+    Loads a classification dataset as splits `train` and `test` with columns `text` and `label`.
+
+    `name` is looked up in this order:
+
+    1. `"reviews"`: the reviews that come with the package (columns text, label, department; five classes);
+    2. a local file that ends in `.parquet`, `.csv`, `.json` or `.jsonl`;
+    3. `<name>.parquet`, or `<name>_train.parquet` with `<name>_test.parquet`, in the folder that the environment
+       variable `HF_FEDMOE_DATA` names;
+    4. a dataset of the Hugging Face Hub.
+
+    Labels become a `ClassLabel` that counts from 0. Strings and booleans are class-encoded in sorted order. Integers
+    that start at 1 (stars) are shifted down by one and keep their old values as names. Integers that start at 0 stay.
+    A column that is a `ClassLabel` already stays as it is. All other columns (user, department, ...) are kept, for
+    natural partitions. A dataset of images keeps its column `image` and needs no text.
+
+    Args:
+        name (`str`): See above.
+        text_column (`str`, *optional*): Column to rename to `text`. By default `text`, or else the only column of
+            strings.
+        label_column (`str`, *optional*): Column to rename to `label`. By default `label`, or else `labels`.
+        test_size (`int` or `float`, *optional*, defaults to 0.2): Rows, or share of rows, to hold out (stratified by
+            label) when the source has no split named test.
+        seed (`int`, *optional*, defaults to 0): Seed of this hold-out.
+
+    Returns:
+        `datasets.DatasetDict`: With `train` and `test`.
+
+    Raises:
+        ValueError: When the name is found nowhere, a column is missing or cannot be guessed, or labels or texts are
+            missing.
+    """
+    splits = _find(name)
+    if "train" in splits:
+        splits = {split: splits[split] for split in ("train", "test") if split in splits}
+    elif len(splits) == 1:
+        splits = {"train": next(iter(splits.values()))}
+    else:
+        raise ValueError(
+            f"{name!r} has the splits {list(splits)}, but none is named train. Load and name it yourself."
+        )
+
+    splits = {
+        split: _rename_columns(data, text_column, label_column, f"{name}/{split}") for split, data in splits.items()
+    }
+    splits = _encode_labels(splits, name)
+    if "test" not in splits:
+        held, rest = hold_out(column_as_numpy(splits["train"], "label"), test_size, seed)
+        if len(held) == 0:
+            raise ValueError(f"{name!r} has no test split and test_size is {test_size}. Give a test_size above 0.")
+        splits = {"train": splits["train"].select(rest), "test": splits["train"].select(held)}
+    return DatasetDict(splits)
+
+
+def _find(name: str) -> dict[str, Dataset]:
+    looked_for = []
+    if name == "reviews":
+        folder = resources.files("hf_fedmoe") / "assets" / "reviews"
+        # In memory: a few hundred KB, and the package may lie in a zip or a folder that cannot be written to.
+        return {
+            split: Dataset(pq.read_table(io.BytesIO((folder / f"{split}.parquet").read_bytes())))
+            for split in ("train", "test")
+        }
+    looked_for.append('the shipped "reviews"')
+
+    path = Path(name).expanduser()
+    if path.suffix.lower() in FILE_FORMATS:
+        if path.is_file():
+            return dict(load_dataset(FILE_FORMATS[path.suffix.lower()], data_files=str(path)))
+        # A name with the suffix of a file is never meant for the Hub.
+        raise ValueError(f"There is no file {name!r} in the current folder {Path.cwd()}. Check the path.")
+    looked_for.append(f"a local file ({', '.join(FILE_FORMATS)})")
+
+    folder = os.environ.get(DATA_FOLDER_VARIABLE)
+    if folder:
+        alone, train = Path(folder, f"{name}.parquet"), Path(folder, f"{name}_train.parquet")
+        if alone.is_file():
+            return dict(load_dataset("parquet", data_files=str(alone)))
+        if train.is_file():
+            files = {"train": str(train)}
+            if (test := Path(folder, f"{name}_test.parquet")).is_file():
+                files["test"] = str(test)
+            return dict(load_dataset("parquet", data_files=files))
+        looked_for.append(f"{alone} and {train} ({DATA_FOLDER_VARIABLE})")
+    else:
+        looked_for.append(f"no folder of parquet files, because {DATA_FOLDER_VARIABLE} is not set")
+
+    try:
+        return dict(load_dataset(name))
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        looked_for.append(f"a dataset {name!r} on the Hub ({type(error).__name__})")
+        raise ValueError(
+            f"No dataset {name!r}. Looked for: {'; '.join(looked_for)}. Check the spelling, the path, or the network "
+            "connection."
+        ) from error
+
+
+def _rename_columns(dataset: Dataset, text_column: str | None, label_column: str | None, where: str) -> Dataset:
+    if label_column is None:
+        label_column = next((column for column in ("label", "labels") if column in dataset.column_names), None)
+    is_image = text_column is None and isinstance(dataset.features.get("image"), Image)
+    if text_column is None and not is_image:
+        strings = [
+            column for column, kind in dataset.features.items() if kind in (Value("string"), Value("large_string"))
+        ]
+        strings = [column for column in strings if column != label_column]
+        text_column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+
+    for target, column in (("label", label_column), ("text", text_column)):
+        if target == "text" and is_image:
+            continue
+        if column is None or column not in dataset.column_names:
+            what = f"has no column {column!r}" if column else f"leaves open which column is the {target}"
+            raise ValueError(f"{where} {what}; it has {dataset.column_names}. Give {target}_column=...")
+        if column != target:
+            if target in dataset.column_names:
+                raise ValueError(
+                    f"{where} has a column {target!r} besides {target}_column = {column!r}. Remove or rename one of "
+                    f"the two, because {column!r} is renamed to {target!r}."
+                )
+            dataset = dataset.rename_column(column, target)
+    for column in ("label",) if is_image else ("text", "label"):
+        missing = dataset.data.column(column).null_count
+        if missing:
+            raise ValueError(
+                f"{where} has {missing} rows without {column}. Remove them: dataset.filter(lambda row: "
+                f"row[{column!r}] is not None)."
+            )
+    return dataset
+
+
+def _encode_labels(splits: dict[str, Dataset], name: str) -> dict[str, Dataset]:
+    """Gives all splits one `ClassLabel` from the values of all of them."""
+    features = [dataset.features["label"] for dataset in splits.values()]
+    if all(isinstance(feature, ClassLabel) for feature in features):
+        if any(feature != features[0] for feature in features):
+            raise ValueError(
+                f"The splits of {name!r} have different label maps: {[feature.names for feature in features]}. Align "
+                "them."
+            )
+        return splits
+    labels = {split: column_as_numpy(dataset, "label") for split, dataset in splits.items()}
+    every = np.concatenate(list(labels.values()))
+    if np.issubdtype(every.dtype, np.floating) and (every == np.rint(every)).all():
+        every = every.astype(np.int64)  # CSV readers give 5.0 for stars
+    if np.issubdtype(every.dtype, np.integer):
+        if every.min() not in (0, 1):
+            raise ValueError(
+                f"Integer labels of {name!r} go from {every.min()} to {every.max()}, but must start at 0 or 1. Map "
+                "them to 0..C-1, or remove rows without a label."
+            )
+        values = np.arange(every.min(), every.max() + 1)
+    elif np.issubdtype(every.dtype, np.floating):
+        raise ValueError(
+            f"Labels of {name!r} are numbers with fractions, for example {every[every != np.rint(every)][0]}. Need "
+            "classes."
+        )
+    else:
+        values = np.unique(every)
+    feature = ClassLabel(names=[str(value) for value in values])
+    return {
+        split: dataset.remove_columns("label").add_column(
+            "label", np.searchsorted(values, labels[split]), feature=feature
+        )
+        for split, dataset in splits.items()
+    }

@@ -1,0 +1,73 @@
+"""Weighted fusion of rows: one in-place GEMM over contiguous memory.
+
+Shape suffixes: S rows of the server's bank, m uploads, P elements of a row, F features of a BatchNorm layer.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import Slot
+
+
+# Columns fused at a time: the slices of all rows stay in the second-level cache between the two passes over them.
+_CHUNK = 65_536
+
+
+@torch.no_grad()
+def fuse_(
+    bank_SP: Tensor,
+    uploads_mP: Tensor,
+    weights_Sm: Tensor,
+    keep_S: Tensor,
+    batchnorm: tuple[tuple[Slot, Slot], ...] = (),
+) -> Tensor:
+    """
+    bank <- keep * bank + weights @ uploads, in place (Fed-MoE Eq. 6; FedAvg is one row with keep = 0).
+
+    Running variances follow the rule for a mixture instead, `sum w (var + mean^2) - fused_mean^2`: their plain average
+    leaves out the spread of the means. With T updates in a row, call it once with the collapsed weights
+    ([`collapse`]).
+
+    Args:
+        bank_SP (`Tensor` of shape `[S, P]`): Changed in place.
+        uploads_mP (`Tensor` of shape `[m, P]`): The clients' rows.
+        weights_Sm (`Tensor` of shape `[S, m]`): What each row takes of each upload.
+        keep_S (`Tensor` of shape `[S]`): What each row keeps of itself. For an average, `keep + weights.sum(1) == 1`.
+        batchnorm (`tuple`, *optional*): [`StateLayout.batchnorm`], the (mean, variance) slots.
+
+    Returns:
+        `Tensor`: `bank_SP`.
+    """
+    weights_Sm = weights_Sm.to(bank_SP.dtype)
+    keep_S1 = keep_S.to(bank_SP.dtype)[:, None]
+    fused_variances = []
+    for mean, variance in batchnorm:
+        moments = [
+            rows[:, variance.start : variance.stop] + rows[:, mean.start : mean.stop].square()
+            for rows in (bank_SP, uploads_mP)
+        ]
+        fused_variances.append(keep_S1 * moments[0] + weights_Sm @ moments[1])
+    for start in range(0, bank_SP.shape[1], _CHUNK):
+        columns = slice(start, start + _CHUNK)
+        bank_SP[:, columns].mul_(keep_S1).addmm_(weights_Sm, uploads_mP[:, columns])
+    for (mean, variance), second_moment_SF in zip(batchnorm, fused_variances, strict=True):
+        fused_mean_SF = bank_SP[:, mean.start : mean.stop]
+        bank_SP[:, variance.start : variance.stop] = second_moment_SF - fused_mean_SF.square()
+    return bank_SP
+
+
+def collapse(weights_TSm: Tensor, keep_S: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    T fusions of the same uploads in a row as one: (weights `[S, m]`, keep `[S]`) for [`fuse_`].
+
+    E <- keep^T E + sum_t keep^(T - 1 - t) W_t M.
+    """
+    num_steps = weights_TSm.shape[0]
+    powers_T = torch.arange(num_steps - 1, -1, -1, device=keep_S.device)
+    weights_Sm = (keep_S[None, :, None] ** powers_T[:, None, None] * weights_TSm).sum(0)
+    return weights_Sm, keep_S**num_steps
+
+
+def fuse_integers(uploads: list[dict[str, Tensor]], weights_m: Tensor) -> dict[str, Tensor]:
+    """Integer buffers are taken, not averaged: those of the upload that weighs most."""
+    return uploads[int(weights_m.argmax())]

@@ -1,0 +1,47 @@
+"""What travels between server and client."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .layout import StateLayout
+
+
+@dataclass
+class Payload:
+    """
+    One download or one upload.
+
+    Args:
+        row_P (`Tensor` of shape `[P]`): A model's floating-point state as a row of the federation's [`StateLayout`].
+        integers (`dict[str, Tensor]`, *optional*): Its integer buffers.
+        num_examples (`int`, *optional*, defaults to 0): Training examples of the client.
+        metrics (`dict[str, float]`, *optional*): What the client reports (`loss`, `steps`, ...).
+    """
+
+    row_P: Tensor
+    integers: dict[str, Tensor] = field(default_factory=dict)
+    num_examples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def num_bytes(self, layout: StateLayout) -> int:
+        """Bytes on the wire: the state without the row's padding."""
+        integers = sum(tensor.numel() * tensor.element_size() for tensor in self.integers.values())
+        return layout.num_elements * self.row_P.element_size() + integers
+
+
+def payload_fault(payload: Payload, layout: StateLayout) -> str | None:
+    """Why the server must refuse this upload, in words; `None` when it is sound."""
+    if payload.row_P.shape != (layout.size,) or payload.row_P.dtype != layout.dtype:
+        return (
+            f"its weights are a {tuple(payload.row_P.shape)} row of {payload.row_P.dtype}, "
+            f"expected ({layout.size},) of {layout.dtype}"
+        )
+    if payload.num_examples < 1:
+        return f"it reports num_examples = {payload.num_examples}"
+    # A sum is non-finite when any element is (or when it overflows, which no sound float32 model does).
+    if not torch.isfinite(payload.row_P.sum(dtype=torch.float64)):
+        bad = next(name for name, view in layout.views(payload.row_P).items() if not torch.isfinite(view).all())
+        return f"`{bad}` holds values that are not finite"
+    return None

@@ -1,0 +1,80 @@
+import torch
+from torch import nn
+
+from hf_fedmoe.weights import StateLayout, copy_module, release
+
+
+class TiedWithBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.second = nn.Linear(5, 3, bias=False)
+        self.third = nn.Linear(3, 5, bias=False)
+        self.third.weight = self.first.weight
+
+
+def test_row_holds_every_float_tensor_once_and_integers_apart():
+    module = TiedWithBatchNorm()
+    layout = StateLayout.of(module)
+    assert layout.integers == ("norm.num_batches_tracked",)
+    assert layout.num_elements == 15 + 5 + 5 + 5 + 5 + 5 + 15
+    assert [(mean.name, variance.name) for mean, variance in layout.batchnorm] == [
+        ("norm.running_mean", "norm.running_var")
+    ]
+    assert "third.weight" not in {slot.name for slot in layout.slots}
+
+
+def test_read_write_round_trip_is_bitwise():
+    source, target = TiedWithBatchNorm(), TiedWithBatchNorm()
+    source.norm.running_mean.uniform_()
+    layout = StateLayout.of(source)
+    layout.write(layout.read(source), target)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, target.state_dict()[name]), name
+    assert target.third.weight is target.first.weight
+
+
+def test_bound_module_and_row_are_one_memory():
+    module = TiedWithBatchNorm()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    layout = StateLayout.of(module)
+    bank_SP = layout.bank([module])
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    bank_SP.zero_()
+    assert module.first.weight.abs().sum() == 0 and module.norm.running_var.abs().sum() == 0
+    # Training goes into the row: an optimizer step on the module moves the bank.
+    module.eval()
+    module.second(module.first(torch.ones(2, 3))).sum().backward()
+    torch.optim.SGD(module.parameters(), lr=1.0).step()
+    assert torch.equal(layout.read(module), bank_SP[0])
+
+    release(module)
+    bank_SP.fill_(7.0)
+    assert not (module.first.weight == 7.0).any()
+
+
+def test_every_tensor_starts_on_a_64_byte_boundary():
+    layout = StateLayout.of(TiedWithBatchNorm())
+    assert all(slot.start % 16 == 0 for slot in layout.slots) and layout.size % 16 == 0
+
+
+def test_copy_of_a_bound_module_owns_its_memory_and_keeps_ties():
+    module = TiedWithBatchNorm()
+    module.second.weight.requires_grad_(False)
+    bank_SP = StateLayout.of(module).bank([module, TiedWithBatchNorm()])
+    copied = copy_module(module)
+    assert copied.first.weight.untyped_storage().nbytes() == 15 * 4
+    assert copied.third.weight is copied.first.weight
+    assert not copied.second.weight.requires_grad and copied.first.weight.requires_grad
+    bank_SP.zero_()
+    assert copied.first.weight.abs().sum() > 0
+
+
+def test_difference_names_the_tensor():
+    layout = StateLayout.of(nn.Linear(3, 4))
+    assert layout.difference(StateLayout.of(nn.Linear(3, 4))) is None
+    assert "torch.float64" in layout.difference(StateLayout.of(nn.Linear(3, 4).double()))
+    assert "`bias`" in layout.difference(StateLayout.of(nn.Linear(3, 4, bias=False)))
+    assert "(4, 3)" in layout.difference(StateLayout.of(nn.Linear(2, 4)))
