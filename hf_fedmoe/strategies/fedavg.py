@@ -1,0 +1,88 @@
+"""Federated averaging, and the three controls without which no comparison with Fed-MoE is fair.
+
+FedAvg: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", Algorithm 1.
+The controls give FedAvg what Fed-MoE has besides its mixture: the server's reserved set, and a memory of past rounds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..data import ReservedSet
+from .base import Server, Strategy, Uploads, average_into_, warmed_up
+from .server_training import fine_tune
+
+
+class FedAvg(Strategy):
+    """Every round, the mean of the participants' models, weighted by their examples."""
+
+    name = "fedavg"
+
+
+@dataclass
+class FedAvgReserved(Strategy):
+    """
+    FedAvg whose server also trains on the reserved set.
+
+    Args:
+        when (`str`, *optional*, defaults to `"round"`): `"round"` (after every mean) or `"end"` (after the last).
+        epochs (`int`, *optional*, defaults to 1): Passes over the reserved set each time.
+        learning_rate (`float`, *optional*, defaults to 1e-4): Of AdamW on the server.
+        batch_size (`int`, *optional*, defaults to 32): Reserved examples per step.
+    """
+
+    when: str = "round"
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    name = "fedavg_reserved"
+
+    def __post_init__(self) -> None:
+        if self.when not in ("round", "end"):
+            raise ValueError(f'`when` is {self.when!r}: choose "round" or "end".')
+
+    def needs_reserved_set(self) -> bool:
+        return True
+
+    def update(
+        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
+    ) -> dict[str, float]:
+        average_into_(server, uploads)
+        return {"reserved_loss": self._fine_tune(server, reserved, seed)} if self.when == "round" else {}
+
+    def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
+        if self.when == "end":
+            self._fine_tune(server, reserved, seed)
+
+    def _fine_tune(self, server: Server, reserved: ReservedSet, seed: int) -> float:
+        return fine_tune(
+            server.model, reserved, self.epochs, self.learning_rate, server.weight_decay, self.batch_size, seed
+        )
+
+
+@dataclass
+class FedAvgMovingAverage(Strategy):
+    """
+    FedAvg that evaluates and saves a moving average of the server's weights; clients still start from the last mean.
+
+    Args:
+        rate (`float`, *optional*, defaults to 0.3): Weight of the newest mean, as Fed-MoE's `fusion_rate`.
+    """
+
+    rate: float = 0.3
+    name = "fedavg_moving_average"
+
+    def setup(self, server: Server, num_clients: int) -> None:
+        server.tensors["mean_P"] = server.bank_SP[0].clone()
+
+    def download(self, server: Server, client: int, kept_P: torch.Tensor | None) -> torch.Tensor:
+        return server.tensors["mean_P"]
+
+    def update(
+        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
+    ) -> dict[str, float]:
+        average_P = server.bank_SP[0].clone()
+        average_into_(server, uploads)
+        server.tensors["mean_P"].copy_(server.bank_SP[0])
+        server.bank_SP[0].lerp_(average_P, 1 - warmed_up(self.rate, round_index))
+        return {}

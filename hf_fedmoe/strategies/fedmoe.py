@@ -1,0 +1,247 @@
+"""Fed-MoE: "Heterogeneous Federated Learning with Scalable Server Mixture-of-Experts", IJCAI 2025.
+
+Shape suffixes: S experts (main ones first), K routed experts, m participants, M clients, R reserved examples,
+T inner iterations, P elements of a model's row.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data import ReservedSet
+from ..models import FedMoEPreTrainedModel
+from ..weights import fuse_, fuse_integers
+from .base import Server, Strategy, Uploads, warmed_up
+from .relevance import CORRELATIONS, client_mixture, correlate
+from .server_training import expert_outputs, fine_tune, gate_probabilities, probe, train_gate
+
+
+SYNCHRONISATIONS = ("download_main", "download_mixture", "after_round")
+
+# The settings that are left to the preset when they are `None`. "paper" is the letter of the paper with the
+# coefficients of its command line; "default" is what did better on real data (docs/fedmoe_defaults.md).
+PRESETS: dict[str, dict[str, float | int | str | bool]] = {
+    "default": {
+        "correlation": "relevance",
+        "main_fusion_rate": 1.0,
+        "fusion_rate": 0.3,
+        "fusion_warmup": True,
+        "synchronisation": "download_main",
+        "gate_epochs": 10,
+        "balance_weight": 0.1,
+        "expert_epochs": 0,
+    },
+    "paper": {
+        "correlation": "sum",
+        "main_fusion_rate": 0.1,
+        "fusion_rate": 0.1,
+        "fusion_warmup": False,
+        "synchronisation": "after_round",
+        "gate_epochs": 1,
+        "balance_weight": 0.0,
+        "expert_epochs": 0,
+    },
+}
+
+
+def _setting(default: float | int | str | bool | None, help: str) -> field:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class FedMoESettings:
+    """
+    The settings of [`FedMoE`]; those that are `None` are filled in from `preset`.
+
+    Args:
+        preset (`str`, *optional*, defaults to `"default"`): `"default"` or `"paper"`.
+        correlation (`str`, *optional*): Reduction of Q^T P_y over the reserved set, see [`~strategies.correlate`].
+        correlation_temperature (`float`, *optional*, defaults to 1.0): Divides W before its softmaxes.
+        main_fusion_rate (`float`, *optional*): lambda of Eq. 6 for main experts; 1 replaces them by the mean.
+        fusion_rate (`float`, *optional*): lambda of Eq. 6 for routed experts, and of Eq. 13 for clients.
+        fusion_warmup (`bool`, *optional*): Whether moving averages start as running means.
+        synchronisation (`str`, *optional*): How clients get the server's knowledge (Stage C): `"after_round"` (Eq. 13,
+            participants keep the mixture until they are drawn again, others keep the initial model),
+            `"download_mixture"` (a chosen client starts from today's experts mixed by its last W^c, the main expert if
+            it has none) or `"download_main"` (always from the main expert).
+        server_iterations (`int`, *optional*, defaults to 1): T.
+        gate_epochs (`int`, *optional*): Passes over the reserved set per iteration, gate and alpha only.
+        gate_learning_rate (`float`, *optional*, defaults to 1e-3): Of AdamW on the gate and alpha.
+        gate_batch_size (`int`, *optional*, defaults to 32): Reserved examples per gate step.
+        entropy_weight (`float`, *optional*, defaults to 1e-3): beta of Eq. 7.
+        balance_weight (`float`, *optional*): Weight of KL(mean gate || uniform), which keeps all experts in use.
+        expert_epochs (`int`, *optional*): Passes over the reserved set per iteration in which the experts themselves
+            are fine-tuned, routed ones on the examples the gate sends them.
+        expert_learning_rate (`float`, *optional*, defaults to 1e-4): Of AdamW on the experts.
+    """
+
+    preset: str = _setting("default", "Where settings left out come from: default or paper.")
+    correlation: str | None = _setting(None, f"Reduction of the correlation: {', '.join(CORRELATIONS)}.")
+    correlation_temperature: float = _setting(1.0, "Divides the correlation before its softmaxes.")
+    main_fusion_rate: float | None = _setting(None, "lambda of Eq. 6 for main experts.")
+    fusion_rate: float | None = _setting(None, "lambda of Eq. 6 for routed experts and of Eq. 13.")
+    fusion_warmup: bool | None = _setting(None, "Whether moving averages start as running means.")
+    synchronisation: str | None = _setting(None, f"Stage C: {', '.join(SYNCHRONISATIONS)}.")
+    server_iterations: int = _setting(1, "T, inner iterations of Stage B.")
+    gate_epochs: int | None = _setting(None, "Passes of the gate over the reserved set per iteration.")
+    gate_learning_rate: float = _setting(1e-3, "Learning rate of the gate and alpha.")
+    gate_batch_size: int = _setting(32, "Reserved examples per gate step.")
+    entropy_weight: float = _setting(1e-3, "beta, weight of the gating entropy.")
+    balance_weight: float | None = _setting(None, "Weight of the load-balancing term.")
+    expert_epochs: int | None = _setting(None, "Passes of the experts over the reserved set per iteration.")
+    expert_learning_rate: float = _setting(1e-4, "Learning rate of the experts on the reserved set.")
+
+    def resolve_preset(self) -> None:
+        """Fills in what is `None` and checks every setting; called by those who inherit from this class."""
+        if self.preset not in PRESETS:
+            raise ValueError(f"`preset` is {self.preset!r}: choose one of {', '.join(map(repr, PRESETS))}.")
+        for name, value in PRESETS[self.preset].items():
+            if vars(self)[name] is None:
+                setattr(self, name, value)
+        for name, choices in (("correlation", CORRELATIONS), ("synchronisation", SYNCHRONISATIONS)):
+            if vars(self)[name] not in choices:
+                raise ValueError(f"`{name}` is {vars(self)[name]!r}: choose one of {', '.join(map(repr, choices))}.")
+        for name in ("fusion_rate", "main_fusion_rate"):
+            if not 0 < vars(self)[name] <= 1:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: a moving average needs 0 < rate <= 1.")
+        for name in ("server_iterations", "gate_batch_size"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
+        for name in ("gate_epochs", "expert_epochs", "entropy_weight", "balance_weight"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give 0 or more.")
+        for name in ("gate_learning_rate", "expert_learning_rate", "correlation_temperature"):
+            if vars(self)[name] <= 0:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give more than 0.")
+
+
+class FedMoE(Strategy):
+    """
+    Fed-MoE: clients' models fused by relevance into a main expert, routed experts and a gate.
+
+    Args:
+        settings ([`FedMoESettings`], *optional*): Its coefficients.
+    """
+
+    name = "fedmoe"
+
+    def __init__(self, settings: FedMoESettings | None = None):
+        self.settings = settings or FedMoESettings()
+        self.settings.resolve_preset()
+
+    def needs_reserved_set(self) -> bool:
+        return True
+
+    def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
+        if not isinstance(model, FedMoEPreTrainedModel):
+            raise ValueError(
+                f"Fed-MoE trains a mixture, `model` is a {type(model).__name__}: build one around it with "
+                "`FedMoEForSequenceClassification.from_expert(model, gate='main_features', num_routed_experts=3)`."
+            )
+        return model.experts
+
+    def setup(self, server: Server, num_clients: int) -> None:
+        if self.settings.synchronisation == "download_mixture":
+            # W^c of each client's last round; a column of zeros means that it never took part.
+            server.tensors["mixture_SM"] = torch.zeros(server.bank_SP.shape[0], num_clients)
+        if self.settings.synchronisation == "after_round":
+            server.tensors["initial_P"] = self._main(server).clone()
+
+    def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
+        if self.settings.synchronisation == "after_round":
+            return server.tensors["initial_P"] if kept_P is None else kept_P
+        if self.settings.synchronisation == "download_mixture":
+            mixture_S = server.tensors["mixture_SM"][:, client].to(server.bank_SP)
+            if mixture_S.any():
+                return mixture_S @ server.bank_SP
+        return self._main(server)
+
+    def update(
+        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
+    ) -> dict[str, float]:
+        """Stage B, and the part of Stage C that the server needs (Eq. 11-12)."""
+        settings, model = self.settings, server.model
+        if "outputs" not in server.cache:
+            server.cache["outputs"] = expert_outputs(model, reserved)
+        P_y_mR = probe(server.worker, server.layout, uploads.rows_mP, reserved)
+        report = {}
+        for iteration in range(settings.server_iterations):
+            Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
+            W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
+            self._fuse(server, uploads, W_Km.softmax(1), round_index)
+            if settings.expert_epochs:
+                report |= self._fine_tune_experts(server, reserved, Q_RK, seed + iteration)
+            server.cache["outputs"] = expert_outputs(model, reserved)
+            report |= train_gate(
+                model,
+                server.cache["outputs"],
+                reserved,
+                settings.gate_epochs,
+                settings.gate_learning_rate,
+                server.weight_decay,
+                settings.gate_batch_size,
+                settings.entropy_weight,
+                settings.balance_weight,
+                seed + iteration,
+            )
+        Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
+        W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
+        server.cache["mixture_Sm"] = client_mixture(W_Km, model.alpha.detach(), model.config.num_main_experts)
+        if "mixture_SM" in server.tensors:
+            server.tensors["mixture_SM"][:, uploads.clients] = server.cache["mixture_Sm"].cpu()
+        share_K = torch.bincount(Q_RK.argmax(1), minlength=Q_RK.shape[1]) / len(Q_RK)
+        return report | {
+            "alpha": model.alpha.item(),
+            "gate_entropy": -(Q_RK * Q_RK.clamp_min(1e-12).log()).sum(1).mean().item(),
+            **{f"expert_{k}_share": share.item() for k, share in enumerate(share_K)},
+        }
+
+    def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
+        """M_j <- lambda M_j + (1 - lambda) sum_s W^c_sj E_s for the participants (Eq. 13)."""
+        if self.settings.synchronisation != "after_round":
+            return {}
+        rate = self.settings.fusion_rate
+        rows_mP = uploads.rows_mP.clone()
+        keep_m = torch.full((len(rows_mP),), rate, device=rows_mP.device)
+        fuse_(rows_mP, server.bank_SP, (1 - rate) * server.cache["mixture_Sm"].T, keep_m, server.layout.batchnorm)
+        return dict(zip(uploads.clients, rows_mP, strict=True))
+
+    def _main(self, server: Server) -> Tensor:
+        """The first main expert, or the mean of the routed ones in a mixture without."""
+        return server.bank_SP[0] if server.model.config.num_main_experts else server.bank_SP.mean(0)
+
+    def _fuse(self, server: Server, uploads: Uploads, W_r_Km: Tensor, round_index: int) -> None:
+        """E_0 <- (1 - lambda) E_0 + lambda mean(M); E_k <- (1 - lambda) E_k + lambda sum_j W^r_kj M_j (Eq. 6)."""
+        num_main = server.model.config.num_main_experts
+        mean_m = torch.full_like(uploads.weights_m, 1 / len(uploads.clients))
+        weights_Sm = torch.cat([mean_m.expand(num_main, -1), W_r_Km])
+        rates = [self.settings.main_fusion_rate] * num_main + [self.settings.fusion_rate] * W_r_Km.shape[0]
+        if self.settings.fusion_warmup:
+            rates = [warmed_up(rate, round_index) for rate in rates]
+        rate_S = torch.tensor(rates, device=weights_Sm.device)
+        fuse_(server.bank_SP, uploads.rows_mP, rate_S[:, None] * weights_Sm, 1 - rate_S, server.layout.batchnorm)
+        server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in weights_Sm]
+
+    def _fine_tune_experts(self, server: Server, reserved: ReservedSet, Q_RK: Tensor, seed: int) -> dict[str, float]:
+        """Every expert by itself; a routed one on the examples that the gate sends it, with mean weight one."""
+        num_main = server.model.config.num_main_experts
+        losses = []
+        for index, expert in enumerate(server.model.experts):
+            weights_R = None
+            if index >= num_main:
+                weights_R = Q_RK[:, index - num_main] / Q_RK[:, index - num_main].mean().clamp_min(1e-6)
+            losses.append(
+                fine_tune(
+                    expert,
+                    reserved,
+                    self.settings.expert_epochs,
+                    self.settings.expert_learning_rate,
+                    server.weight_decay,
+                    self.settings.gate_batch_size,
+                    seed,
+                    weights_R,
+                )
+            )
+        return {"expert_loss": sum(losses) / len(losses)}

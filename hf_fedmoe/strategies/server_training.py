@@ -1,0 +1,155 @@
+"""Training on the server: models and gates on the reserved set.
+
+Shape suffixes: R reserved examples, S experts (main ones first), K routed experts, C classes, H features, m clients.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+
+from ..data import ReservedSet
+from ..models import FedMoEPreTrainedModel
+from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
+from ..weights import StateLayout
+
+
+def fine_tune(
+    model: nn.Module,
+    reserved: ReservedSet,
+    epochs: int,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    seed: int,
+    weights_R: Tensor | None = None,
+) -> float:
+    """
+    Trains a classifier on the reserved set by AdamW and returns its mean loss.
+
+    `weights_R`, if given, weighs the examples: routed experts learn from those that the gate sends them. All
+    randomness (order, dropout) follows from `seed`.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    model.train()
+    total, steps = torch.zeros((), device=reserved.labels_R.device), 0
+    for _ in range(epochs):
+        for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
+            batch = reserved.batch(indices)
+            labels_B = batch.pop("labels")
+            losses_B = cross_entropy(model(**batch).logits.float(), labels_B, reduction="none")
+            if weights_R is not None:
+                losses_B = losses_B * weights_R[indices]
+            loss = losses_B.mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss.detach()
+            steps += 1
+    model.eval()
+    return (total / steps).item()
+
+
+@torch.no_grad()
+def probe(worker: nn.Module, layout: StateLayout, rows_mP: Tensor, reserved: ReservedSet) -> Tensor:
+    """P_y `[m, R]`: each client's probability of the true class of each reserved example (Fed-MoE, below Eq. 4)."""
+    worker.eval()
+    probed = []
+    for row_P in rows_mP:
+        layout.write(row_P, worker)
+        logits_RC = torch.cat([worker(**inputs).logits.float() for inputs in reserved.inputs])
+        probed.append(logits_RC.softmax(-1).gather(1, reserved.labels_R[:, None]).squeeze(1))
+    return torch.stack(probed)
+
+
+@dataclass
+class ExpertOutputs:
+    """What the frozen experts say of the reserved set: all that the gate's training needs of them."""
+
+    logits_RSC: Tensor
+    features_RH: Tensor | None
+
+
+@torch.no_grad()
+def expert_outputs(model: FedMoEPreTrainedModel, reserved: ReservedSet) -> ExpertOutputs:
+    """One dense pass of every expert over the reserved set."""
+    model.eval()
+    outputs = [model.expert_outputs(inputs) for inputs in reserved.inputs]
+    features = [features_BH for _, features_BH in outputs if features_BH is not None]
+    return ExpertOutputs(
+        torch.cat([logits_BSC.float() for logits_BSC, _ in outputs]), torch.cat(features) if features else None
+    )
+
+
+@torch.no_grad()
+def gate_probabilities(model: FedMoEPreTrainedModel, cached: ExpertOutputs, reserved: ReservedSet) -> Tensor:
+    """Q `[R, K]`, the softmax of the gate (Fed-MoE Eq. 2)."""
+    model.eval()
+    if cached.features_RH is not None:
+        return model.gate_logits(cached.features_RH, {}).float().softmax(-1)
+    return torch.cat([model.gate_logits(None, inputs).float().softmax(-1) for inputs in reserved.inputs])
+
+
+def train_gate(
+    model: FedMoEPreTrainedModel,
+    cached: ExpertOutputs,
+    reserved: ReservedSet,
+    epochs: int,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    entropy_weight: float,
+    balance_weight: float,
+    seed: int,
+) -> dict[str, float]:
+    """
+    Trains the gate and alpha, and nothing else, on the experts' cached outputs (Fed-MoE Eq. 7-9).
+
+    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform).
+
+    Returns:
+        `dict[str, float]`: The mean `gate_loss` of the last epoch, and `gate_grad_norm`, the mean gradient norm.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [*model.gate.parameters(), model.alpha_logit]
+    # Weight decay on alpha would pull it to one half whatever the data say.
+    optimizer = AdamW(
+        [
+            {"params": list(model.gate.parameters()), "weight_decay": weight_decay},
+            {"params": [model.alpha_logit], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+    )
+    model.gate.train()
+    total = norm = torch.zeros((), device=reserved.labels_R.device)
+    steps = 0
+    for _ in range(epochs):
+        total, steps = torch.zeros_like(total), 0
+        for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
+            indices = indices.to(reserved.labels_R.device)
+            if cached.features_RH is not None:
+                gate_logits_BK = model.gate_logits(cached.features_RH[indices], {})
+            else:
+                batch = reserved.batch(indices)
+                batch.pop("labels")
+                gate_logits_BK = model.gate_logits(None, batch)
+            Q_BK = gate_logits_BK.float().softmax(-1)
+            log_P_BC = dense_mixture(
+                cached.logits_RSC[indices], Q_BK, model.alpha, model.config.num_main_experts, model.config.mix
+            )
+            loss = cross_entropy(log_P_BC, reserved.labels_R[indices])
+            objective = loss + entropy_weight * gating_entropy(Q_BK) + balance_weight * load_imbalance(Q_BK)
+            objective.backward()
+            norm = norm + torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total = total + loss.detach()
+            steps += 1
+    model.gate.eval()
+    return {"gate_loss": (total / steps).item(), "gate_grad_norm": (norm / (steps * epochs)).item()}
