@@ -1,0 +1,23 @@
+"""The round: drawing clients, sending, local training, receiving, the client store, checkpoints."""
+
+from .checkpoint import check_identity, load_federation, read_manifest, save_federation
+from .client_store import ClientStore
+from .files import atomic_directory
+from .local_training import LocalTrainer
+from .randomness import Stream, seed_of
+from .round import Federation, RoundReport
+
+
+__all__ = [
+    "ClientStore",
+    "Federation",
+    "LocalTrainer",
+    "RoundReport",
+    "Stream",
+    "atomic_directory",
+    "check_identity",
+    "load_federation",
+    "read_manifest",
+    "save_federation",
+    "seed_of",
+]

@@ -1,0 +1,23 @@
+"""One seed for everything: each draw has a stream of its own, named by what it is for.
+
+No generator lives longer than one client's round, so a resumed run needs no random state: the round's number is
+enough, and which process trains a client does not matter.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a seed is for."""
+
+    CLIENT_DRAW = 0
+    LOCAL_TRAINING = 1
+    SERVER = 2
+
+
+def seed_of(seed: int, stream: Stream, *where: int) -> int:
+    """A 63-bit seed that follows from the run's seed, the stream and a place in it (round, client)."""
+    words = np.random.SeedSequence([seed, int(stream), *where]).generate_state(2)
+    return int(words[0]) << 31 | int(words[1]) >> 1

@@ -1,0 +1,146 @@
+"""One round: draw, send, train, receive, check, update the server, synchronise.
+
+Shape suffixes: m participants, P elements of a model's row.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..data import ReservedSet
+from ..strategies import Server, Strategy, Uploads
+from ..weights import payload_fault
+from .client_store import ClientStore
+from .local_training import LocalTrainer
+from .randomness import Stream, seed_of
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class RoundReport:
+    """
+    What happened in a round.
+
+    Args:
+        loss (`float`): Mean local training loss, weighted by examples.
+        bytes_down (`int`), bytes_up (`int`): Communication with all participants.
+        seconds (`dict[str, float]`): By stage: `clients`, `server`, `synchronise`.
+        metrics (`dict[str, float]`): What the strategy reports.
+        refused (`dict[int, str]`): Clients whose training failed or whose upload was refused, and why.
+    """
+
+    clients: list[int]
+    loss: float = float("nan")
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Federation:
+    """
+    Everything a round works on.
+
+    Args:
+        server ([`~strategies.Server`]): Changed by every round.
+        strategy ([`~strategies.Strategy`]): The method.
+        local_trainer ([`LocalTrainer`]): Trains the clients.
+        clients (`list[datasets.Dataset]`): Their data.
+        store ([`ClientStore`]): What stays with them.
+        reserved ([`~data.ReservedSet`], *optional*): The server's own set.
+        seed (`int`): Of everything random but the draw of clients.
+        draw_seed (`int`): Of the draw of clients.
+        keep_optimizer (`bool`): Whether each client keeps its optimizer state.
+    """
+
+    server: Server
+    strategy: Strategy
+    local_trainer: LocalTrainer
+    clients: list[datasets.Dataset]
+    store: ClientStore
+    reserved: ReservedSet | None
+    seed: int
+    draw_seed: int
+    keep_optimizer: bool = False
+
+    def draw(self, round_index: int, clients_per_round: int) -> list[int]:
+        """The participants of a round."""
+        rng = np.random.default_rng(seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index))
+        return self.strategy.select(len(self.clients), clients_per_round, rng)
+
+    def run_round(
+        self, round_index: int, clients_per_round: int, on_client: Callable[[int], None] | None = None
+    ) -> RoundReport:
+        """Runs round `round_index` (from 0); `on_client` is called after each client."""
+        server, layout, started = self.server, self.server.layout, time.perf_counter()
+        chosen = self.draw(round_index, clients_per_round)
+        report = RoundReport(chosen)
+        rows_mP = torch.zeros(len(chosen), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
+        accepted: dict[int, tuple[int, dict[str, Tensor], int, float]] = {}
+        kept_optimizers: dict[int, dict[str, Tensor]] = {}
+        for place, client in enumerate(chosen):
+            try:
+                payload = self._train_client(client, round_index, rows_mP[place])
+                fault = payload_fault(payload, layout)
+            except Exception as error:  # whatever breaks on one client must not break the federation
+                fault = f"{type(error).__name__}: {error}"
+                logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)
+            if fault is None:
+                accepted[client] = (place, payload.integers, payload.num_examples, payload.metrics["loss"])
+                report.bytes_up += payload.num_bytes(layout)
+                report.bytes_down += payload.num_bytes(layout)
+                if self.keep_optimizer:
+                    kept_optimizers[client] = self.local_trainer.optimizer_tensors()
+            else:
+                report.refused[client] = fault
+                logger.warning(f"Round {round_index + 1} goes on without client {client}: {fault}.")
+            if on_client is not None:
+                on_client(client)
+        if not accepted:
+            reasons = "; ".join(f"client {client}: {fault}" for client, fault in report.refused.items())
+            raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {reasons}")
+        places, integers, num_examples, losses = zip(*accepted.values(), strict=True)
+        uploads = Uploads(
+            list(accepted),
+            rows_mP if len(places) == len(chosen) else rows_mP[list(places)],
+            list(integers),
+            torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
+        )
+        report.loss = float(np.average(losses, weights=num_examples))
+        report.seconds["clients"] = time.perf_counter() - started
+        started = time.perf_counter()
+        report.metrics = self.strategy.update(
+            server, uploads, self.reserved, round_index, seed_of(self.seed, Stream.SERVER, round_index)
+        )
+        report.seconds["server"] = time.perf_counter() - started
+        started = time.perf_counter()
+        rows = self.strategy.synchronise(server, uploads)
+        for client in uploads.clients:
+            tensors = {"row_P": rows[client]} if client in rows else {}
+            if tensors | kept_optimizers.get(client, {}):
+                self.store.put(client, tensors | kept_optimizers.get(client, {}))
+        report.seconds["synchronise"] = time.perf_counter() - started
+        return report
+
+    def _train_client(self, client: int, round_index: int, out_P: Tensor):
+        kept = self.store.get(client)
+        kept_P = kept.pop("row_P", None)
+        received_P = self.strategy.download(self.server, client, kept_P)
+        return self.local_trainer.train(
+            self.clients[client],
+            received_P.to(out_P.device),
+            self.server.integers[0],
+            out_P,
+            seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client),
+            kept or None,
+        )

@@ -1,0 +1,9 @@
+"""Arguments and trainers: the face that Hugging Face users know."""
+
+from .federated_arguments import FederatedTrainingArguments
+from .federated_trainer import FederatedTrainer
+from .fedmoe_trainer import FedMoETrainer
+from .metrics import classification_metrics
+
+
+__all__ = ["FedMoETrainer", "FederatedTrainer", "FederatedTrainingArguments", "classification_metrics"]

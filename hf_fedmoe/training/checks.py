@@ -1,0 +1,58 @@
+"""Everything that can be known to be wrong before a run starts."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import FederatedDataset
+from ..strategies import Strategy
+from .federated_arguments import FederatedTrainingArguments
+
+
+def check_run(
+    model: PreTrainedModel,
+    args: FederatedTrainingArguments,
+    data: FederatedDataset,
+    strategy: Strategy,
+    processing_class: PreTrainedTokenizerBase | None,
+) -> None:
+    """Raises `ValueError` naming the field, its value and the remedy; says nothing when the run can start."""
+    if not isinstance(data, FederatedDataset):
+        raise ValueError(
+            f"`train_dataset` is a {type(data).__name__}: a federated run needs its clients, wrap them with "
+            "`FederatedDataset.from_clients([...])` or partition a dataset with `FederatedDataset.split(...)`."
+        )
+    if args.clients_per_round > data.num_clients:
+        raise ValueError(
+            f"`clients_per_round` is {args.clients_per_round}, but there are {data.num_clients} clients: lower it, or "
+            "partition the data over more clients."
+        )
+    if strategy.needs_reserved_set() and data.reserved is None:
+        raise ValueError(
+            f"Strategy {strategy.name!r} learns on the server, but `train_dataset.reserved` is None: hold out a small "
+            "labelled set, `FederatedDataset.split(..., reserved_size=500)`."
+        )
+    if data.num_labels > model.config.num_labels:
+        raise ValueError(
+            f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "
+            f"`num_labels={data.num_labels}`."
+        )
+    if args.parallel_mode.value == "distributed":
+        raise ValueError(
+            f"This run was launched with {args.world_size} processes; rounds run in one process for now: launch with "
+            "`--num_processes 1`."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs are visible and rounds use one: set CUDA_VISIBLE_DEVICES=0.")
+    if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.pad_token is None:
+        raise ValueError(
+            "`processing_class` has no pad token, so that texts of different lengths make no batch: set "
+            "`tokenizer.pad_token = tokenizer.eos_token`, and `pad_token_id` in the model's configuration alike."
+        )
+    client_config = strategy.server_models(model)[0].config
+    if model.main_input_name == "input_ids" and client_config.pad_token_id is None:
+        raise ValueError(
+            "The model's configuration has `pad_token_id` None, so that it cannot tell texts of a batch from their "
+            "padding: set `model.config.pad_token_id = tokenizer.pad_token_id`."
+        )
+    if not torch.isfinite(torch.tensor(args.learning_rate)) or args.learning_rate < 0:
+        raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")

@@ -1,0 +1,61 @@
+"""Arguments of a federated run: `TrainingArguments` for what a client does, and a few more for the federation."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..strategies import FedMoESettings
+
+
+@dataclass
+class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] of a federated run.
+
+    What a client does keeps its name: `num_train_epochs` are the local epochs, `per_device_train_batch_size`,
+    `learning_rate`, `optim`, `weight_decay`, `lr_scheduler_type`, `gradient_accumulation_steps`, `max_grad_norm`,
+    `bf16` and so on are those of local training. What counts steps counts rounds: `logging_steps`, `eval_steps`,
+    `save_steps`. A round is logged and saved by default; the two newest checkpoints are kept (`save_total_limit`).
+    Fed-MoE's own settings are those of [`FedMoESettings`].
+
+    Args:
+        rounds (`int`, *optional*, defaults to 10):
+            Rounds of the federation.
+        clients_per_round (`int`, *optional*, defaults to 3):
+            m, the clients drawn for each round.
+        client_draw_seed (`int`, *optional*):
+            Seed of the draw of clients; `seed` if left out. Equal seeds give two methods equal participants.
+        keep_client_optimizer (`bool`, *optional*, defaults to `False`):
+            Whether a client finds its optimizer state again when it is next drawn.
+        lr_scheduler_scope (`str`, *optional*, defaults to `"round"`):
+            What `lr_scheduler_type` stretches over: `"round"` (a client's local steps, as in a plain `Trainer` run of
+            them) or `"run"` (the rounds; constant within each).
+    """
+
+    rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
+    clients_per_round: int = field(default=3, metadata={"help": "m, the clients drawn for each round."})
+    client_draw_seed: int | None = field(default=None, metadata={"help": "Seed of the draw of clients (seed)."})
+    keep_client_optimizer: bool = field(default=False, metadata={"help": "Each client keeps its optimizer state."})
+    lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
+    save_steps: float = field(default=1, metadata={"help": "Save a checkpoint every so many rounds."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; the best one besides."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.resolve_preset()
+        for name in ("rounds", "clients_per_round"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
+        if self.lr_scheduler_scope not in ("round", "run"):
+            raise ValueError(f'`lr_scheduler_scope` is {self.lr_scheduler_scope!r}: choose "round" or "run".')
+        if self.max_steps > 0:
+            raise ValueError(
+                f"`max_steps` is {self.max_steps}, which a federated run does not use: set `rounds` for its length, "
+                "`num_train_epochs` for the local epochs of a client."
+            )
+        if self.num_train_epochs <= 0:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}: clients need more than 0 local epochs.")
+        if self.client_draw_seed is None:
+            self.client_draw_seed = self.seed

@@ -1,0 +1,347 @@
+"""The face that Hugging Face users know: a `Trainer` whose steps are rounds."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+    get_scheduler,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+
+from ..data import FederatedDataset, ReservedSet
+from ..federation import (
+    ClientStore,
+    Federation,
+    LocalTrainer,
+    RoundReport,
+    Stream,
+    atomic_directory,
+    check_identity,
+    load_federation,
+    read_manifest,
+    save_federation,
+    seed_of,
+)
+from ..strategies import FedAvg, Server, Strategy
+from ..weights import StateLayout, copy_module, release
+from .checks import check_run
+from .federated_arguments import FederatedTrainingArguments
+from .metrics import classification_metrics
+
+
+CLIENTS_FOLDER = "clients"
+
+
+class FederatedTrainer(Trainer):
+    """
+    Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
+    callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
+    the place of steps: `state.global_step` and `state.epoch` count rounds.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The server model: for FedAvg the clients' classifier, for Fed-MoE a mixture of such classifiers.
+        args ([`FederatedTrainingArguments`]):
+            What clients and server do.
+        train_dataset ([`~data.FederatedDataset`]):
+            Clients and reserved set, tokenised.
+        strategy ([`~strategies.Strategy`], *optional*, defaults to [`~strategies.FedAvg`]):
+            The federated method.
+        eval_dataset (`datasets.Dataset`, *optional*):
+            For `evaluate`; `train_dataset.validation` if left out.
+        data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
+            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy and macro-F1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: FederatedTrainingArguments,
+        train_dataset: FederatedDataset | None = None,
+        strategy: Strategy | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        data_collator: Callable | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable | None = classification_metrics,
+        callbacks: list[TrainerCallback] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+    ):
+        self.strategy = strategy or FedAvg()
+        self.federated_dataset = train_dataset
+        self.rounds: list[RoundReport] = []
+        if data_collator is None:
+            data_collator = DataCollatorWithPadding(processing_class) if processing_class else default_data_collator
+        if train_dataset is not None:
+            check_run(model, args, train_dataset, self.strategy, processing_class)
+            if eval_dataset is None:
+                eval_dataset = train_dataset.validation
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics or _first_logits,
+        )
+
+    # The run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """
+        Runs the rounds. `resume_from_checkpoint` (a folder, or `True` for the newest in `args.output_dir`) goes on
+        after the checkpoint's round and ends, on CPU, with the same bits as a run that was never interrupted.
+        """
+        if self.federated_dataset is None:
+            raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"`output_dir` {self.args.output_dir!r} holds no checkpoint to resume from.")
+        if resume_from_checkpoint:
+            check_identity(Path(resume_from_checkpoint), self._identity())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+    ) -> TrainOutput:
+        self.accelerator.free_memory()
+        rounds = args.rounds
+        self._init_training_state(rounds, 1, rounds, resume_from_checkpoint, trial)
+        federation = self._federation()
+        if resume_from_checkpoint is None:
+            self.strategy.setup(federation.server, len(federation.clients))
+        else:
+            load_federation(Path(resume_from_checkpoint), federation.server, federation.store)
+        start_time = time.time()
+        self._tr_loss, self._total_loss_scalar = torch.tensor(0.0), 0.0
+        self._initial_global_step = self._globalstep_last_logged = self.state.global_step
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._active_federation = federation
+        try:
+            self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+            if args.eval_on_start:
+                self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            for round_index in range(self.state.global_step, rounds):
+                self._run_round(federation, round_index, trial, ignore_keys_for_eval)
+                if self.control.should_training_stop:
+                    break
+            self.strategy.finish(federation.server, federation.reserved, seed_of(args.seed, Stream.SERVER, rounds))
+            output = self._finalize_training(trial, 0, start_time)
+        finally:
+            # Afterwards the model is an ordinary one again, whose tensors own their memory.
+            release(self.model)
+            self._active_federation = None
+        return output
+
+    def _run_round(
+        self, federation: Federation, round_index: int, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> None:
+        args = self.args
+        self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
+        self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+        hidden = args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(total=args.clients_per_round, desc="Clients", leave=False, disable=hidden) as bar:
+            report = federation.run_round(round_index, args.clients_per_round, lambda client: bar.update())
+        self.rounds.append(report)
+        self.state.global_step = round_index + 1
+        self.state.epoch = float(round_index + 1)
+        self._tr_loss += report.loss
+        self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+        self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+        if self.control.should_log:
+            self._total_loss_scalar += self._tr_loss.item()
+            self._tr_loss.zero_()
+            self._globalstep_last_logged = self.state.global_step
+            self.log(
+                {
+                    "loss": report.loss,
+                    **report.metrics,
+                    "bytes_up": report.bytes_up,
+                    "bytes_down": report.bytes_down,
+                    "refused_clients": len(report.refused),
+                    **{f"seconds_{stage}": seconds for stage, seconds in report.seconds.items()},
+                }
+            )
+        if self.control.should_evaluate:
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics=metrics, trial=trial)
+            if args.save_strategy == "best":
+                self.control.should_save = is_best
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial)
+            self.control = self.callback_handler.on_save(args, self.state, self.control)
+
+    # What a run is made of
+
+    def _federation(self) -> Federation:
+        args, data = self.args, self.federated_dataset
+        # Evaluating before training may have wrapped `forward` for mixed precision; the worker must not inherit that.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        modules = self.strategy.server_models(self.model)
+        layout = StateLayout.of(modules[0])
+        worker = copy_module(modules[0]).requires_grad_(True)
+        if args.gradient_checkpointing:
+            worker.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        server = Server(
+            self.model,
+            worker,
+            layout,
+            layout.bank(modules),
+            [layout.read_integers(module) for module in modules],
+            weight_decay=args.weight_decay,
+        )
+        self._set_signature_columns_if_needed()
+        keep = self._remove_unused_columns if args.remove_unused_columns else lambda dataset, description: dataset
+        reserved = None
+        if self.strategy.needs_reserved_set():
+            reserved = ReservedSet(
+                keep(data.reserved, "reserved"), self.data_collator, args.eval_batch_size, self.accelerator.device
+            )
+        self.optimizer = None
+        optimizer = self.create_optimizer(worker)
+        local_trainer = LocalTrainer(
+            worker,
+            layout,
+            self.strategy,
+            args,
+            self.data_collator,
+            self.accelerator.prepare_optimizer(optimizer, device_placement=False),
+            self._local_scheduler,
+            self.accelerator,
+        )
+        clients = [keep(data.client(client), "client") for client in range(data.num_clients)]
+        store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
+        return Federation(
+            server,
+            self.strategy,
+            local_trainer,
+            clients,
+            store,
+            reserved,
+            args.seed,
+            args.client_draw_seed,
+            args.keep_client_optimizer,
+        )
+
+    def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+        """The learning-rate schedule of one client's local steps in the current round."""
+        args = self.args
+        length = num_steps if args.lr_scheduler_scope == "round" else args.rounds
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(length), length, args.lr_scheduler_kwargs
+        )
+        if args.lr_scheduler_scope == "run":
+            factors = [function(self.state.global_step) for function in scheduler.lr_lambdas]
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, f=f: f for f in factors])
+        return scheduler
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns that the *client* model takes; a mixture passes them on."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            expert = self.strategy.server_models(self.model)[0]
+            if expert is not self.model:
+                self._signature_columns += self._signature_of(expert)
+
+    @staticmethod
+    def _signature_of(module: nn.Module) -> list[str]:
+        code = type(module).forward.__code__
+        return list(code.co_varnames[1 : code.co_argcount])
+
+    # Checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must have in common for one to resume the other."""
+        args = self.args
+        modules = self.strategy.server_models(self.model)
+        settings = self.strategy.settings if self.strategy.name == "fedmoe" else self.strategy
+        return {
+            "strategy": self.strategy.name,
+            "strategy_settings": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {},
+            "server_models": len(modules),
+            "parameters": StateLayout.of(modules[0]).num_elements,
+            "data": self.federated_dataset.state_fingerprint(),
+            **{
+                name: vars(args)[name]
+                for name in (
+                    "seed",
+                    "client_draw_seed",
+                    "clients_per_round",
+                    "num_train_epochs",
+                    "per_device_train_batch_size",
+                    "gradient_accumulation_steps",
+                    "learning_rate",
+                    "weight_decay",
+                    "lr_scheduler_scope",
+                    "keep_client_optimizer",
+                )
+            },
+            "optim": str(args.optim),
+            "lr_scheduler_type": str(args.lr_scheduler_type),
+        }
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A whole checkpoint or none: written beside its place, synced, renamed."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.exists() or best == target:
+                self.state.best_model_checkpoint = str(best)
+        if not self.args.should_save:
+            return
+        self._active_federation.store.sync()
+        with atomic_directory(target) as folder:
+            self._save(str(folder))
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            save_federation(folder, self._active_federation.server, self._active_federation.store, self._identity())
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+        checkpoints = run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        self._active_federation.store.prune([read_manifest(folder) for folder in checkpoints])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The model and its processor; the arguments as JSON, where `Trainer` writes a pickle."""
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if state_dict is None:
+            # While a run is on, tensors are views of one bank, which safetensors would take for shared memory.
+            state_dict = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.save_pretrained(output_dir, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        (output_dir / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
+
+
+def _first_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Of a model's outputs only the logits are gathered: gate and expert outputs would fill memory for nothing."""
+    return logits[0] if isinstance(logits, tuple) else logits

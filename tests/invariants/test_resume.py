@@ -1,0 +1,100 @@
+"""A run that was stopped and resumed ends with the bits of one that was not."""
+
+import multiprocessing
+import random
+import signal
+import time
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_fedmoe.strategies import FedAvg, FedAvgMovingAverage, FedAvgReserved, FedProx
+from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
+from tests.tiny_federation import (
+    assert_equal_states,
+    state,
+    timeless,
+    tiny_args,
+    tiny_expert,
+    tiny_federation,
+    tiny_mixture,
+)
+
+
+RUNS = {
+    "fedavg": (FedAvg, {}),
+    "fedavg_client_optimizer": (FedAvg, {"keep_client_optimizer": True}),
+    "fedavg_reserved": (FedAvgReserved, {}),
+    "fedavg_reserved_end": (lambda: FedAvgReserved(when="end"), {}),
+    "fedavg_moving_average": (FedAvgMovingAverage, {}),
+    "fedprox": (FedProx, {"lr_scheduler_scope": "run"}),
+    "fedmoe": (None, {}),
+    "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
+    "fedmoe_download_mixture": (None, {"synchronisation": "download_mixture", "server_iterations": 2}),
+    "fedmoe_expert_epochs": (None, {"expert_epochs": 1}),
+}
+
+
+def trainer(name, output_dir, **changes):
+    strategy, settings = RUNS[name]
+    args = tiny_args(
+        output_dir,
+        **{"rounds": 4, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, **settings, **changes},
+    )
+    if strategy is None:
+        return FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
+    return FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy=strategy())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_run_equals_uninterrupted_run_bitwise(name, tmp_path):
+    whole = trainer(name, tmp_path / "whole")
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    interrupted = trainer(name, tmp_path / "resumed")
+    interrupted.add_callback(Stop())
+    interrupted.strategy.finish = lambda *_: None  # a killed run never gets there
+    interrupted.train()
+    resumed = trainer(name, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert_equal_states(state(resumed.model), state(whole.model))
+    assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]
+
+
+def _run_until_killed(name, output_dir):
+    torch.set_num_threads(1)
+    trainer(name, output_dir, rounds=8).train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+
+
+@pytest.mark.parametrize("name", ["fedmoe", "fedmoe_paper"])
+def test_killed_at_twenty_random_moments_ends_with_the_same_bits(name, tmp_path):
+    whole = trainer(name, tmp_path / "whole", rounds=8)
+    torch.set_num_threads(1)
+    whole.train()
+    output_dir, rng, context = tmp_path / "killed", random.Random(3), multiprocessing.get_context("fork")
+    output_dir.mkdir()
+    kills = 0
+    while kills < 20:
+        process = context.Process(target=_run_until_killed, args=(name, output_dir))
+        process.start()
+        time.sleep(rng.uniform(0.05, 0.6))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+        else:  # the run ended before its turn to be killed: take its last checkpoint away and go on
+            process.join()
+            assert process.exitcode == 0
+            break
+    resumed = trainer(name, output_dir, rounds=8)
+    resumed.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+    assert_equal_states(state(resumed.model), state(whole.model))
+    assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]

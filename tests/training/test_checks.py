@@ -1,0 +1,140 @@
+"""Bad input is refused before any training, in words that name the field, the value and the remedy."""
+
+import datasets
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_fedmoe.data import FederatedDataset
+from hf_fedmoe.strategies import FedMoE
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
+from tests.tiny_federation import tiny_args, tiny_expert, tiny_federation, tiny_mixture, tiny_rows
+from tests.tiny_models import tiny_bert
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "`rounds` is 0: give at least 1"),
+        ({"clients_per_round": 0}, "`clients_per_round` is 0"),
+        ({"max_steps": 5}, "`max_steps` is 5.*set `rounds`"),
+        ({"num_train_epochs": 0}, "`num_train_epochs` is 0"),
+        ({"lr_scheduler_scope": "epoch"}, '`lr_scheduler_scope` is \'epoch\': choose "round" or "run"'),
+        ({"preset": "best"}, "`preset` is 'best': choose one of 'default', 'paper'"),
+        ({"correlation": "max"}, "`correlation` is 'max': choose one of 'relevance'"),
+        ({"synchronisation": "never"}, "`synchronisation` is 'never': choose one of 'download_main'"),
+        ({"fusion_rate": 0.0}, "`fusion_rate` is 0.0: a moving average needs 0 < rate <= 1"),
+        ({"main_fusion_rate": 1.5}, "`main_fusion_rate` is 1.5"),
+        ({"server_iterations": 0}, "`server_iterations` is 0"),
+        ({"entropy_weight": -1.0}, "`entropy_weight` is -1.0: give 0 or more"),
+        ({"gate_learning_rate": 0.0}, "`gate_learning_rate` is 0.0: give more than 0"),
+    ],
+)
+def test_arguments(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_args(tmp_path, **changes)
+
+
+def test_paper_preset_is_the_papers_letter_and_single_settings_override_it(tmp_path):
+    args = FederatedTrainingArguments(output_dir=str(tmp_path), preset="paper", fusion_rate=0.4)
+    assert (args.correlation, args.synchronisation, args.main_fusion_rate) == ("sum", "after_round", 0.1)
+    assert args.fusion_rate == 0.4 and args.balance_weight == 0.0 and args.gate_epochs == 1
+
+
+def test_more_clients_per_round_than_clients(tmp_path):
+    with pytest.raises(ValueError, match="`clients_per_round` is 9, but there are 4 clients: lower it"):
+        FederatedTrainer(tiny_expert(), tiny_args(tmp_path, clients_per_round=9), tiny_federation())
+
+
+def test_fed_moe_without_reserved_set(tmp_path):
+    rows = tiny_rows(20)
+    with pytest.raises(ValueError, match=r"`train_dataset.reserved` is None.*reserved_size=500"):
+        FedMoETrainer(
+            tiny_mixture(), tiny_args(tmp_path, clients_per_round=1), train_dataset=FederatedDataset(rows, [range(20)])
+        )
+
+
+def test_fed_moe_of_a_model_that_is_no_mixture(tmp_path):
+    with pytest.raises(ValueError, match=r"`model` is a BertForSequenceClassification: build one .*from_expert"):
+        FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_federation(), strategy=FedMoE())
+
+
+def test_dataset_that_is_not_federated(tmp_path):
+    with pytest.raises(ValueError, match=r"`train_dataset` is a Dataset: a federated run needs its clients"):
+        FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_rows(8))
+
+
+def test_model_with_too_few_labels(tmp_path):
+    with pytest.raises(ValueError, match=r"The data has 3 labels, the model 2 .*`num_labels=3`"):
+        FederatedTrainer(tiny_bert(2), tiny_args(tmp_path), tiny_federation())
+
+
+def test_tokenizer_without_pad_token(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")), eos_token="a")
+    with pytest.raises(ValueError, match=r"no pad token.*`tokenizer.pad_token = tokenizer.eos_token`"):
+        FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_federation(), processing_class=tokenizer)
+
+
+def test_decoder_expert_without_pad_token_id(tmp_path):
+    model = GPT2ForSequenceClassification(
+        GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40, num_labels=3, bos_token_id=39, eos_token_id=39)
+    )
+    with pytest.raises(ValueError, match=r"`pad_token_id`.*None"):
+        FederatedTrainer(model, tiny_args(tmp_path), tiny_federation())
+
+
+def test_labels_out_of_range_and_overlap_and_empty_client_are_refused_by_the_dataset():
+    rows = tiny_rows(12)
+    with pytest.raises(ValueError, match=r"label.*2"):
+        FederatedDataset(rows.cast_column("label", datasets.Value("int64")), [range(12)], num_labels=2)
+    with pytest.raises(ValueError, match="client 0.*reserved|reserved.*client 0"):
+        FederatedDataset(rows, [range(8)], reserved=range(6, 12))
+    with pytest.raises(ValueError, match="client 1"):
+        FederatedDataset(rows, [range(8), []])
+
+
+def test_reserved_set_without_a_class_warns():
+    rows = tiny_rows(40)
+    only = [i for i, label in enumerate(rows["label"]) if label == 0]
+    rest = [i for i, label in enumerate(rows["label"]) if label != 0]
+    with pytest.warns(UserWarning, match="reserved"):
+        FederatedDataset(rows, [rest], reserved=only)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1e-3}, r"written with learning_rate = 0.01, this run has 0.001: resume with the settings"),
+        ({"clients_per_round": 3}, r"clients_per_round = 2, this run has 3"),
+        ({"fusion_rate": 0.5}, r"strategy_settings"),
+    ],
+)
+def test_checkpoint_of_another_configuration(tmp_path, change, message):
+    FedMoETrainer(
+        tiny_mixture(), tiny_args(tmp_path, rounds=1, save_strategy="steps"), train_dataset=tiny_federation()
+    ).train()
+    other = FedMoETrainer(tiny_mixture(), tiny_args(tmp_path, rounds=2, **change), train_dataset=tiny_federation())
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_of_other_data_or_another_mixture(tmp_path):
+    FedMoETrainer(
+        tiny_mixture(), tiny_args(tmp_path, rounds=1, save_strategy="steps"), train_dataset=tiny_federation()
+    ).train()
+    other = FedMoETrainer(tiny_mixture(), tiny_args(tmp_path), train_dataset=tiny_federation(seed=5))
+    with pytest.raises(ValueError, match="written with data = "):
+        other.train(resume_from_checkpoint=True)
+    other = FedMoETrainer(tiny_mixture(num_routed_experts=3), tiny_args(tmp_path), train_dataset=tiny_federation())
+    with pytest.raises(ValueError, match="server_models = 3, this run has 4"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_nothing(tmp_path):
+    trainer = FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_federation())
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=r"has no federation.json: it is not a checkpoint of a federated run"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "model"))
