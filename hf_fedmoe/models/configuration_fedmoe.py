@@ -1,0 +1,268 @@
+"""Configuration of the server Mixture-of-Experts. Flat: the file travels to the Hub as it is."""
+
+import copy
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+GATES = ("main_features", "model")
+TOP_L_WEIGHTINGS = ("softmax", "renormalize")
+MIXES = ("probabilities", "logits")
+
+# Held in the sub-configurations too: a later change at the top has to reach the sub-models.
+_SHARED_FIELDS = frozenset({"id2label", "label2id", "pad_token_id", "num_routed_experts"})
+
+
+# Facts about where a configuration came from, or that `FedMoEConfig` sets: experts may differ in them.
+_IGNORED_CONFIG_KEYS = frozenset(
+    ("_name_or_path", "architectures", "auto_map", "dtype", "pad_token_id", "problem_type", "transformers_version")
+)
+
+
+class FedMoEConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`FedMoEForSequenceClassification`]: one to three main experts, `num_routed_experts` routed
+    experts of the same architecture, a gate and a learnable weight `alpha` (Fed-MoE, IJCAI 2025).
+
+    Sub-configurations are copied, so that the ones passed in stay as they are. The number of labels, their names and
+    the padding token are kept equal in the model, its experts and its gate.
+
+    Args:
+        expert_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration that every expert shares; a `dict` needs a `model_type`. Defaults to a `BertConfig`.
+        gate_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the gate, a classifier with `num_routed_experts` labels. Only with `gate="model"`.
+        gate (`str`, *optional*, defaults to `"main_features"`):
+            `"model"` for a gate that is a classifier of its own, `"main_features"` for a linear layer on the pooled
+            features of the first main expert.
+        num_routed_experts (`int`, *optional*, defaults to 3):
+            Number K of routed experts.
+        num_main_experts (`int`, *optional*, defaults to 1):
+            Number of main experts, 0 to 3. Without one, the model is the routed part alone.
+        top_l (`int`, *optional*, defaults to 1):
+            Number L of routed experts that an example is sent to at inference.
+        top_l_weighting (`str`, *optional*, defaults to `"softmax"`):
+            Weights of the L chosen experts: `"softmax"` of their gate probabilities (Eq. 10 of the paper) or
+            `"renormalize"`, the gate probabilities divided by their sum.
+        mix (`str`, *optional*, defaults to `"probabilities"`):
+            What is mixed, the experts' `"probabilities"` (Eq. 1) or their `"logits"`.
+        initial_alpha (`float`, *optional*, defaults to 0.5):
+            Start value in (0, 1) of the weight of the routed part.
+        entropy_weight (`float`, *optional*, defaults to 0.001):
+            Weight (beta) of the gating entropy in the training loss (Eq. 9).
+        balance_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the load imbalance, KL(mean gate || uniform), in the training loss.
+        pad_token_id (`int`, *optional*):
+            Padding token. Defaults to the expert's, then to its end-of-sequence token.
+        num_labels (`int`, *optional*), id2label, label2id:
+            As in every Hugging Face classifier. Default to the expert's.
+
+    Raises:
+        `ValueError`: If a value is out of its range or the sub-configurations contradict one another.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config
+    >>> config = FedMoEConfig(expert_config=GPT2Config(n_layer=2), num_routed_experts=5, num_labels=4)
+    >>> config.expert_config.num_labels
+    4
+    ```
+    """
+
+    model_type = "fedmoe"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["gate_probs", "selected_experts", "expert_logits"]
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "expert_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+        "gate_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True),
+    }
+
+    expert_config: dict | PreTrainedConfig | None = None
+    gate_config: dict | PreTrainedConfig | None = None
+    gate: str = "main_features"
+    num_routed_experts: int = 3
+    num_main_experts: int = 1
+    top_l: int = 1
+    top_l_weighting: str = "softmax"
+    mix: str = "probabilities"
+    initial_alpha: float = 0.5
+    entropy_weight: float = 1e-3
+    balance_weight: float = 0.0
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # One object given twice (expert and gate), or kept by the caller, must not be changed from here.
+        self.expert_config = copy.deepcopy(self.expert_config)
+        self.gate_config = copy.deepcopy(self.gate_config)
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = {index: label for label, index in self.label2id.items()}
+        given_labels = self.id2label is not None or kwargs.get("num_labels") is not None
+        super().__post_init__(**kwargs)
+        if not given_labels:
+            self.id2label = dict(self.expert_config.id2label)
+        if self.label2id is None or {int(index) for index in self.label2id.values()} != set(self.id2label):
+            self.label2id = {label: index for index, label in self.id2label.items()}
+        self.validate()
+        self._synchronize()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if key in _SHARED_FIELDS and "_post_init_done" in self.__dict__:
+            self._synchronize()
+
+    def _synchronize(self) -> None:
+        """Carries labels, number of experts and padding token over to the sub-configurations."""
+        sub_configs = [config for config in (self.expert_config, self.gate_config) if config is not None]
+        self.expert_config.id2label = dict(self.id2label)
+        self.expert_config.label2id = dict(self.label2id or {})
+        if self.gate_config is not None and self.gate_config.num_labels != self.num_routed_experts:
+            self.gate_config.num_labels = self.num_routed_experts
+
+        pad_token_id = self.pad_token_id if self.pad_token_id is not None else self._inherited_pad_token_id()
+        self.__dict__["pad_token_id"] = pad_token_id
+        for sub_config in sub_configs:
+            text_config = sub_config.get_text_config()
+            if pad_token_id is not None and vocabulary_size(sub_config) is not None:
+                text_config.pad_token_id = pad_token_id
+
+    def _inherited_pad_token_id(self) -> int | None:
+        for sub_config in (self.expert_config, self.gate_config):
+            if sub_config is not None and vocabulary_size(sub_config) is not None:
+                pad_token_id = getattr(sub_config.get_text_config(), "pad_token_id", None)
+                if pad_token_id is not None:
+                    return pad_token_id
+        size = vocabulary_size(self.expert_config)
+        eos_token_id = getattr(self.expert_config.get_text_config(), "eos_token_id", None)
+        if isinstance(eos_token_id, (list, tuple)):
+            eos_token_id = eos_token_id[0] if eos_token_id else None
+        # An id outside the vocabulary (GPT-2's default in a small model) would never be found in the inputs.
+        if size is None or eos_token_id is None or not 0 <= eos_token_id < size:
+            return None
+        logger.warning_once(
+            f"The {self.expert_config.model_type} experts have no padding token: their end-of-sequence token "
+            f"({eos_token_id}) is used. Pass `pad_token_id` to `FedMoEConfig` to choose another one."
+        )
+        return eos_token_id
+
+    def validate(self) -> None:
+        """
+        Checks every field against its range and against the others.
+
+        Raises:
+            `ValueError`: Naming the field, its value and the remedy.
+        """
+        super().validate()
+        for field, low in (("num_routed_experts", 1), ("num_main_experts", 0), ("top_l", 1)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"`{field}` is {value!r}: pass an integer of at least {low}.")
+        if self.num_main_experts > 3:
+            raise ValueError(f"`num_main_experts` is {self.num_main_experts}: pass 0, 1, 2 or 3.")
+        if self.top_l > self.num_routed_experts:
+            raise ValueError(
+                f"`top_l` is {self.top_l}, but there are only {self.num_routed_experts} routed experts: lower `top_l` "
+                "or raise `num_routed_experts`."
+            )
+        for field, allowed in (("gate", GATES), ("top_l_weighting", TOP_L_WEIGHTINGS), ("mix", MIXES)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"`{field}` is {value!r}: pass one of {', '.join(map(repr, allowed))}.")
+        if not 0 < self.initial_alpha < 1:
+            raise ValueError(
+                f"`initial_alpha` is {self.initial_alpha!r}: pass a number between 0 and 1, both excluded "
+                "(alpha is stored as a logit)."
+            )
+        for field in ("entropy_weight", "balance_weight"):
+            value = getattr(self, field)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"`{field}` is {value!r}: pass a finite number of at least 0 (0 turns the term off).")
+        self._validate_sub_configs()
+
+    def _validate_sub_configs(self) -> None:
+        if self.gate == "main_features" and self.num_main_experts == 0:
+            raise ValueError(
+                "`gate` is 'main_features', which reads a main expert, but `num_main_experts` is 0: pass "
+                "`gate='model'` with a `gate_config`, or have a main expert."
+            )
+        if self.gate == "main_features" and self.gate_config is not None:
+            raise ValueError(
+                f"`gate_config` is a {self.gate_config.model_type} configuration, but `gate` is 'main_features', "
+                "which is a linear layer without one: pass `gate='model'`, or leave `gate_config` out."
+            )
+        if self.gate == "model" and self.gate_config is None:
+            raise ValueError(
+                "`gate` is 'model', but `gate_config` is None: pass the configuration of a classifier as "
+                "`gate_config`, or `gate='main_features'`."
+            )
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"`problem_type` is {self.problem_type!r}: experts are mixed as probabilities of exclusive classes, "
+                "leave it out or pass 'single_label_classification'."
+            )
+        if self.num_labels < 2:
+            raise ValueError(f"`num_labels` is {self.num_labels}: pass at least 2 classes.")
+        if self.gate_config is not None:
+            expert_size, gate_size = vocabulary_size(self.expert_config), vocabulary_size(self.gate_config)
+            if expert_size is not None and gate_size is not None and expert_size != gate_size:
+                raise ValueError(
+                    f"`gate_config.vocab_size` is {gate_size}, but `expert_config.vocab_size` is {expert_size}: the "
+                    "gate and the experts read the same token ids, so take a gate with the experts' tokenizer, or "
+                    "`gate='main_features'`."
+                )
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """Size of the vocabulary that `config`'s model reads, `None` for a model without tokens."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def check_classifier(place: str, model: PreTrainedModel, auto_class: type) -> None:
+    """Raises unless `model` (named `place` in the message) is what `auto_class` builds."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`{place}` is a {type(model).__name__}: pass a checkpoint's name or path, or a `PreTrainedModel` (an "
+            "adapter has to be merged first, with `merge_and_unload()`)."
+        )
+    expected = auto_class._model_mapping.get(type(model.config), None)
+    if expected is None or not isinstance(model, expected):
+        raise ValueError(
+            f"`{place}` is a {type(model).__name__}, which is not what {auto_class.__name__} builds: load it with "
+            f"`{auto_class.__name__}.from_pretrained`."
+        )
+
+
+def check_equal_configs(first_place: str, first: PreTrainedModel, place: str, other: PreTrainedModel) -> None:
+    """Raises a `ValueError` that names the first difference between two experts' configurations."""
+    if other is first:
+        return
+    if type(other) is not type(first):
+        raise ValueError(
+            f"`{first_place}` is a {type(first).__name__}, but `{place}` is a {type(other).__name__}: all experts "
+            "must have one architecture."
+        )
+    first_config, other_config = first.config.to_dict(), other.config.to_dict()
+    for key in sorted((first_config.keys() | other_config.keys()) - _IGNORED_CONFIG_KEYS):
+        ours, theirs = first_config.get(key), other_config.get(key)
+        if ours != theirs:
+            raise ValueError(
+                f"The experts' configurations differ in `{key}`: {ours!r} in `{first_place}`, {theirs!r} in "
+                f"`{place}`. All experts must have one architecture."
+            )
+
+
+def check_equal_states(place: str, source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Raises a `ValueError` that names the first tensor of `source` that does not fit into `target`."""
+    found = {name: (tuple(t.shape), t.dtype) for name, t in source.state_dict().items()}
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in target.state_dict().items()}
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"`{place}` has {found.get(name, 'nothing')} as `{name}`, where its configuration and the first "
+                f"expert's type give {expected.get(name, 'nothing')}: all experts must be unmodified models of one "
+                "architecture and type (merge adapters first, convert with `.to(dtype)`)."
+            )

@@ -1,0 +1,121 @@
+"""
+How experts are mixed: plain functions on tensors, cached ones too. Flat: the file travels to the Hub as it is.
+
+Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main + routed experts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class FedMoEOutput(ModelOutput):
+    """
+    Output of the mixture.
+
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Cross-entropy of the mixture; in training plus the gate's entropy and load-balancing terms.
+        logits (`torch.Tensor` of shape `(B, C)`):
+            Logarithm of the mixture, so that `softmax(logits)` is the mixture.
+        gate_probs (`torch.Tensor` of shape `(B, K)`):
+            The gate's probability of each routed expert.
+        selected_experts (`torch.Tensor` of shape `(B, L)`, *optional*, returned when the mixture is not dense):
+            The routed experts that each example was sent to, most probable first.
+        expert_logits (`torch.Tensor` of shape `(B, S, C)`, *optional*, returned with `output_expert_logits=True`):
+            Every expert's own logits, main experts first.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    gate_probs: Tensor | None = None
+    selected_experts: Tensor | None = None
+    expert_logits: Tensor | None = None
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor`, half precision made float32; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _safe_log(probs: Tensor) -> Tensor:
+    """Logarithm that stays finite, and keeps a finite gradient, where a probability has underflowed to 0."""
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+
+
+def dense_mixture(
+    logits_BSC: Tensor,
+    gate_probs_BK: Tensor,
+    alpha: Tensor | float,
+    num_main_experts: int,
+    mix: str = "probabilities",
+) -> Tensor:
+    """
+    Mixes the outputs of all experts (Eq. 1): `P_bar = (1 - alpha) P_0 + alpha sum_k Q_k P_k`.
+
+    Also serves the sparse mixture (Eq. 10), with the chosen experts' outputs and weights in place of all of them.
+
+    Args:
+        logits_BSC (`torch.Tensor` of shape `(B, S, C)`):
+            The experts' logits, main experts first; P_0 is the mean of the main experts.
+        gate_probs_BK (`torch.Tensor` of shape `(B, K)`):
+            Weights of the routed experts.
+        alpha (`torch.Tensor` or `float`):
+            Weight of the routed part; not used without a main expert.
+        num_main_experts (`int`):
+            How many of the S experts are main experts. With 0 the result is the routed part alone.
+        mix (`str`, *optional*, defaults to `"probabilities"`):
+            `"probabilities"` as in the paper, or `"logits"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C)`: log P_bar, in float32 at least.
+    """
+    logits_BSC, weights_BS = at_least_float32(logits_BSC), at_least_float32(gate_probs_BK)
+    if num_main_experts > 0:
+        main_weight = torch.as_tensor((1 - alpha) / num_main_experts, dtype=weights_BS.dtype, device=weights_BS.device)
+        main_weights_BS = main_weight.reshape(1, 1).expand(weights_BS.shape[0], num_main_experts)
+        weights_BS = torch.cat([main_weights_BS, alpha * weights_BS], dim=1)
+    # Products and sums, not a matrix product: autocast would take that down to half precision.
+    if mix == "logits":
+        return (weights_BS[:, :, None] * logits_BSC).sum(dim=1).log_softmax(dim=-1)
+    log_probs_BSC = logits_BSC.log_softmax(dim=-1)
+    highest_B1C = log_probs_BSC.detach().amax(dim=1, keepdim=True)
+    scaled_BC = (weights_BS[:, :, None] * (log_probs_BSC - highest_B1C).exp()).sum(dim=1)
+    return _safe_log(scaled_BC) + highest_B1C.squeeze(1)
+
+
+def select_experts(gate_probs_BK: Tensor, top_l: int, weighting: str = "softmax") -> tuple[Tensor, Tensor]:
+    """
+    Chooses the L routed experts with the largest gate probability (Eq. 10).
+
+    Args:
+        gate_probs_BK (`torch.Tensor` of shape `(B, K)`):
+            Gate probabilities Q.
+        top_l (`int`):
+            Number L of experts to choose.
+        weighting (`str`, *optional*, defaults to `"softmax"`):
+            `"softmax"` of the chosen values of Q (the paper's letter, almost flat for L > 1) or `"renormalize"`,
+            Q over the sum of the chosen values (L = K gives the dense mixture).
+
+    Returns:
+        Weights and indices of the chosen experts, `torch.Tensor` of shape `(B, L)` each, most probable first.
+    """
+    chosen_BL, experts_BL = gate_probs_BK.topk(top_l, dim=-1)
+    if weighting == "softmax":
+        return chosen_BL.softmax(dim=-1), experts_BL
+    return chosen_BL / chosen_BL.sum(dim=-1, keepdim=True), experts_BL
+
+
+def gating_entropy(gate_probs_BK: Tensor) -> Tensor:
+    """Mean over the batch of the entropy (in nats) of the gate probabilities of shape `(B, K)` (Eq. 9). A scalar."""
+    return -(gate_probs_BK * _safe_log(gate_probs_BK)).sum(dim=-1).mean()
+
+
+def load_imbalance(gate_probs_BK: Tensor) -> Tensor:
+    """KL(mean gate || uniform) in nats of gate probabilities of shape `(B, K)`; 0 if all experts are used alike."""
+    mean_K = gate_probs_BK.mean(dim=0)
+    return (mean_K * (_safe_log(mean_K) + math.log(mean_K.numel()))).sum()

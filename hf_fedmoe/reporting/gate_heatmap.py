@@ -1,0 +1,30 @@
+"""Which expert takes which class, as a picture (Fed-MoE, Figure 3)."""
+
+import os
+
+import numpy as np
+
+
+def plot_gate(share_KC: np.ndarray, label_names: list[str], path: str | os.PathLike) -> None:
+    """
+    Saves a heat map of gate probabilities, experts by classes.
+
+    Args:
+        share_KC (`np.ndarray` of shape `[K, C]`): Mean gate probability of expert k on examples of class c.
+        label_names (`list[str]`): The C classes.
+        path (`str`): Where the picture goes; its ending chooses the format.
+    """
+    from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
+
+    num_experts, num_classes = share_KC.shape
+    figure = Figure(figsize=(1.6 + 0.9 * num_classes, 1.4 + 0.5 * num_experts), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share_KC, cmap="viridis", vmin=0, vmax=max(1 / num_experts, share_KC.max()), aspect="auto")
+    axes.set_xticks(range(num_classes), label_names, rotation=30, ha="right")
+    axes.set_yticks(range(num_experts), [f"expert {k}" for k in range(num_experts)])
+    for k in range(num_experts):
+        for c in range(num_classes):
+            dark = share_KC[k, c] < 0.6 * image.norm.vmax
+            axes.text(c, k, f"{share_KC[k, c]:.2f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_title("Mean gate probability by class")
+    figure.savefig(path, dpi=150)

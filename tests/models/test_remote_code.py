@@ -1,0 +1,72 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, pipeline
+
+from hf_fedmoe.models import FedMoEForSequenceClassification
+from tests.tiny_models import PAD_TOKEN_ID, make_different, text_batch, tiny_bert, tiny_distilbert, tiny_gpt2
+
+
+# Runs with `-I` (no PYTHONPATH, no working directory on the path); an installed package is hidden as well.
+LOAD = """
+import json, sys
+sys.modules["hf_fedmoe"] = None
+import torch
+from transformers import AutoModelForSequenceClassification
+
+batch = torch.tensor(json.loads(sys.argv[1]))
+for path in sys.argv[2:]:
+    model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        print("LOGITS", json.dumps(model(batch).logits.tolist()))
+    model.save_pretrained(path + "/again")
+"""
+
+
+def test_loads_where_the_package_is_not_installed(tmp_path):
+    models = {
+        "gpt2": FedMoEForSequenceClassification.from_expert(tiny_gpt2(), pad_token_id=PAD_TOKEN_ID),
+        "bert": FedMoEForSequenceClassification.from_expert(tiny_bert(), tiny_distilbert(3)),
+    }
+    for name, model in models.items():
+        make_different(model).save_pretrained(tmp_path / name)
+    input_ids = text_batch(4)["input_ids"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-I", "-c", LOAD, json.dumps(input_ids.tolist()), *(str(tmp_path / n) for n in models)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = [line.removeprefix("LOGITS ") for line in result.stdout.splitlines() if line.startswith("LOGITS")]
+    for (name, model), line in zip(models.items(), lines, strict=True):
+        expected = model(input_ids).logits
+        assert torch.equal(torch.tensor(json.loads(line)), expected)
+        again = FedMoEForSequenceClassification.from_pretrained(tmp_path / name / "again")
+        assert torch.equal(again(input_ids).logits, expected)
+        assert (tmp_path / name / "again" / "modeling_fedmoe.py").exists()
+
+
+def test_pipeline():
+    words = ["[UNK]", "[PAD]", "a", "good", "bad", "film", "quite"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    model = FedMoEForSequenceClassification.from_expert(tiny_gpt2(), pad_token_id=tokenizer.pad_token_id)
+    make_different(model)
+    model.config.id2label = {0: "awful", 1: "poor", 2: "fair", 3: "great"}
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    texts = ["a good film", "quite bad"]
+    results = classify(texts, batch_size=2, top_k=None)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    probs_BC = model(inputs["input_ids"], inputs["attention_mask"]).logits.exp()
+    for result, probs_C in zip(results, probs_BC, strict=True):
+        scores = {entry["label"]: entry["score"] for entry in result}
+        assert scores == pytest.approx(
+            dict(zip(model.config.id2label.values(), probs_C.tolist(), strict=True)), abs=1e-6
+        )
