@@ -19,5 +19,5 @@ class Stream(IntEnum):
 
 def seed_of(seed: int, stream: Stream, *where: int) -> int:
     """A 63-bit seed that follows from the run's seed, the stream and a place in it (round, client)."""
-    words = np.random.SeedSequence([seed, int(stream), *where]).generate_state(2)
+    words = np.random.SeedSequence(seed, spawn_key=(int(stream), *where)).generate_state(2)
     return int(words[0]) << 31 | int(words[1]) >> 1

@@ -26,7 +26,7 @@ def test_correlation_and_both_softmaxes_match_the_worked_example(correlation):
 
 @pytest.mark.parametrize("correlation", ["centered", "relevance"])
 def test_sharpness_grows_with_the_evidence_only(correlation):
-    """Repeating every reserved example n times scales W by sqrt(n), as n independent examples would scale its noise."""
+    """Repeating every reserved example n times scales W by sqrt(n), as the noise of n examples falls."""
     Q_RK, P_y_mR = float64(DATA["Q_RK"]), float64(DATA["Py_mR"])
     once = correlate(Q_RK, P_y_mR, correlation)
     four_times = correlate(Q_RK.repeat(4, 1), P_y_mR.repeat(1, 4), correlation)

@@ -88,7 +88,7 @@ def test_labels_out_of_range_and_overlap_and_empty_client_are_refused_by_the_dat
     rows = tiny_rows(12)
     with pytest.raises(ValueError, match=r"label.*2"):
         FederatedDataset(rows.cast_column("label", datasets.Value("int64")), [range(12)], num_labels=2)
-    with pytest.raises(ValueError, match="client 0.*reserved|reserved.*client 0"):
+    with pytest.raises(ValueError, match=r"client 0.*reserved|reserved.*client 0"):
         FederatedDataset(rows, [range(8)], reserved=range(6, 12))
     with pytest.raises(ValueError, match="client 1"):
         FederatedDataset(rows, [range(8), []])

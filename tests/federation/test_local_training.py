@@ -1,0 +1,32 @@
+from types import SimpleNamespace
+
+from hf_fedmoe.federation.local_training import local_steps
+
+
+def arguments(**changes):
+    fields = dict(num_train_epochs=2, train_batch_size=4, gradient_accumulation_steps=1, dataloader_drop_last=False)
+    return SimpleNamespace(**fields | changes)
+
+
+def test_every_epoch_visits_every_example_once_in_a_new_order():
+    steps = local_steps(10, arguments(), seed=3)
+    epochs = [[i for step in steps[:3] for batch in step for i in batch]]
+    epochs.append([i for step in steps[3:] for batch in step for i in batch])
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10)) and epochs[0] != epochs[1]
+    assert [len(batch) for step in steps for batch in step] == [4, 4, 2, 4, 4, 2]
+    assert local_steps(10, arguments(), seed=3) == steps != local_steps(10, arguments(), seed=4)
+
+
+def test_accumulation_does_not_reach_across_epochs():
+    steps = local_steps(10, arguments(gradient_accumulation_steps=2), seed=3)
+    assert [[len(batch) for batch in step] for step in steps] == [[4, 4], [2], [4, 4], [2]]
+
+
+def test_fraction_of_an_epoch_is_rounded_up_to_whole_steps():
+    assert len(local_steps(10, arguments(num_train_epochs=1.5), seed=3)) == 5
+    assert len(local_steps(10, arguments(num_train_epochs=0.1), seed=3)) == 1
+
+
+def test_drop_last_never_drops_a_client_that_has_no_full_batch():
+    assert [len(step[0]) for step in local_steps(10, arguments(dataloader_drop_last=True), seed=3)] == [4, 4] * 2
+    assert [len(step[0]) for step in local_steps(3, arguments(dataloader_drop_last=True), seed=3)] == [3, 3]
