@@ -1,0 +1,95 @@
+"""
+Fed-MoE beside its fair controls, over several seeds: `python recipes/controls.py yelp_gpt2 --seeds 0 1 2 3 4`.
+
+Every seed draws other clients, another reserved set and other initial heads, the same for all methods. A finished seed
+is kept in the output folder and not run again. Any setting of the recipe can follow, `--dataset yelp_reviews_5star`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from text_federation import (
+    METHODS,
+    analyse,
+    find_model,
+    load_data,
+    load_tokenizer,
+    majority_scores,
+    make_trainer,
+    parse,
+)
+from transformers.utils import logging
+
+
+FOLDER = Path(__file__).parent
+
+
+def run_seed(recipe_name: str, settings: list[str], seed: int, threads: int) -> dict[str, dict[str, float]]:
+    """All methods on one seed: {row of the table: scores on the test set}."""
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    recipe, args = parse(FOLDER / f"{recipe_name}.yaml", [*settings, "--seed", str(seed), "--disable_tqdm", "True"])
+    args.eval_strategy, args.save_strategy = "no", "no"
+    tokenizer = load_tokenizer(find_model(recipe.model))
+    _, data = load_data(recipe, tokenizer, seed)
+    results = {"majority_class": majority_scores(data)}
+    for method in recipe.compare:
+        trainer = make_trainer(method, recipe, args, data, tokenizer)
+        trainer.train()
+        scores = trainer.evaluate(data.test, metric_key_prefix="test")
+        results[method] = {name: scores[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+        if method == "fedmoe":
+            analysis = analyse(trainer, data, args.eval_batch_size)
+            results |= {f"fedmoe: {name}": score for name, score in analysis.scores.items()}
+            off_diagonal = ~np.eye(len(analysis.disagreement_SS), dtype=bool)
+            results["fedmoe: disagreement of experts"] = {
+                "accuracy": float(analysis.disagreement_SS[off_diagonal].mean()),
+                "macro_f1": float("nan"),
+            }
+    return results
+
+
+def markdown(results: list[dict[str, dict[str, float]]]) -> str:
+    """Mean and standard deviation over seeds, in per cent, and on how many seeds Fed-MoE was above the row."""
+    lines = ["| | accuracy | macro-F1 | Fed-MoE above, of seeds |", "|---|---|---|---|"]
+    for row in results[0]:
+        cells = []
+        for name in ("accuracy", "macro_f1"):
+            values = 100 * np.array([seed[row][name] for seed in results])
+            cells.append("" if np.isnan(values).any() else f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
+        wins = sum(seed["fedmoe"]["accuracy"] > seed[row]["accuracy"] for seed in results)
+        compared = "" if row.startswith("fedmoe") else f"{wins} / {len(results)}"
+        lines.append(f"| {row} | {cells[0]} | {cells[1]} | {compared} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="Name of a YAML beside this file, without its ending.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="Seeds run side by side.")
+    parser.add_argument("--out", type=Path, default=None, help="Folder of the results.")
+    options, settings = parser.parse_known_args()
+    if "--compare" not in settings:
+        settings += ["--compare", *(method for method in METHODS if method != "fedprox")]
+    out = options.out or Path("runs", "controls", options.recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in options.seeds if not (out / f"seed-{seed}.json").exists()]
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        runs = {seed: pool.submit(run_seed, options.recipe, settings, seed, threads) for seed in missing}
+        for seed, run in runs.items():
+            (out / f"seed-{seed}.json").write_text(json.dumps(run.result(), indent=2) + "\n")
+            print(f"seed {seed} done", flush=True)
+    results = [json.loads((out / f"seed-{seed}.json").read_text()) for seed in options.seeds]
+    print(f"\n{options.recipe}, seeds {options.seeds}, {' '.join(settings)}\n\n{markdown(results)}")
+
+
+if __name__ == "__main__":
+    main()

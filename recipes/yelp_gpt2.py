@@ -1,0 +1,9 @@
+"""Fed-MoE on reviews with GPT-2 experts: `accelerate launch recipes/yelp_gpt2.py [--preset paper] [--any setting]`."""
+
+from pathlib import Path
+
+from text_federation import main
+
+
+if __name__ == "__main__":
+    main(Path(__file__).with_suffix(".yaml"))

@@ -1,0 +1,107 @@
+"""The recipes run as a newcomer would call them, on a few examples."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = [
+    "--num_clients",
+    "3",
+    "--clients_per_round",
+    "2",
+    "--examples_per_client",
+    "30",
+    "--reserved_size",
+    "40",
+    "--validation_size",
+    "20",
+    "--max_test_examples",
+    "60",
+    "--max_length",
+    "16",
+    "--rounds",
+    "2",
+    "--disable_tqdm",
+    "True",
+]
+
+
+@pytest.fixture
+def text_federation(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
+    monkeypatch.delenv("HF_FEDMOE_MODELS", raising=False)
+    import text_federation
+
+    return text_federation
+
+
+@pytest.mark.parametrize("recipe", ["yelp_gpt2", "sent140_bert"])
+def test_quick_preset_compares_saves_and_classifies(recipe, text_federation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [recipe, *SMALL, "--output_dir", str(tmp_path)])
+    text_federation.main(RECIPES / f"{recipe}.yaml")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"majority_class", "fedavg", "fedmoe"} <= results.keys()
+    assert all(0 <= value <= 1 for score in results.values() for value in score.values())
+    for picture in ("gate.png", "clients.png"):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert "preset quick: reviews, experts gpt2-reviews" in printed
+    assert printed.count(" star") > 3 and "Loaded back from" in printed
+
+
+@pytest.mark.parametrize("recipe", ["yelp_gpt2", "sent140_bert"])
+def test_paper_preset_runs_on_stand_ins(recipe, text_federation, tmp_path, monkeypatch):
+    """All of the paper's settings but its sizes: a gate with weights of its own, Stage C after the round, SGD."""
+    stand_ins = "--preset paper --dataset reviews --model gpt2-reviews --gate gpt2-reviews --use_cpu True --bf16 False"
+    argv = [recipe, *stand_ins.split(), *SMALL, "--num_train_epochs", "1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    text_federation.main(RECIPES / f"{recipe}.yaml")
+    checkpoint = json.loads((tmp_path / "fedmoe" / "checkpoint-2" / "federation.json").read_text())
+    settings = checkpoint["identity"]["strategy_settings"]
+    assert (settings["correlation"], settings["synchronisation"]) == ("sum", "after_round")
+    assert checkpoint["clients"]
+
+
+def test_the_command_line_overrides_the_preset(text_federation):
+    recipe, args = text_federation.parse(
+        RECIPES / "yelp_gpt2.yaml", ["--rounds", "7", "--learning_rate=0.5", "--compare", "fedprox", "fedmoe"]
+    )
+    assert (args.rounds, args.learning_rate, recipe.compare) == (7, 0.5, ["fedprox", "fedmoe"])
+    recipe, args = text_federation.parse(RECIPES / "yelp_gpt2.yaml", ["--preset", "paper", "--use_cpu", "True"])
+    assert (recipe.model, recipe.gate, recipe.num_clients) == (["gpt2-medium"], "gpt2", 100)
+    assert (args.preset, args.optim.value, args.per_device_train_batch_size) == ("paper", "sgd", 1)
+
+
+def test_unknown_names_list_the_choices(text_federation, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"`--preset` is 'fast': yelp_gpt2.yaml has quick, paper"):
+        text_federation.parse(RECIPES / "yelp_gpt2.yaml", ["--preset", "fast"])
+    for name, value, message in (
+        ("--compare", "fedsgd", "`compare` names 'fedsgd': choose from fedavg"),
+        ("--partition", "shards", "`partition` is 'shards'"),
+        ("--dataset", "no_such_reviews", "None of the data sets could be loaded"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["x", *SMALL, "--output_dir", str(tmp_path), name, value])
+        with pytest.raises(ValueError, match=message):
+            text_federation.main(RECIPES / "yelp_gpt2.yaml")
+
+
+def test_controls_print_mean_and_spread_and_keep_finished_seeds(text_federation, tmp_path, monkeypatch, capsys):
+    import controls
+
+    settings = ["--seeds", "0", "1", "--jobs", "1", "--out", str(tmp_path)]
+    first = {"majority_class": (0.5, 0.1), "fedavg": (0.5, 0.3), "fedmoe": (0.6, 0.4)}
+    second = {"majority_class": (0.5, 0.1), "fedavg": (0.7, 0.5), "fedmoe": (0.7, 0.2)}
+    for seed, rows in enumerate((first, second)):
+        scores = {name: {"accuracy": a, "macro_f1": f} for name, (a, f) in rows.items()}
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(scores))
+    monkeypatch.setattr(sys, "argv", ["controls.py", "yelp_gpt2", *settings])
+    controls.main()
+    printed = capsys.readouterr().out
+    assert "| fedavg | 60.0 ± 14.1 | 40.0 ± 14.1 | 1 / 2 |" in printed
+    assert "| fedmoe | 65.0 ± 7.1 | 30.0 ± 14.1 |  |" in printed
