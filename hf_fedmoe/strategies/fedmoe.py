@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, float | int | str | bool]] = {
         "gate_epochs": 10,
         "balance_weight": 0.1,
         "expert_epochs": 0,
+        "final_expert_epochs": 5,
     },
     "paper": {
         "correlation": "sum",
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, float | int | str | bool]] = {
         "gate_epochs": 1,
         "balance_weight": 0.0,
         "expert_epochs": 0,
+        "final_expert_epochs": 0,
     },
 }
 
@@ -74,6 +76,9 @@ class FedMoESettings:
         balance_weight (`float`, *optional*): Weight of KL(mean gate || uniform), which keeps all experts in use.
         expert_epochs (`int`, *optional*): Passes over the reserved set per iteration in which the experts themselves
             are fine-tuned, routed ones on the examples the gate sends them.
+        final_expert_epochs (`int`, *optional*): Passes over the reserved set in which every expert is fine-tuned once,
+            after the last round. The gate stays as it is: experts that have seen the reserved set are too sure of it
+            to teach a gate.
         expert_learning_rate (`float`, *optional*, defaults to 1e-4): Of AdamW on the experts.
     """
 
@@ -91,6 +96,9 @@ class FedMoESettings:
     entropy_weight: float = _setting(1e-3, "beta, weight of the gating entropy.")
     balance_weight: float | None = _setting(None, "Weight of the load-balancing term.")
     expert_epochs: int | None = _setting(None, "Passes of the experts over the reserved set per iteration.")
+    final_expert_epochs: int | None = _setting(
+        None, "The same once, after the last round."
+    )
     expert_learning_rate: float = _setting(1e-4, "Learning rate of the experts on the reserved set.")
 
     def resolve_preset(self) -> None:
@@ -109,7 +117,7 @@ class FedMoESettings:
         for name in ("server_iterations", "gate_batch_size"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
-        for name in ("gate_epochs", "expert_epochs", "entropy_weight", "balance_weight"):
+        for name in ("gate_epochs", "expert_epochs", "final_expert_epochs", "entropy_weight", "balance_weight"):
             if vars(self)[name] < 0:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give 0 or more.")
         for name in ("gate_learning_rate", "expert_learning_rate", "correlation_temperature"):
@@ -172,7 +180,7 @@ class FedMoE(Strategy):
             W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
             self._fuse(server, uploads, W_Km.softmax(1), round_index)
             if settings.expert_epochs:
-                report |= self._fine_tune_experts(server, reserved, Q_RK, seed + iteration)
+                report |= self._fine_tune(server, reserved, Q_RK, settings.expert_epochs, seed + iteration)
             server.cache["outputs"] = expert_outputs(model, reserved)
             report |= train_gate(
                 model,
@@ -197,6 +205,11 @@ class FedMoE(Strategy):
             "gate_entropy": -(Q_RK * Q_RK.clamp_min(1e-12).log()).sum(1).mean().item(),
             **{f"expert_{k}_share": share.item() for k, share in enumerate(share_K)},
         }
+
+    def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
+        if self.settings.final_expert_epochs:
+            Q_RK = gate_probabilities(server.model, expert_outputs(server.model, reserved), reserved)
+            self._fine_tune(server, reserved, Q_RK, self.settings.final_expert_epochs, seed)
 
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
         """M_j <- lambda M_j + (1 - lambda) sum_s W^c_sj E_s for the participants (Eq. 13)."""
@@ -224,7 +237,9 @@ class FedMoE(Strategy):
         fuse_(server.bank_SP, uploads.rows_mP, rate_S[:, None] * weights_Sm, 1 - rate_S, server.layout.batchnorm)
         server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in weights_Sm]
 
-    def _fine_tune_experts(self, server: Server, reserved: ReservedSet, Q_RK: Tensor, seed: int) -> dict[str, float]:
+    def _fine_tune(
+        self, server: Server, reserved: ReservedSet, Q_RK: Tensor, epochs: int, seed: int
+    ) -> dict[str, float]:
         """Every expert by itself; a routed one on the examples that the gate sends it, with mean weight one."""
         num_main = server.model.config.num_main_experts
         losses = []
@@ -236,7 +251,7 @@ class FedMoE(Strategy):
                 fine_tune(
                     expert,
                     reserved,
-                    self.settings.expert_epochs,
+                    epochs,
                     self.settings.expert_learning_rate,
                     server.weight_decay,
                     self.settings.gate_batch_size,

@@ -143,8 +143,9 @@ class FederatedTrainer(Trainer):
                 self._run_round(federation, round_index, trial, ignore_keys_for_eval)
                 if self.control.should_training_stop:
                     break
-            self.strategy.finish(federation.server, federation.reserved, seed_of(args.seed, Stream.SERVER, rounds))
             output = self._finalize_training(trial, 0, start_time)
+            # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
+            self.strategy.finish(federation.server, federation.reserved, seed_of(args.seed, Stream.SERVER, rounds))
         finally:
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
             release(self.model)

@@ -8,26 +8,9 @@ import pytest
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = [
-    "--num_clients",
-    "3",
-    "--clients_per_round",
-    "2",
-    "--examples_per_client",
-    "30",
-    "--reserved_size",
-    "40",
-    "--validation_size",
-    "20",
-    "--max_test_examples",
-    "60",
-    "--max_length",
-    "16",
-    "--rounds",
-    "2",
-    "--disable_tqdm",
-    "True",
-]
+SIZES = {"num_clients": 3, "clients_per_round": 2, "examples_per_client": 30, "reserved_size": 40, "max_length": 16}
+SIZES |= {"validation_size": 20, "max_test_examples": 60, "rounds": 2, "disable_tqdm": True}
+SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture
