@@ -60,13 +60,18 @@ class RecipeArguments:
 
 
 def parse(settings_file: Path, argv: list[str]) -> tuple[RecipeArguments, FederatedTrainingArguments]:
-    """The settings of one preset of the YAML (`--preset quick` unless told), each overridden by the command line."""
+    """
+    The settings of one preset of the YAML (`--preset quick` unless told), each overridden by the command line.
+
+    `--preset` names a block of the YAML; Fed-MoE's own `preset` argument is `--preset_of_method` here.
+    """
     presets = yaml.safe_load(settings_file.read_text())
     name, rest = "quick", list(argv)
     if "--preset" in rest:
         place = rest.index("--preset")
         name = rest[place + 1] if place + 1 < len(rest) else ""
         del rest[place : place + 2]
+    rest = ["--preset" if word == "--preset_of_method" else word for word in rest]
     if name not in presets:
         raise ValueError(f"`--preset` is {name!r}: {settings_file.name} has {', '.join(presets)}.")
     settings = {"preset_name": name, "output_dir": f"runs/{settings_file.stem}", **presets[name]}

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import ReservedSet
 from ..strategies import Server, Strategy, Uploads
-from ..weights import payload_fault
+from ..weights import Payload, payload_fault
 from .client_store import ClientStore
 from .local_training import LocalTrainer
 from .randomness import Stream, seed_of
@@ -30,6 +30,8 @@ class RoundReport:
     What happened in a round.
 
     Args:
+        clients (`list[int]`): Who was drawn.
+        num_examples (`int`): Training examples of those whose upload was accepted.
         loss (`float`): Mean local training loss, weighted by examples.
         bytes_down (`int`), bytes_up (`int`): Communication with all participants.
         seconds (`dict[str, float]`): By stage: `clients`, `server`, `synchronise`.
@@ -38,6 +40,7 @@ class RoundReport:
     """
 
     clients: list[int]
+    num_examples: int = 0
     loss: float = float("nan")
     bytes_down: int = 0
     bytes_up: int = 0
@@ -89,6 +92,7 @@ class Federation:
         accepted: dict[int, tuple[int, dict[str, Tensor], int, float]] = {}
         kept_optimizers: dict[int, dict[str, Tensor]] = {}
         for place, client in enumerate(chosen):
+            report.bytes_down += Payload(server.bank_SP[0], server.integers[0]).num_bytes(layout)
             try:
                 payload = self._train_client(client, round_index, rows_mP[place])
                 fault = payload_fault(payload, layout)
@@ -98,7 +102,6 @@ class Federation:
             if fault is None:
                 accepted[client] = (place, payload.integers, payload.num_examples, payload.metrics["loss"])
                 report.bytes_up += payload.num_bytes(layout)
-                report.bytes_down += payload.num_bytes(layout)
                 if self.keep_optimizer:
                     kept_optimizers[client] = self.local_trainer.optimizer_tensors()
             else:
@@ -116,6 +119,7 @@ class Federation:
             list(integers),
             torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
         )
+        report.num_examples = sum(num_examples)
         report.loss = float(np.average(losses, weights=num_examples))
         report.seconds["clients"] = time.perf_counter() - started
         started = time.perf_counter()
@@ -132,7 +136,7 @@ class Federation:
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
-    def _train_client(self, client: int, round_index: int, out_P: Tensor):
+    def _train_client(self, client: int, round_index: int, out_P: Tensor) -> Payload:
         kept = self.store.get(client)
         kept_P = kept.pop("row_P", None)
         received_P = self.strategy.download(self.server, client, kept_P)

@@ -1,11 +1,22 @@
 """Everything that can be known to be wrong before a run starts."""
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
 from ..strategies import Strategy
 from .federated_arguments import FederatedTrainingArguments
+
+
+# Settings of `TrainingArguments` that rounds do not honour: better refused than silently without effect.
+NOT_HONOURED = (
+    "auto_find_batch_size",
+    "deepspeed",
+    "fsdp",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "torch_compile",
+    "use_liger_kernel",
+)
 
 
 def check_run(
@@ -21,6 +32,9 @@ def check_run(
             f"`train_dataset` is a {type(data).__name__}: a federated run needs its clients, wrap them with "
             "`FederatedDataset.from_clients([...])` or partition a dataset with `FederatedDataset.split(...)`."
         )
+    for name in NOT_HONOURED:
+        if vars(args)[name]:
+            raise ValueError(f"`{name}` is {vars(args)[name]!r}, which rounds do not honour yet: leave it out.")
     if args.clients_per_round > data.num_clients:
         raise ValueError(
             f"`clients_per_round` is {args.clients_per_round}, but there are {data.num_clients} clients: lower it, or "
@@ -54,5 +68,5 @@ def check_run(
             "The model's configuration has `pad_token_id` None, so that it cannot tell texts of a batch from their "
             "padding: set `model.config.pad_token_id = tokenizer.pad_token_id`."
         )
-    if not torch.isfinite(torch.tensor(args.learning_rate)) or args.learning_rate < 0:
+    if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")

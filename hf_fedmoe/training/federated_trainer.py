@@ -135,6 +135,7 @@ class FederatedTrainer(Trainer):
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self._active_federation = federation
+        self.rounds = []
         try:
             self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
             if args.eval_on_start:
@@ -143,7 +144,9 @@ class FederatedTrainer(Trainer):
                 self._run_round(federation, round_index, trial, ignore_keys_for_eval)
                 if self.control.should_training_stop:
                     break
-            output = self._finalize_training(trial, 0, start_time)
+            trained = sum(report.num_examples for report in self.rounds) * args.num_train_epochs
+            done = max(1, self.state.global_step - self._initial_global_step)
+            output = self._finalize_training(trial, trained * rounds / done, start_time)
             # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
             self.strategy.finish(federation.server, federation.reserved, seed_of(args.seed, Stream.SERVER, rounds))
         finally:
@@ -199,8 +202,6 @@ class FederatedTrainer(Trainer):
         modules = self.strategy.server_models(self.model)
         layout = StateLayout.of(modules[0])
         worker = copy_module(modules[0]).requires_grad_(True)
-        if args.gradient_checkpointing:
-            worker.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         server = Server(
             self.model,
             worker,
@@ -316,7 +317,9 @@ class FederatedTrainer(Trainer):
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            save_federation(folder, self._active_federation.server, self._active_federation.store, self._identity())
+            if not self.args.save_only_model:
+                federation = self._active_federation
+                save_federation(folder, federation.server, federation.store, self._identity())
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         rotate_checkpoints(

@@ -101,11 +101,12 @@ def test_fed_moe_of_identical_clients_is_fedavg_of_them(tmp_path):
     # Identical clients: the same rows, and one batch, so that the order of the data does not tell them apart.
     clients = [rows.client(0)] * 3
     data = FederatedDataset.from_clients(clients, reserved=rows.reserved, validation=rows.validation)
-    settings = dict(rounds=2, clients_per_round=3, per_device_train_batch_size=6)
+    # SGD: where a gradient is nearly zero, Adam blows the rounding of a reordered sum up to a whole step.
+    settings = dict(rounds=2, clients_per_round=3, per_device_train_batch_size=6, optim="sgd")
     average = run(tmp_path, FedAvg(), data, **settings)
     mixture = FedMoETrainer(
         tiny_mixture(num_routed_experts=3),
-        tiny_args(tmp_path, fusion_rate=1.0, main_fusion_rate=1.0, **settings),
+        tiny_args(tmp_path, fusion_rate=1.0, final_expert_epochs=0, **settings),
         train_dataset=data,
     )
     mixture.train()
@@ -115,6 +116,8 @@ def test_fed_moe_of_identical_clients_is_fedavg_of_them(tmp_path):
 
 def test_main_expert_of_the_default_fed_moe_is_fedavg(tmp_path):
     average = run(tmp_path, FedAvg())
-    mixture = FedMoETrainer(tiny_mixture(), tiny_args(tmp_path), train_dataset=tiny_federation())
+    mixture = FedMoETrainer(
+        tiny_mixture(), tiny_args(tmp_path, final_expert_epochs=0), train_dataset=tiny_federation()
+    )
     mixture.train()
     assert_equal_states(state(mixture.model.main_experts[0]), state(average.model), atol=1e-6, rtol=0)

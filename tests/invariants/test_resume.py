@@ -68,33 +68,38 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(name, tmp_path):
     assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]
 
 
+ROUNDS_TO_BE_KILLED_IN = 1000
+
+
 def _run_until_killed(name, output_dir):
     torch.set_num_threads(1)
-    trainer(name, output_dir, rounds=8).train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+    run = trainer(name, output_dir, rounds=ROUNDS_TO_BE_KILLED_IN)
+    run.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
 
 
 @pytest.mark.parametrize("name", ["fedmoe", "fedmoe_paper"])
 def test_killed_at_twenty_random_moments_ends_with_the_same_bits(name, tmp_path):
-    whole = trainer(name, tmp_path / "whole", rounds=8)
     torch.set_num_threads(1)
-    whole.train()
     output_dir, rng, context = tmp_path / "killed", random.Random(3), multiprocessing.get_context("fork")
     output_dir.mkdir()
-    kills = 0
-    while kills < 20:
+    for kill in range(20):
+        before = get_last_checkpoint(str(output_dir))
         process = context.Process(target=_run_until_killed, args=(name, output_dir))
         process.start()
-        time.sleep(rng.uniform(0.05, 0.6))
-        if process.is_alive():
-            process.kill()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-            kills += 1
-        else:  # the run ended before its turn to be killed: take its last checkpoint away and go on
-            process.join()
-            assert process.exitcode == 0
-            break
-    resumed = trainer(name, output_dir, rounds=8)
-    resumed.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
+        # Every other run dies at any moment of its start or first rounds, the others some time after a checkpoint.
+        if kill % 2:
+            deadline = time.monotonic() + 60
+            while get_last_checkpoint(str(output_dir)) == before:
+                assert process.is_alive() and time.monotonic() < deadline
+                time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    reached = int(get_last_checkpoint(str(output_dir)).split("-")[-1])
+    assert reached >= 10
+    whole, resumed = (trainer(name, folder, rounds=reached + 2) for folder in (tmp_path / "whole", output_dir))
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
     assert_equal_states(state(resumed.model), state(whole.model))
     assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]

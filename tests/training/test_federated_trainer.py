@@ -225,6 +225,12 @@ def test_client_optimizer_state_is_kept_on_request(tmp_path):
     assert not torch.equal(state(kept.model)["classifier.weight"], state(fresh.model)["classifier.weight"])
 
 
+def test_gradient_checkpointing_changes_no_weight(tmp_path):
+    plain, checkpointed = fedmoe(tmp_path, rounds=1), fedmoe(tmp_path, rounds=1, activation_checkpointing=True)
+    plain.train(), checkpointed.train()
+    assert_equal_states(state(plain.model), state(checkpointed.model), atol=1e-6, rtol=0)
+
+
 def test_schedule_over_the_run_falls_from_round_to_round(tmp_path):
     rates = []
 
