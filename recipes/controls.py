@@ -1,7 +1,7 @@
 """
 Fed-MoE beside its fair controls, over several seeds: `python recipes/controls.py yelp_gpt2 --seeds 0 1 2 3 4`.
 
-Every seed draws other clients, another reserved set and other initial heads, the same for all methods. A finished seed
+Every seed draws other clients, another reserved set and other initial heads, the same for all methods. A finished run
 is kept in the output folder and not run again. Any setting of the recipe can follow, `--dataset yelp_reviews_5star`.
 """
 
@@ -30,29 +30,41 @@ from transformers.utils import logging
 FOLDER = Path(__file__).parent
 
 
-def run_seed(recipe_name: str, settings: list[str], seed: int, threads: int) -> dict[str, dict[str, float]]:
-    """All methods on one seed: {row of the table: scores on the test set}."""
+def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: int) -> dict[str, dict[str, float]]:
+    """One method on one seed: {row of the table: scores on the test set}; Fed-MoE has a row for each of its parts."""
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     recipe, args = parse(FOLDER / f"{recipe_name}.yaml", [*settings, "--seed", str(seed), "--disable_tqdm", "True"])
-    args.eval_strategy, args.save_strategy = "no", "no"
+    args.eval_strategy, args.save_strategy, args.logging_strategy = "no", "no", "no"
     tokenizer = load_tokenizer(find_model(recipe.model))
     _, data = load_data(recipe, tokenizer, seed)
-    results = {"majority_class": majority_scores(data)}
-    for method in recipe.compare:
-        trainer = make_trainer(method, recipe, args, data, tokenizer)
-        trainer.train()
-        scores = trainer.evaluate(data.test, metric_key_prefix="test")
-        results[method] = {name: scores[f"test_{name}"] for name in ("accuracy", "macro_f1")}
-        if method == "fedmoe":
-            analysis = analyse(trainer, data, args.eval_batch_size)
-            results |= {f"fedmoe: {name}": score for name, score in analysis.scores.items()}
-            off_diagonal = ~np.eye(len(analysis.disagreement_SS), dtype=bool)
-            results["fedmoe: disagreement of experts"] = {
-                "accuracy": float(analysis.disagreement_SS[off_diagonal].mean()),
-                "macro_f1": float("nan"),
-            }
+    if method == "majority_class":
+        return {method: majority_scores(data)}
+    trainer = make_trainer(method, recipe, args, data, tokenizer)
+    trainer.train()
+    scores = trainer.evaluate(data.test, metric_key_prefix="test")
+    results = {method: {name: scores[f"test_{name}"] for name in ("accuracy", "macro_f1")}}
+    if method == "fedmoe":
+        analysis = analyse(trainer, data, args.eval_batch_size)
+        results |= {f"fedmoe: {name}": score for name, score in analysis.scores.items()}
+        others = ~np.eye(len(analysis.disagreement_SS), dtype=bool)
+        disagreement = float(analysis.disagreement_SS[others].mean())
+        results["fedmoe: disagreement"] = {"accuracy": disagreement, "macro_f1": float("nan")}
     return results
+
+
+def run_all(
+    jobs: dict[Path, tuple[str, list[str], str, int]], num_workers: int
+) -> dict[Path, dict[str, dict[str, float]]]:
+    """The results of all jobs {file: (recipe, settings, method, seed)}; those whose file is there are only read."""
+    threads = max(1, (os.cpu_count() or 1) // num_workers)
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
+        running = {file: pool.submit(run, *job, threads) for file, job in jobs.items() if not file.exists()}
+        for file, result in running.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(result.result(), indent=2) + "\n")
+            print(f"{file.stem} done", flush=True)
+    return {file: json.loads(file.read_text()) for file in jobs}
 
 
 def markdown(results: list[dict[str, dict[str, float]]]) -> str:
@@ -73,22 +85,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="Name of a YAML beside this file, without its ending.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=2, help="Seeds run side by side.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "fedprox"])
+    parser.add_argument("--jobs", type=int, default=2, help="Runs side by side.")
     parser.add_argument("--out", type=Path, default=None, help="Folder of the results.")
     options, settings = parser.parse_known_args()
-    if "--compare" not in settings:
-        settings += ["--compare", *(method for method in METHODS if method != "fedprox")]
     out = options.out or Path("runs", "controls", options.recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    missing = [seed for seed in options.seeds if not (out / f"seed-{seed}.json").exists()]
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        runs = {seed: pool.submit(run_seed, options.recipe, settings, seed, threads) for seed in missing}
-        for seed, run in runs.items():
-            (out / f"seed-{seed}.json").write_text(json.dumps(run.result(), indent=2) + "\n")
-            print(f"seed {seed} done", flush=True)
-    results = [json.loads((out / f"seed-{seed}.json").read_text()) for seed in options.seeds]
-    print(f"\n{options.recipe}, seeds {options.seeds}, {' '.join(settings)}\n\n{markdown(results)}")
+    methods = ["majority_class", *options.methods]
+    jobs = {
+        out / f"{method}-{seed}.json": (options.recipe, settings, method, seed)
+        for seed in options.seeds
+        for method in methods
+    }
+    results = run_all(jobs, options.jobs)
+    by_seed = [
+        {row: score for method in methods for row, score in results[out / f"{method}-{seed}.json"].items()}
+        for seed in options.seeds
+    ]
+    print(f"\n{options.recipe}, seeds {options.seeds}, {' '.join(settings)}\n\n{markdown(by_seed)}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,10 @@ A finished run is kept in the output folder and not run again. Any setting of th
 """
 
 import argparse
-import json
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from controls import run_seed
+from controls import run_all
 
 
 VARIANTS: dict[str, list[str]] = {
@@ -40,29 +36,20 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("runs", "fedmoe_defaults"), help="Folder of the results.")
     options, settings = parser.parse_known_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    files = {(v, s): options.out / f"{v.replace(' ', '-')}-{s}.json" for v in options.variants for s in options.seeds}
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        runs = {}
-        for (variant, seed), file in sorted(files.items(), key=lambda item: item[0][1]):
-            if not file.exists():
-                arguments = [*settings, "--compare", "fedmoe", *VARIANTS[variant]]
-                runs[file] = pool.submit(run_seed, options.recipe, arguments, seed, threads)
-        for file, run in runs.items():
-            file.write_text(json.dumps(run.result(), indent=2) + "\n")
-            print(f"{file.stem} done", flush=True)
+    files = {(v, s): options.out / f"{v.replace(' ', '-')}-{s}.json" for s in options.seeds for v in options.variants}
+    jobs = {file: (options.recipe, [*settings, *VARIANTS[v]], "fedmoe", s) for (v, s), file in files.items()}
+    results = run_all(jobs, options.jobs)
     print(f"\n{options.recipe}, seeds {options.seeds}, {' '.join(settings)}: accuracy / macro-F1 in per cent\n")
     print(f"| | {' | '.join(ROWS)} | disagreement |\n|---|{'---|' * (len(ROWS) + 1)}")
     for variant in options.variants:
-        seeds = [json.loads(files[variant, seed].read_text()) for seed in options.seeds]
+        seeds = [results[files[variant, seed]] for seed in options.seeds]
         cells = []
         for row in ROWS:
             accuracy, macro_f1 = (
                 100 * np.array([seed[f"fedmoe: {row}"][name] for seed in seeds]) for name in ("accuracy", "macro_f1")
             )
             cells.append(f"{accuracy.mean():.1f} ± {accuracy.std(ddof=1):.1f} / {macro_f1.mean():.1f}")
-        disagreement = np.mean([seed["fedmoe: disagreement of experts"]["accuracy"] for seed in seeds])
+        disagreement = np.mean([seed["fedmoe: disagreement"]["accuracy"] for seed in seeds])
         print(f"| {variant} | {' | '.join(cells)} | {100 * disagreement:.0f} |")
 
 

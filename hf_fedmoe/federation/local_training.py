@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -62,6 +62,11 @@ class LocalTrainer:
     accelerator: Accelerator
 
     def __post_init__(self) -> None:
+        self._parameters = list(self.worker.parameters())
+        # Accelerate's wrapper looks for an optional package on disk in every step; without scaling and ranks it does
+        # nothing else.
+        if self.accelerator.scaler is None and self.accelerator.distributed_type == DistributedType.NO:
+            self.optimizer = self.optimizer.optimizer
         self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def train(
@@ -113,7 +118,7 @@ class LocalTrainer:
                 accelerator.backward(loss / len(step))
                 total += loss.detach() / len(step)
             if args.max_grad_norm:
-                accelerator.clip_grad_norm_(self.worker.parameters(), args.max_grad_norm)
+                accelerator.clip_grad_norm_(self._parameters, args.max_grad_norm)
             self.optimizer.step()
             scheduler.step()
             self.optimizer.zero_grad()

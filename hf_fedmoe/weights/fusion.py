@@ -10,7 +10,7 @@ from .layout import Slot
 
 
 # Columns fused at a time: the slices of all rows stay in the second-level cache between the two passes over them.
-_CHUNK = 65_536
+_CHUNK = 131_072
 
 
 @torch.no_grad()

@@ -77,12 +77,12 @@ def test_unknown_names_list_the_choices(text_federation, tmp_path, monkeypatch):
 def test_controls_print_mean_and_spread_and_keep_finished_seeds(text_federation, tmp_path, monkeypatch, capsys):
     import controls
 
-    settings = ["--seeds", "0", "1", "--jobs", "1", "--out", str(tmp_path)]
-    first = {"majority_class": (0.5, 0.1), "fedavg": (0.5, 0.3), "fedmoe": (0.6, 0.4)}
-    second = {"majority_class": (0.5, 0.1), "fedavg": (0.7, 0.5), "fedmoe": (0.7, 0.2)}
-    for seed, rows in enumerate((first, second)):
-        scores = {name: {"accuracy": a, "macro_f1": f} for name, (a, f) in rows.items()}
-        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(scores))
+    settings = ["--seeds", "0", "1", "--jobs", "1", "--methods", "fedavg", "fedmoe", "--out", str(tmp_path)]
+    runs = {"majority_class": [(0.5, 0.1)] * 2, "fedavg": [(0.5, 0.3), (0.7, 0.5)], "fedmoe": [(0.6, 0.4), (0.7, 0.2)]}
+    for method, scores in runs.items():
+        for seed, (accuracy, macro_f1) in enumerate(scores):
+            row = {method: {"accuracy": accuracy, "macro_f1": macro_f1}}
+            (tmp_path / f"{method}-{seed}.json").write_text(json.dumps(row))
     monkeypatch.setattr(sys, "argv", ["controls.py", "yelp_gpt2", *settings])
     controls.main()
     printed = capsys.readouterr().out

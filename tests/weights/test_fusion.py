@@ -42,7 +42,7 @@ def test_collapsed_updates_match_the_worked_example():
 
 def test_gemm_equals_the_written_out_double_loop_across_chunks():
     generator = torch.Generator().manual_seed(0)
-    size = 70_003  # more than one chunk, and not a multiple of it
+    size = 140_003  # more than one chunk, and not a multiple of it
     bank_SP = torch.randn(4, size, generator=generator, dtype=torch.float64)
     uploads_mP = torch.randn(3, size, generator=generator, dtype=torch.float64)
     weights_Sm = torch.randn(4, 3, generator=generator, dtype=torch.float64)

@@ -1,0 +1,120 @@
+"""What every benchmark here shares: threads, alternating repetitions, copy bandwidth, stages, tables."""
+
+import argparse
+import functools
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+def benchmark_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that all benchmarks take."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--threads", type=int, default=1, help="Threads of PyTorch; the ratios depend on them.")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="`cpu` on a busy machine, for one thread.",
+    )
+    parser.add_argument("--quick", action="store_true", help="Small sizes and few repetitions: does it run at all?")
+    return parser
+
+
+def pin_threads(args: argparse.Namespace) -> Callable[[], float]:
+    """Fixes the number of threads, prints the machine in words and returns the clock to measure with."""
+    if args.clock == "cpu" and args.threads > 1:
+        raise ValueError(f"`--clock cpu` adds up the time of {args.threads} threads: take `--clock wall`.")
+    torch.set_num_threads(args.threads)
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"PyTorch {torch.__version__}, {capability}, {args.threads} thread(s), {args.clock} clock")
+    return time.process_time if args.clock == "cpu" else time.perf_counter
+
+
+def alternate(
+    candidates: dict[str, Callable[[], object]], repetitions: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """
+    Seconds of each candidate, run in turns (A B A B ...) after one turn that does not count.
+
+    On a shared machine two measurements can only be compared when they were taken side by side.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repetition in range(repetitions + 1):
+        for name, candidate in candidates.items():
+            started = clock()
+            candidate()
+            if repetition:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
+    """Turn by turn."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+def copy_candidate(num_bytes: int) -> tuple[Callable[[], object], int]:
+    """A large `copy_` (the roof of everything that only moves memory) and the bytes it reads and writes."""
+    source = torch.ones(num_bytes // 4)
+    target = torch.empty_like(source).fill_(0)
+    return lambda: target.copy_(source), 2 * source.nbytes
+
+
+def spread(values: list[float], unit: float = 1.0, digits: int = 2) -> str:
+    """Median (smallest to largest)."""
+    low, middle, high = (f"{f(values) * unit:.{digits}f}" for f in (min, statistics.median, max))
+    return f"{middle} ({low} to {high})"
+
+
+class StageClock:
+    """
+    Sums up the seconds of every stage while it is entered, by wrapping functions.
+
+    Args:
+        stages (`list[tuple]`): (owner of a function, its name, its stage). Of nested functions the outermost counts.
+        clock (`Callable`): Gives the seconds.
+    """
+
+    def __init__(self, stages: list[tuple[Any, str, str]], clock: Callable[[], float]):
+        self.stages, self.clock, self.seconds, self.inside = stages, clock, Counter(), False
+
+    def _timed(self, function: Callable, stage: str) -> Callable:
+        @functools.wraps(function)  # keeps PyTorch's marks on functions that it has wrapped itself
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return function(*args, **kwargs)
+            self.inside, started = True, self.clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.seconds[stage] += self.clock() - started
+
+        return timed
+
+    def __enter__(self) -> None:
+        self.stack, self.started = ExitStack(), self.clock()
+        for owner, name, stage in self.stages:
+            self.stack.enter_context(patch.object(owner, name, self._timed(vars(owner)[name], stage)))
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+        self.seconds["all"] += self.clock() - self.started
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table, so that a figure can go from the terminal into a README as it is."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    print(f"\n{title}\n")
+    for line in lines:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")

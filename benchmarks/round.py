@@ -1,0 +1,198 @@
+"""
+What a federated round costs beyond its training: `FederatedTrainer` with FedAvg against a bare PyTorch loop.
+
+The bare loop is what a careful researcher writes: one model, one dataset and the same collator per client, the same
+optimizer class, schedule, clipping and batches, then a weighted mean in plain Python; it ends with the same weights,
+which is checked. A second bare loop gets its batches collated beforehand and loads no data at all. The three run in
+turns, round by round, each from the same weights.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from machine import StageClock, benchmark_parser, pin_threads, print_table, ratios, spread
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer, adam
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, dataloader
+from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback, default_data_collator
+from transformers import get_linear_schedule_with_warmup as linear_schedule
+from transformers.utils import logging
+
+from hf_fedmoe.data import FederatedDataset
+from hf_fedmoe.federation import LocalTrainer, Stream, round, seed_of
+from hf_fedmoe.federation.local_training import local_steps
+from hf_fedmoe.strategies import Strategy
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, federated_trainer
+from hf_fedmoe.weights import StateLayout
+
+
+VOCAB_SIZE, TOKENS, BATCH_SIZE = 2000, 32, 10
+
+
+class BareLoop:
+    """Federated averaging without a framework."""
+
+    def __init__(self, model: nn.Module, clients: list[datasets.Dataset], args: FederatedTrainingArguments):
+        self.model, self.clients, self.args = copy.deepcopy(model), clients, args
+
+    def load(self, client: int, round_index: int) -> DataLoader:
+        seed = seed_of(self.args.seed, Stream.LOCAL_TRAINING, round_index, client)
+        torch.manual_seed(seed)
+        steps = local_steps(len(self.clients[client]), self.args, seed)
+        order = [batch for step in steps for batch in step]
+        return DataLoader(self.clients[client], batch_sampler=order, collate_fn=default_data_collator)
+
+    def run_round(self, round_index: int, start: dict[str, Tensor], collated: list | None = None) -> dict[str, Tensor]:
+        states, sizes = [], []
+        for client, dataset in enumerate(self.clients):
+            batches = self.load(client, round_index) if collated is None else collated[client]
+            self.model.load_state_dict(start)
+            self.train(batches, num_steps=len(batches))
+            states.append(self.copy_state())
+            sizes.append(len(dataset))
+        return self.average(states, sizes)
+
+    def train(self, batches: Iterable[dict[str, Tensor]], num_steps: int) -> float:
+        model, total = self.model.train(), 0.0
+        optimizer = AdamW(model.parameters(), lr=self.args.learning_rate, weight_decay=0.0, fused=True)
+        scheduler = linear_schedule(optimizer, 0, num_steps)
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            total += loss.item()
+        return total / num_steps
+
+    def copy_state(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def average(self, states: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
+        weights = [size / sum(sizes) for size in sizes]
+        return {name: sum(w * state[name] for w, state in zip(weights, states, strict=True)) for name in states[0]}
+
+
+# Where a round's time goes: (owner of a function, its name, stage).
+STAGES = [
+    *((GPT2ForSequenceClassification, "forward", "forward"), (Tensor, "backward", "backward")),
+    *((nn.utils, "clip_grad_norm_", "clip"), (adam, "adam", "optimizer step"), (Optimizer, "zero_grad", "zero_grad")),
+    *((DataLoader, "__iter__", "data"), (dataloader._BaseDataLoaderIter, "__next__", "data")),
+    *((StateLayout, "write", "download copy"), (nn.Module, "load_state_dict", "download copy")),
+    *((StateLayout, "read", "upload copy"), (BareLoop, "copy_state", "upload copy")),
+    *((LocalTrainer, "_reset_optimizer", "optimizer reset"), (AdamW, "__init__", "optimizer reset")),
+    *((federated_trainer, "get_scheduler", "scheduler"), (LRScheduler, "step", "scheduler")),
+    *((round, "payload_fault", "check"), (Strategy, "update", "server"), (BareLoop, "average", "server")),
+]
+
+
+class Turns(TrainerCallback):
+    """Times the trainer's rounds, logging included, and runs the bare loops after each of them."""
+
+    def __init__(self, bare: BareLoop, repetitions: int, clock: Callable[[], float]):
+        self.bare, self.repetitions, self.clock = bare, repetitions, clock
+        self.seconds: dict[str, list[float]] = {"trainer": [], "bare": [], "collated": []}
+        self.stages = {"trainer": StageClock(STAGES, clock), "bare": StageClock(STAGES, clock)}
+        self.difference, self.started = 0.0, None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
+        self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.split = state.global_step > self.repetitions
+        if self.split:
+            self.stages["trainer"].__enter__()
+        self.started = self.clock()
+
+    def on_log(self, args, state, control, model=None, **kwargs: Any) -> None:
+        if self.started is None:  # the summary after the last round
+            return
+        seconds, round_index = [self.clock() - self.started], state.global_step - 1
+        self.started = None
+        if self.split:
+            self.stages["trainer"].__exit__()
+            with self.stages["bare"]:
+                self.bare.run_round(round_index, self.start)
+            return
+        collated = [list(self.bare.load(client, round_index)) for client in range(len(self.bare.clients))]
+        for batches in (None, collated):
+            started = self.clock()
+            result = self.bare.run_round(round_index, self.start, batches)
+            seconds.append(self.clock() - started)
+            if batches is None:
+                gaps = [(result[name] - tensor).abs().max().item() for name, tensor in model.state_dict().items()]
+                self.difference = max(self.difference, *gaps)
+        if round_index > 0:  # the first one warms up
+            for name, value in zip(self.seconds, seconds, strict=True):
+                self.seconds[name].append(value)
+
+
+def random_clients(num_clients: int, num_examples: int) -> FederatedDataset:
+    rng, count = np.random.default_rng(0), num_clients * num_examples
+    columns = {
+        "input_ids": rng.integers(1, VOCAB_SIZE, (count, TOKENS)),
+        "attention_mask": np.ones((count, TOKENS), dtype=np.int64),
+        "label": rng.integers(0, 4, count),
+    }
+    pool = datasets.Dataset.from_dict(columns)
+    return FederatedDataset(pool, np.split(np.arange(count), num_clients), num_labels=4)
+
+
+def main() -> None:
+    parser = benchmark_parser("A round of FederatedTrainer against a bare PyTorch loop with the same local steps.")
+    parser.add_argument("--clients", type=int, default=50, help="Clients of a round.")
+    parser.add_argument("--examples", type=int, default=50, help="Examples of a client.")
+    parser.add_argument("--hidden", type=int, default=64, help="Width of the two-layer GPT-2 classifier.")
+    parser.add_argument("--repetitions", type=int, default=5, help="Rounds that count, after one that does not.")
+    args = parser.parse_args()
+    if args.quick:
+        args.clients, args.repetitions = 8, 2
+    clock = pin_threads(args)
+    logging.set_verbosity_error()
+    data = random_clients(args.clients, args.examples)
+    torch.manual_seed(0)
+    shape = dict(n_layer=2, n_embd=args.hidden, n_head=args.hidden // 32, n_positions=TOKENS)
+    model = GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCAB_SIZE, num_labels=4, pad_token_id=0))
+    with tempfile.TemporaryDirectory() as folder:
+        training = FederatedTrainingArguments(
+            output_dir=folder,
+            rounds=args.repetitions + 2,
+            clients_per_round=args.clients,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=1e-3,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        bare_loop = BareLoop(model, [data.client(client) for client in range(args.clients)], training)
+        turns = Turns(bare_loop, args.repetitions, clock)
+        trainer = FederatedTrainer(model, training, train_dataset=data, callbacks=[turns])
+        trainer.train()
+
+    rows = [["FederatedTrainer", spread(turns.seconds["trainer"]), ""]]
+    for key, name in (("bare", "bare loop"), ("collated", "bare loop, batches collated beforehand")):
+        overhead = [ratio - 1 for ratio in ratios(turns.seconds["trainer"], turns.seconds[key])]
+        rows.append([name, spread(turns.seconds[key]), spread(overhead, 100, 1)])
+    title = f"A round of {args.clients} clients, {model.num_parameters() / 1e6:.2f}M parameters"
+    print_table(title, ["", "seconds", "overhead of FederatedTrainer, %"], rows)
+    print(f"\nLargest difference of a weight after a round: {turns.difference:.1e}")
+
+    ours, bare = (turns.stages[name].seconds for name in ("trainer", "bare"))
+    stages = list(dict.fromkeys(stage for *_, stage in STAGES))
+    for seconds in (ours, bare):
+        seconds["rest"] = seconds["all"] - sum(seconds[stage] for stage in stages)
+    rows = [
+        [stage, *(f"{x * 1e3 / args.clients:.2f}" for x in (ours[stage], bare[stage], ours[stage] - bare[stage]))]
+        for stage in [*stages, "rest", "all"]
+    ]
+    print_table("One more round by stages, ms per client", ["", "trainer", "bare loop", "difference"], rows)
+
+
+if __name__ == "__main__":
+    main()
