@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from text_federation import (
-    METHODS,
     analyse,
     find_model,
     load_data,
@@ -26,12 +25,31 @@ from text_federation import (
 )
 from transformers.utils import logging
 
+from hf_fedmoe.data import ReservedSet
+from hf_fedmoe.strategies import FedAvgMovingAverage, FedAvgReserved, Server
+
 
 FOLDER = Path(__file__).parent
 
 
+class OneTrajectory(FedAvgMovingAverage):
+    """FedAvg's clients and means, with the last mean kept for the controls that differ only in what follows it."""
+
+    def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
+        self.reserved, self.seed = reserved, seed
+        self.last_mean_P, self.layout = server.tensors["mean_P"].clone(), server.layout
+
+    def needs_reserved_set(self) -> bool:
+        return True
+
+
 def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: int) -> dict[str, dict[str, float]]:
-    """One method on one seed: {row of the table: scores on the test set}; Fed-MoE has a row for each of its parts."""
+    """
+    One method on one seed: {row of the table: scores on the test set}.
+
+    Fed-MoE has a row for each of its parts. "fedavg" gives three rows from one training: the last mean, the moving
+    average of all means, and the last mean fine-tuned on the reserved set.
+    """
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     recipe, args = parse(FOLDER / f"{recipe_name}.yaml", [*settings, "--seed", str(seed), "--disable_tqdm", "True"])
@@ -41,12 +59,27 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
     if method == "majority_class":
         return {method: majority_scores(data)}
     trainer = make_trainer(method, recipe, args, data, tokenizer)
-    trainer.train()
-    scores = trainer.evaluate(data.test, metric_key_prefix="test")
-    results = {method: {name: scores[f"test_{name}"] for name in ("accuracy", "macro_f1")}}
+    results = {}
+
+    def score(row: str) -> None:
+        scores = trainer.evaluate(data.test, metric_key_prefix="test")
+        results[row] = {name: scores[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+
+    if method == "fedavg":
+        trainer.strategy = end = OneTrajectory(args.fusion_rate)
+        trainer.train()
+        score("fedavg, moving average of the server")
+        end.layout.write(end.last_mean_P, trainer.model)
+        score("fedavg")
+        tuned = FedAvgReserved("end", recipe.final_epochs, args.expert_learning_rate, args.gate_batch_size)
+        tuned.fine_tune(trainer.model, end.reserved, args.weight_decay, end.seed)
+        score("fedavg, fine-tuned on the reserved set at the end")
+    else:
+        trainer.train()
+        score("fedavg, server trains on the reserved set every round" if method == "fedavg_reserved" else method)
     if method == "fedmoe":
         analysis = analyse(trainer, data, args.eval_batch_size)
-        results |= {f"fedmoe: {name}": score for name, score in analysis.scores.items()}
+        results |= {f"fedmoe: {name}": scores for name, scores in analysis.scores.items()}
         others = ~np.eye(len(analysis.disagreement_SS), dtype=bool)
         disagreement = float(analysis.disagreement_SS[others].mean())
         results["fedmoe: disagreement"] = {"accuracy": disagreement, "macro_f1": float("nan")}
@@ -85,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="Name of a YAML beside this file, without its ending.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "fedprox"])
+    parser.add_argument("--methods", nargs="+", default=["fedavg", "fedavg_reserved", "fedmoe"])
     parser.add_argument("--jobs", type=int, default=2, help="Runs side by side.")
     parser.add_argument("--out", type=Path, default=None, help="Folder of the results.")
     options, settings = parser.parse_known_args()

@@ -215,15 +215,24 @@ def main(settings_file: Path) -> None:
         trainer.train()
         evaluated = trainer.evaluate(data.test, metric_key_prefix="test")
         results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+    found = {}
     if recipe.compare[-1] == "fedmoe":
         analysis = analyse(trainer, data, args.eval_batch_size)
         plot_gate(analysis.share_KC, data.label_names, output_dir / "gate.png")
         results |= {f"  {name}": analysis.scores[name] for name in ("dense", "best_expert", "uniform_ensemble")}
         results["  oracle_expert"] = analysis.scores["oracle_expert"]
+        found["gate_share_KC"] = analysis.share_KC
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nOn {len(data.test)} test examples:\n{table(results)}")
 
     trainer.save_model(str(output_dir / "model"))
+    trainer.create_model_card(
+        model_name=f"{settings_file.stem}-{recipe.compare[-1]}",
+        dataset=dataset_name,
+        folder=output_dir / "model",
+        comparison={name.replace("  ", "fedmoe: "): score for name, score in results.items()},
+        **found,
+    )
     classifier = pipeline("text-classification", model=str(output_dir / "model"))
     print(f"\nLoaded back from {output_dir / 'model'}:")
     for sentence in SENTENCES:

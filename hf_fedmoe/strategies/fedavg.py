@@ -7,6 +7,7 @@ The controls give FedAvg what Fed-MoE has besides its mixture: the server's rese
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..data import ReservedSet
 from .base import Server, Strategy, Uploads, average_into_, warmed_up
@@ -48,16 +49,17 @@ class FedAvgReserved(Strategy):
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
         average_into_(server, uploads)
-        return {"reserved_loss": self._fine_tune(server, reserved, seed)} if self.when == "round" else {}
+        if self.when == "end":
+            return {}
+        return {"reserved_loss": self.fine_tune(server.model, reserved, server.weight_decay, seed)}
 
     def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
         if self.when == "end":
-            self._fine_tune(server, reserved, seed)
+            self.fine_tune(server.model, reserved, server.weight_decay, seed)
 
-    def _fine_tune(self, server: Server, reserved: ReservedSet, seed: int) -> float:
-        return fine_tune(
-            server.model, reserved, self.epochs, self.learning_rate, server.weight_decay, self.batch_size, seed
-        )
+    def fine_tune(self, model: nn.Module, reserved: ReservedSet, weight_decay: float, seed: int) -> float:
+        """The server's training by itself; returns its mean loss."""
+        return fine_tune(model, reserved, self.epochs, self.learning_rate, weight_decay, self.batch_size, seed)
 
 
 @dataclass

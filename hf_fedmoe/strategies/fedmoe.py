@@ -75,7 +75,7 @@ class FedMoESettings:
         entropy_weight (`float`, *optional*, defaults to 1e-3): beta of Eq. 7.
         balance_weight (`float`, *optional*): Weight of KL(mean gate || uniform), which keeps all experts in use.
         expert_epochs (`int`, *optional*): Passes over the reserved set per iteration in which the experts themselves
-            are fine-tuned, routed ones on the examples the gate sends them.
+            are fine-tuned, routed ones more on the examples that the gate sends them.
         final_expert_epochs (`int`, *optional*): Passes over the reserved set in which every expert is fine-tuned once,
             after the last round. The gate stays as it is: experts that have seen the reserved set are too sure of it
             to teach a gate.
@@ -96,9 +96,7 @@ class FedMoESettings:
     entropy_weight: float = _setting(1e-3, "beta, weight of the gating entropy.")
     balance_weight: float | None = _setting(None, "Weight of the load-balancing term.")
     expert_epochs: int | None = _setting(None, "Passes of the experts over the reserved set per iteration.")
-    final_expert_epochs: int | None = _setting(
-        None, "The same once, after the last round."
-    )
+    final_expert_epochs: int | None = _setting(None, "The same once, after the last round.")
     expert_learning_rate: float = _setting(1e-4, "Learning rate of the experts on the reserved set.")
 
     def resolve_preset(self) -> None:
@@ -240,13 +238,15 @@ class FedMoE(Strategy):
     def _fine_tune(
         self, server: Server, reserved: ReservedSet, Q_RK: Tensor, epochs: int, seed: int
     ) -> dict[str, float]:
-        """Every expert by itself; a routed one on the examples that the gate sends it, with mean weight one."""
+        """Every expert by itself; in a routed one the examples that the gate sends it weigh more (one on average)."""
         num_main = server.model.config.num_main_experts
         losses = []
         for index, expert in enumerate(server.model.experts):
             weights_R = None
             if index >= num_main:
-                weights_R = Q_RK[:, index - num_main] / Q_RK[:, index - num_main].mean().clamp_min(1e-6)
+                own_R = Q_RK[:, index - num_main]
+                # Half of its attention is for all examples: on its own ones alone, few as they are, it gets worse.
+                weights_R = 0.5 + 0.5 * own_R / own_R.mean().clamp_min(1e-6)
             losses.append(
                 fine_tune(
                     expert,

@@ -90,6 +90,19 @@ def test_moving_average_of_rate_one_is_fedavg(tmp_path):
     assert_equal_states(state(averaged.model), state(run(tmp_path, FedAvg()).model))
 
 
+def test_clients_of_the_moving_average_are_those_of_fedavg(tmp_path):
+    class KeepLastMean(FedAvgMovingAverage):
+        def finish(self, server, reserved, seed):
+            self.last = state_of_row(server.layout, server.tensors["mean_P"])
+
+    def state_of_row(layout, row_P):
+        return {name: view.clone() for name, view in layout.views(row_P).items()}
+
+    strategy = KeepLastMean(rate=0.3)
+    run(tmp_path, strategy)
+    assert_equal_states(strategy.last, state(run(tmp_path, FedAvg()).model))
+
+
 def test_fine_tuning_on_the_reserved_set_for_no_epoch_at_rate_zero_is_fedavg(tmp_path):
     for when in ("round", "end"):
         tuned = run(tmp_path, FedAvgReserved(when=when, learning_rate=0.0))

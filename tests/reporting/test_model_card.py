@@ -1,0 +1,160 @@
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_fedmoe.reporting import RunFacts, write_model_card
+from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
+from tests.tiny_federation import tiny_args, tiny_expert, tiny_federation, tiny_mixture
+
+
+def facts(**changes) -> RunFacts:
+    known = dict(
+        method="fedmoe",
+        settings={"preset": "default", "fusion_rate": 0.3},
+        local={"learning_rate": 6e-4},
+        clients_per_round=2,
+        client_sizes_M=np.array([10, 12, 8]),
+        reserved_size=24,
+        rounds=5,
+        chosen_round=4,
+        bytes_up=1_500_000,
+        bytes_down=3_000_000_000,
+        counted_rounds=5,
+        participations_M=np.array([4, 3, 3]),
+        evaluations={"test": {"accuracy": 0.61234, "macro_f1": 0.5, "loss": 1.25, "runtime": 3.0}},
+    )
+    return RunFacts(**known | changes)
+
+
+def row(card: ModelCard, name: str) -> list[str]:
+    (line,) = [line for line in card.text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_metadata_of_the_hub(tmp_path):
+    write_model_card(
+        tmp_path / "reviews-moe",
+        tiny_mixture(),
+        facts(),
+        model_id="user/reviews-moe",
+        license="cc0-1.0",
+        language="en",
+        tags="toy",
+        base_model="openai-community/gpt2",
+        dataset="Toy reviews",
+        dataset_id="user/toy",
+    )
+    data = ModelCard.load(tmp_path / "reviews-moe" / "README.md").data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-classification")
+    assert {"fedmoe", "federated-learning", "mixture-of-experts", "toy"} <= set(data.tags)
+    assert (data.license, data.language, data.base_model) == ("cc0-1.0", "en", "openai-community/gpt2")
+    assert (data.model_name, data.datasets, data.metrics) == ("reviews-moe", ["user/toy"], ["accuracy", "f1", "loss"])
+    results = {result.metric_name: result for result in data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == {
+        "Accuracy": 0.6123,
+        "Macro-F1": 0.5,
+        "Loss": 1.25,
+    }
+    assert results["Macro-F1"].metric_type == "f1"
+    assert {(r.dataset_type, r.dataset_name, r.dataset_split) for r in results.values()} == {
+        ("user/toy", "Toy reviews", "test")
+    }
+
+
+def test_text_tells_make_up_training_and_how_to_load(tmp_path):
+    model = tiny_mixture(num_routed_experts=3, top_l=2)
+    card = write_model_card(tmp_path, model, facts(), model_id="user/moe")
+    size = sum(parameter.numel() for parameter in tiny_expert().parameters())
+    assert row(card, "Main experts") == ["1"] and row(card, "Routed experts (K)") == ["3"]
+    assert row(card, "Each expert") == [f"BertForSequenceClassification, {size:,} parameters"]
+    assert row(card, "Gate") == ["linear, on the main expert's pooled features"]
+    assert row(card, "Weight of the routed part (alpha)") == ["0.500"]
+    assert row(card, "Routed experts run per example (top-L)") == ["2"]
+    assert row(card, "Method") == ["`fedmoe`"] and row(card, "fusion_rate") == ["0.3"]
+    assert row(card, "Rounds") == ["5, the model of round 4 kept"]
+    assert row(card, "Clients") == ["3, 2 in each round"] and row(card, "Examples of a client") == ["8 to 12"]
+    assert row(card, "Reserved set of the server") == ["24 labelled examples"]
+    assert row(card, "Clients to server") == ["1.5 MB"] and row(card, "Server to clients") == ["3,000.0 MB"]
+    assert row(card, "test") == ["0.6123", "0.5000", "1.2500"]
+    assert row(card, "1") == ["12", "3"]  # client 1: examples, rounds
+    assert 'model="user/moe", trust_remote_code=True' in card.text
+    assert card.data.eval_results is None and card.data.base_model is None  # nothing is made up
+
+
+def test_gate_contributions_and_comparison(tmp_path):
+    share_KC = np.array([[0.75, 0.25, 0.5], [0.25, 0.75, 0.5]])
+    contribution_SM = np.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05], [0.0, 0.4, 0.6]])
+    comparison = {"fedavg": {"accuracy": 0.5, "macro_f1": 0.25}, "fedmoe": {"accuracy": 0.75, "macro_f1": 0.5}}
+    card = write_model_card(
+        tmp_path,
+        tiny_mixture(),
+        facts(),
+        comparison=comparison,
+        gate_share_KC=share_KC,
+        contribution_SM=contribution_SM,
+    )
+    assert row(card, "routed expert 0") == ["0.75", "0.25", "0.50"]
+    assert row(card, "client 0") == ["0.20", "0.90", "0.00"]
+    assert row(card, "fedavg") == ["0.5000", "0.2500"]
+    with pytest.raises(ValueError, match=r"`gate_share_KC` has shape \(3, 2\)"):
+        write_model_card(tmp_path, tiny_mixture(), facts(), gate_share_KC=share_KC.T)
+    with pytest.raises(ValueError, match=r"`contribution_SM` has shape \(2, 3\), but .* need \(3, 3\)"):
+        write_model_card(tmp_path, tiny_mixture(), facts(), contribution_SM=contribution_SM[:2])
+    with pytest.raises(ValueError, match="has neither gate nor experts"):
+        write_model_card(tmp_path, tiny_expert(), facts(), gate_share_KC=share_KC)
+
+
+def test_many_clients_are_summed_up_and_unknown_rounds_are_said(tmp_path):
+    many = facts(client_sizes_M=np.full(100, 7), participations_M=np.arange(100) % 3, counted_rounds=3)
+    card = write_model_card(tmp_path, tiny_mixture(), many)
+    assert "66 of 100 clients took part, 0 to 2 times." in card.text
+    assert row(card, "Examples of a client") == ["7"]
+    assert row(card, "Clients to server") == ["1.5 MB in 3 of 5 rounds"]
+
+
+def test_base_model_is_a_hub_id_and_never_a_folder(tmp_path):
+    model = tiny_mixture()
+    for name, expected in (("user/small-bert", "user/small-bert"), (str(tmp_path), None), ("/no/such/folder", None)):
+        model.config.expert_config._name_or_path = name
+        assert write_model_card(tmp_path, model).data.base_model == expected
+
+
+def test_a_trainer_reports_its_own_run(tmp_path):
+    trainer = FedMoETrainer(
+        tiny_mixture(),
+        tiny_args(tmp_path / "run", eval_strategy="steps", eval_steps=1, logging_steps=3),
+        train_dataset=tiny_federation(),
+    )
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "## Evaluation" not in card.text  # evaluations during the run are of earlier models
+    scores = trainer.evaluate()
+    trainer.create_model_card(dataset="toy rows", folder=tmp_path / "elsewhere")
+    card = ModelCard.load(tmp_path / "elsewhere" / "README.md")
+    size = sum(parameter.numel() for parameter in tiny_expert().parameters())
+    assert row(card, "Clients to server") == [f"{3 * 2 * 4 * size / 1e6:,.1f} MB"]  # logged once in three rounds
+    assert row(card, "validation")[0] == f"{scores['eval_accuracy']:.4f}"
+    drawn = [client for report in trainer.rounds for client in report.clients]
+    assert [row(card, str(client)) for client in range(4)] == [["12", str(drawn.count(client))] for client in range(4)]
+    assert row(card, "correlation") == ["relevance"]
+
+
+def test_a_resumed_run_counts_the_rounds_before(tmp_path):
+    for rounds, resume in ((2, None), (3, True)):
+        args = tiny_args(tmp_path, rounds=rounds, save_strategy="steps")
+        trainer = FederatedTrainer(tiny_expert(), args, tiny_federation())
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.create_model_card(model_name="plain")
+    card = ModelCard.load(tmp_path / "README.md")
+    size = sum(parameter.numel() for parameter in tiny_expert().parameters())
+    assert row(card, "Server to clients") == [f"{3 * 2 * 4 * size / 1e6:,.1f} MB"]
+    assert "How often each client took part" not in card.text  # known for the last round only
+    assert "fedmoe" not in card.data.tags and "trust_remote_code" not in card.text
+    assert row(card, "Reserved set of the server") == ["none used"]
+
+
+def test_the_template_is_part_of_the_package():
+    assert (files("hf_fedmoe") / "reporting" / "model_card_template.md").is_file()
