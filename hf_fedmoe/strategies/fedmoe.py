@@ -149,6 +149,8 @@ class FedMoE(Strategy):
         return model.experts
 
     def setup(self, server: Server, num_clients: int) -> None:
+        # How much of each expert came from each client; what is missing to one is the common start.
+        server.tensors["contribution_SM"] = torch.zeros(server.bank_SP.shape[0], num_clients)
         if self.settings.synchronisation == "download_mixture":
             # W^c of each client's last round; a column of zeros means that it never took part.
             server.tensors["mixture_SM"] = torch.zeros(server.bank_SP.shape[0], num_clients)
@@ -232,6 +234,9 @@ class FedMoE(Strategy):
         if self.settings.fusion_warmup:
             rates = [warmed_up(rate, round_index) for rate in rates]
         rate_S = torch.tensor(rates, device=weights_Sm.device)
+        contribution_SM = server.tensors["contribution_SM"]
+        contribution_SM *= 1 - rate_S.cpu()[:, None]
+        contribution_SM[:, uploads.clients] += (rate_S[:, None] * weights_Sm).cpu()
         fuse_(server.bank_SP, uploads.rows_mP, rate_S[:, None] * weights_Sm, 1 - rate_S, server.layout.batchnorm)
         server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in weights_Sm]
 

@@ -29,6 +29,7 @@ def perturbed_server(seed=0, **config):
     rows_mP = bank_SP[:1] + 0.3 * torch.randn(3, layout.size)
     server = Server(model, worker, layout, bank_SP, [{} for _ in model.experts])
     uploads = Uploads([4, 0, 2], rows_mP, [{}] * 3, torch.tensor([1.0, 2.0, 3.0]))
+    server.tensors["contribution_SM"] = torch.zeros(len(bank_SP), 5)
     return server, uploads
 
 
@@ -65,6 +66,30 @@ def test_stage_b_moves_the_experts_by_equation_6(reserved):
     # The bank is the model: nothing has to be copied back.
     fused = server.layout.views(server.bank_SP[2])
     assert all(torch.equal(tensor, fused[name]) for name, tensor in server.model.routed_experts[1].named_parameters())
+
+
+def test_contributions_are_the_weights_that_each_client_has_in_each_expert(reserved):
+    """The row that fusion gives is the same mixture of all uploads so far: fusion is linear."""
+    server, uploads = perturbed_server()
+    strategy = FedMoE(settings())
+    start_SP = server.bank_SP.clone()
+    strategy.update(server, uploads, reserved, 0, seed=1)
+    others = Uploads([1, 3], uploads.rows_mP[:2] + 0.1, uploads.integers[:2], uploads.num_examples_m[:2])
+    strategy.update(server, others, reserved, 1, seed=2)
+    contribution_SM = server.tensors["contribution_SM"]
+    rows = {
+        4: uploads.rows_mP[0],
+        0: uploads.rows_mP[1],
+        2: uploads.rows_mP[2],
+        1: others.rows_mP[0],
+        3: others.rows_mP[1],
+    }
+    for s in range(3):
+        expected_P = sum(contribution_SM[s, client] * row_P for client, row_P in rows.items())
+        expected_P = expected_P + (1 - contribution_SM[s].sum()) * start_SP[s]
+        torch.testing.assert_close(server.bank_SP[s], expected_P, atol=1e-5, rtol=0)
+    assert contribution_SM[0, 1].item() == pytest.approx(0.6 / 2)
+    assert contribution_SM[0, 4].item() == pytest.approx(0.4 * 0.6 / 3)
 
 
 def test_warmed_up_averages_start_as_running_means(reserved):
