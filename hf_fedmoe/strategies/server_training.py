@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LinearLR
 
 from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel
@@ -27,7 +28,7 @@ def fine_tune(
     weights_R: Tensor | None = None,
 ) -> float:
     """
-    Trains a classifier on the reserved set by AdamW and returns its mean loss.
+    Trains a classifier on the reserved set by AdamW, its learning rate falling to 0, and returns its mean loss.
 
     `weights_R`, if given, weighs the examples: routed experts learn from those that the gate sends them. All
     randomness (order, dropout) follows from `seed`.
@@ -35,8 +36,11 @@ def fine_tune(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    num_steps = epochs * -(-len(reserved) // batch_size)
+    # At a constant rate what comes out depends on the last few batches: up to five points of accuracy on the reviews.
+    scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)
     model.train()
-    total, steps = torch.zeros((), device=reserved.labels_R.device), 0
+    total = torch.zeros((), device=reserved.labels_R.device)
     for _ in range(epochs):
         for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
             batch = reserved.batch(indices)
@@ -48,11 +52,11 @@ def fine_tune(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss.detach()
-            steps += 1
     model.eval()
-    return (total / steps).item()
+    return (total / num_steps).item()
 
 
 @torch.no_grad()
