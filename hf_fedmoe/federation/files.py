@@ -23,7 +23,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{target.name}")
+    temporary = target.with_name(f"_tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     yield temporary
@@ -31,7 +31,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         for name in names:
             _sync(Path(folder, name))
         _sync(Path(folder))
-    replaced = target.with_name(f".old-{target.name}")
+    replaced = target.with_name(f"_old-{target.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -38,14 +39,17 @@ from ..federation import (
     save_federation,
     seed_of,
 )
+from ..reporting import write_model_card
 from ..strategies import FedAvg, Server, Strategy
 from ..weights import StateLayout, copy_module, release
 from .checks import check_run
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
+from .run_facts import run_facts
 
 
-CLIENTS_FOLDER = "clients"
+# The underscore keeps it from the Hub: `push_to_hub` leaves out `_*`, and clients' own models belong to nobody else.
+CLIENTS_FOLDER = "_clients"
 
 
 class FederatedTrainer(Trainer):
@@ -85,6 +89,7 @@ class FederatedTrainer(Trainer):
         self.strategy = strategy or FedAvg()
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
+        self._contribution_SM: np.ndarray | None = None
         if data_collator is None:
             data_collator = DataCollatorWithPadding(processing_class) if processing_class else default_data_collator
         if train_dataset is not None:
@@ -149,6 +154,8 @@ class FederatedTrainer(Trainer):
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
             self.strategy.finish(federation.server, federation.reserved, seed_of(args.seed, Stream.SERVER, rounds))
+            if "contribution_SM" in federation.server.tensors:
+                self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
             release(self.model)
@@ -320,8 +327,9 @@ class FederatedTrainer(Trainer):
             if not self.args.save_only_model:
                 federation = self._active_federation
                 save_federation(folder, federation.server, federation.store, self._identity())
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
+        if self.args.push_to_hub and self.args.hub_strategy != "end":
+            # Trainer's own push of a checkpoint would write a pickle and leave out code and card.
+            self.push_to_hub(f"Round {self.state.global_step}", blocking=False)
         rotate_checkpoints(
             output_dir=str(run_dir),
             save_total_limit=self.args.save_total_limit,
@@ -344,6 +352,59 @@ class FederatedTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         (output_dir / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
+
+    # The model card
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | None = None,
+        dataset: str | None = None,
+        folder: str | Path | None = None,
+        **found: Any,
+    ) -> None:
+        """
+        Writes the model card, see [`~reporting.write_model_card`]; `push_to_hub` calls this with its own `kwargs`.
+
+        Args:
+            language, license, tags, model_name (*optional*): As in [`~transformers.Trainer`].
+            finetuned_from (`str`, *optional*): Hub id of the model that the experts started from.
+            dataset_tags (`str`, *optional*): Hub id of the data set.
+            dataset (`str`, *optional*): What the data set is called.
+            folder (`str` or `Path`, *optional*): Where the card goes, `args.output_dir` if left out.
+            found: `comparison` or `gate_share_KC`, for further parts of the card.
+        """
+        if not self.is_world_process_zero():
+            return
+        facts = None
+        if self.federated_dataset is not None:
+            facts = run_facts(
+                self.args,
+                self.strategy,
+                self._identity()["strategy_settings"],
+                self.federated_dataset,
+                self.state,
+                self.rounds,
+                self._contribution_SM,
+            )
+        write_model_card(
+            folder or self.args.output_dir,
+            self.model,
+            facts,
+            model_name=model_name,
+            model_id=self.hub_model_id,
+            language=language,
+            license=license,
+            tags=tags or (),
+            base_model=finetuned_from,
+            dataset=dataset,
+            dataset_id=dataset_tags,
+            **found,
+        )
 
 
 def _first_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:

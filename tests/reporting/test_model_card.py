@@ -90,10 +90,9 @@ def test_gate_contributions_and_comparison(tmp_path):
     card = write_model_card(
         tmp_path,
         tiny_mixture(),
-        facts(),
+        facts(contribution_SM=contribution_SM),
         comparison=comparison,
         gate_share_KC=share_KC,
-        contribution_SM=contribution_SM,
     )
     assert row(card, "routed expert 0") == ["0.75", "0.25", "0.50"]
     assert row(card, "client 0") == ["0.20", "0.90", "0.00"]
@@ -101,7 +100,7 @@ def test_gate_contributions_and_comparison(tmp_path):
     with pytest.raises(ValueError, match=r"`gate_share_KC` has shape \(3, 2\)"):
         write_model_card(tmp_path, tiny_mixture(), facts(), gate_share_KC=share_KC.T)
     with pytest.raises(ValueError, match=r"`contribution_SM` has shape \(2, 3\), but .* need \(3, 3\)"):
-        write_model_card(tmp_path, tiny_mixture(), facts(), contribution_SM=contribution_SM[:2])
+        write_model_card(tmp_path, tiny_mixture(), facts(contribution_SM=contribution_SM[:2]))
     with pytest.raises(ValueError, match="has neither gate nor experts"):
         write_model_card(tmp_path, tiny_expert(), facts(), gate_share_KC=share_KC)
 
@@ -140,6 +139,29 @@ def test_a_trainer_reports_its_own_run(tmp_path):
     drawn = [client for report in trainer.rounds for client in report.clients]
     assert [row(card, str(client)) for client in range(4)] == [["12", str(drawn.count(client))] for client in range(4)]
     assert row(card, "correlation") == ["relevance"]
+    shares = np.array([row(card, f"client {client}") for client in range(4)], dtype=float)
+    np.testing.assert_allclose(shares.sum(0), 1, atol=0.02)  # of an expert; warmed up, nothing of the start is left
+    last = trainer.rounds[-1].clients  # the main expert is the mean of the last round
+    np.testing.assert_allclose(shares[:, 0], [client in last for client in range(4)] / np.float64(2))
+
+
+def test_contributions_are_left_out_when_an_earlier_round_is_kept(tmp_path):
+    args = tiny_args(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst round, which is not the last
+    )
+    trainer = FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert trainer.state.best_global_step < 3
+    assert row(card, "Rounds") == [f"3, the model of round {trainer.state.best_global_step} kept"]
+    assert "client 0" not in card.text
 
 
 def test_a_resumed_run_counts_the_rounds_before(tmp_path):

@@ -130,8 +130,8 @@ def test_checkpoints_are_safetensors_and_json_only_and_load_as_models(tmp_path):
     named = set()
     for folder in checkpoints:
         named |= set(json.loads((tmp_path / folder / "federation.json").read_text())["clients"].values())
-    assert {path.name for path in (tmp_path / "clients").iterdir()} == named
-    with safe_open(tmp_path / "clients" / sorted(named)[0], "pt") as file:
+    assert {path.name for path in (tmp_path / "_clients").iterdir()} == named
+    with safe_open(tmp_path / "_clients" / sorted(named)[0], "pt") as file:
         assert "row_P" in file.keys() and any(key.startswith("optimizer.") for key in file.keys())  # noqa: SIM118
 
 

@@ -1,5 +1,6 @@
 """What travels to the Hub, and back; the Hub is played by a server on 127.0.0.1."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tests.loopback_hub import loopback_hub
 
 # In a process of its own, because the address of the Hub is read when huggingface_hub is imported.
 PUSH_AND_LOAD = """
+import json
 import sys
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from hf_fedmoe.training import FedMoETrainer
 from tests.tiny_federation import tiny_args, tiny_federation, tiny_mixture
 
 data = tiny_federation()
-args = tiny_args(sys.argv[1], rounds=1, hub_model_id="user/model")
+args = tiny_args(sys.argv[1], rounds=1, hub_model_id="user/model", **json.loads(sys.argv[2]))
 trainer = FedMoETrainer(tiny_mixture(), args, train_dataset=data)
 trainer.train()
 trainer.evaluate(data.validation, metric_key_prefix="test")
@@ -40,7 +42,8 @@ print("bit-equal")
 """
 
 
-def test_push_sends_model_code_and_card_and_comes_back_bit_equal(tmp_path):
+def push_and_load(tmp_path, **arguments):
+    """Runs the script above with further training arguments; the files that the Hub then has."""
     repository = Path(__file__).parents[2]
     with loopback_hub() as hub:
         environment = os.environ | {
@@ -54,7 +57,7 @@ def test_push_sends_model_code_and_card_and_comes_back_bit_equal(tmp_path):
             "PYTHONPATH": str(repository),
         }
         result = subprocess.run(
-            [sys.executable, "-c", PUSH_AND_LOAD, str(tmp_path / "run")],
+            [sys.executable, "-c", PUSH_AND_LOAD, str(tmp_path / "run"), json.dumps(arguments)],
             env=environment,
             capture_output=True,
             text=True,
@@ -62,11 +65,29 @@ def test_push_sends_model_code_and_card_and_comes_back_bit_equal(tmp_path):
         )
         assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith("bit-equal")
+    return hub.files
+
+
+def test_push_sends_model_code_and_card_and_comes_back_bit_equal(tmp_path):
+    files = push_and_load(tmp_path)
     code = {"configuration_fedmoe.py", "mixture_fedmoe.py", "modeling_fedmoe.py"}
-    assert code | {"config.json", "model.safetensors", "README.md", "training_args.json"} <= hub.files.keys()
-    assert not [name for name in hub.files if name.endswith((".bin", ".pt", ".pkl"))]
-    card = ModelCard(hub.files["README.md"].decode())
+    assert code | {"config.json", "model.safetensors", "README.md", "training_args.json"} <= files.keys()
+    assert_nothing_private(files)
+    card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "transformers" and card.data.license == "cc0-1.0"
     assert card.data.model_name == "model" and "fedmoe" in card.data.tags
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
     assert 'model="user/model"' in card.text
+
+
+def test_pushing_every_checkpoint_sends_neither_pickles_nor_the_clients_models(tmp_path):
+    """The paper's Stage C leaves a model with each participant, beside the checkpoints."""
+    kept = {"preset": "paper", "keep_client_optimizer": True, "save_strategy": "steps", "push_to_hub": True}
+    files = push_and_load(tmp_path, **kept)
+    assert list((tmp_path / "run").glob("_clients/*.safetensors"))
+    assert {"modeling_fedmoe.py", "model.safetensors", "README.md"} <= files.keys()
+    assert_nothing_private(files)
+
+
+def assert_nothing_private(files):
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl")) or "/" in name]

@@ -1,0 +1,280 @@
+"""The model card: what was trained, on whose data, how to load it and what to beware of.
+
+Shape suffixes: S experts (main ones first), K routed experts, M clients, C classes.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+
+from ..models import FedMoEPreTrainedModel
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TAGS = ("federated-learning", "text-classification")
+MIXTURE_TAGS = ("fedmoe", "mixture-of-experts")
+# Name in the card, metric type of the Hub.
+METRICS = {"accuracy": ("Accuracy", "accuracy"), "macro_f1": ("Macro-F1", "f1"), "loss": ("Loss", "loss")}
+SPLITS = {"eval": "validation", "test": "test"}
+MAX_LISTED_CLIENTS = 30
+
+
+@dataclass
+class RunFacts:
+    """
+    What a trainer knows about its run.
+
+    Args:
+        method (`str`): Name of the strategy.
+        settings (`dict[str, Any]`): Of the strategy.
+        local (`dict[str, Any]`): What a client does in a round, by the names of the training arguments.
+        clients_per_round (`int`): m.
+        client_sizes_M (`np.ndarray` of shape `[M]`): Examples of each client.
+        reserved_size (`int`): Examples of the reserved set that the method reads, 0 if it reads none.
+        rounds (`int`): Rounds that were run.
+        chosen_round (`int`, *optional*): The round whose model was kept, when the best one was loaded at the end.
+        bytes_up (`int`), bytes_down (`int`): Communication in the counted rounds.
+        counted_rounds (`int`): Rounds whose communication is known.
+        participations_M (`np.ndarray` of shape `[M]`, *optional*): Rounds in which each client took part.
+        refused (`int`): Uploads that were refused in the counted rounds.
+        contribution_SM (`np.ndarray` of shape `[S, M]`, *optional*): How much of each expert came from each client.
+        evaluations (`dict[str, dict[str, float]]`): Metrics of the finished model by prefix, e.g. `"test"`.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    local: dict[str, Any]
+    clients_per_round: int
+    client_sizes_M: np.ndarray
+    reserved_size: int = 0
+    rounds: int = 0
+    chosen_round: int | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    counted_rounds: int = 0
+    participations_M: np.ndarray | None = None
+    refused: int = 0
+    contribution_SM: np.ndarray | None = None
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    model: PreTrainedModel,
+    run: RunFacts | None = None,
+    *,
+    model_name: str | None = None,
+    model_id: str | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | Iterable[str] = (),
+    base_model: str | None = None,
+    dataset: str | None = None,
+    dataset_id: str | None = None,
+    comparison: dict[str, dict[str, float]] | None = None,
+    gate_share_KC: np.ndarray | None = None,
+) -> ModelCard:
+    """
+    Writes `README.md` with the metadata of the Hugging Face Hub beside a saved model.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the model is saved.
+        model ([`~transformers.PreTrainedModel`]): A mixture, or the single model of another method.
+        run ([`RunFacts`], *optional*): What is known of its training.
+        model_name (`str`, *optional*): Title; the folder's name if left out.
+        model_id (`str`, *optional*): What to load it by, `"user/name"`; `"<user>/<model_name>"` if left out.
+        language (`str`, *optional*): Of the texts.
+        license (`str`, *optional*): Of the weights, by its Hub name.
+        tags (`str` or `Iterable[str]`, *optional*): Besides those that every card has.
+        base_model (`str`, *optional*): Hub id of the model that the experts started from. By default the one that the
+            experts' configuration names, unless that is a folder.
+        dataset (`str`, *optional*): What the data is called. With it, evaluations become the `model-index`.
+        dataset_id (`str`, *optional*): Its Hub id.
+        comparison (`dict[str, dict[str, float]]`, *optional*): Metrics of other methods on the same test set.
+        gate_share_KC (`np.ndarray` of shape `[K, C]`, *optional*): Mean gate probability by expert and true class.
+
+    Returns:
+        `huggingface_hub.ModelCard`
+
+    Raises:
+        ValueError: When an array does not fit the model or the clients.
+    """
+    folder = Path(folder)
+    config, is_mixture = model.config, isinstance(model, FedMoEPreTrainedModel)
+    model_name = model_name or folder.absolute().name
+    contribution_SM = None if run is None else run.contribution_SM
+    if (gate_share_KC is not None or contribution_SM is not None) and not is_mixture:
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, which has neither gate nor experts: leave `gate_share_KC` and "
+            "`contribution_SM` out."
+        )
+    expert_names = _expert_names(model) if is_mixture else []
+    label_names = [config.id2label[index] for index in range(config.num_labels)]
+    _check_shape("gate_share_KC", gate_share_KC, (getattr(config, "num_routed_experts", 0), config.num_labels))
+    _check_shape(
+        "contribution_SM", contribution_SM, (len(expert_names), 0 if run is None else len(run.client_sizes_M))
+    )
+    evaluations = {} if run is None else run.evaluations
+    results = _eval_results(evaluations, dataset, dataset_id) if dataset or dataset_id else []
+    data = ModelCardData(
+        model_name=model_name,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=[*(MIXTURE_TAGS if is_mixture else ()), *TAGS, *([tags] if isinstance(tags, str) else tags)],
+        language=language,
+        license=license,
+        base_model=base_model or _hub_id(config.expert_config if is_mixture else config),
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        title=model_name,
+        model_id=model_id or f"<user>/{model_name}",
+        run=run,
+        is_mixture=is_mixture,
+        dataset_text=dataset or dataset_id,
+        labels=label_names,
+        mixture=_table(_mixture_rows(model), ["", ""]) if is_mixture else "",
+        training=_table(_training_rows(run), ["", ""]) if run else "",
+        settings=_table(list(run.settings.items()), ["setting", "value"]) if run and run.settings else "",
+        results=_metrics_table({SPLITS.get(name, name): found for name, found in evaluations.items()}),
+        comparison=_metrics_table(comparison or {}),
+        gate=_array_table(gate_share_KC, expert_names[-len(gate_share_KC) :], label_names)
+        if gate_share_KC is not None
+        else "",
+        participations=_participations(run) if run and run.participations_M is not None else "",
+        contributions=_contributions(contribution_SM, expert_names) if contribution_SM is not None else "",
+    )
+    card.save(folder / "README.md")
+    return card
+
+
+def _hub_id(config: Any) -> str | None:
+    """The Hub id that a configuration was loaded from; a folder of this machine is nobody's business."""
+    name = config._name_or_path
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if not name or Path(name).exists() else name
+
+
+def _eval_results(evaluations: dict[str, dict[str, float]], dataset: str | None, dataset_id: str | None) -> list:
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=dataset_id or dataset,
+            dataset_name=dataset or dataset_id,
+            dataset_split=SPLITS.get(prefix, prefix),
+            metric_type=METRICS[name][1],
+            metric_name=METRICS[name][0],
+            metric_value=round(value, 4),
+        )
+        for prefix, found in evaluations.items()
+        for name, value in found.items()
+        if name in METRICS
+    ]
+
+
+def _expert_names(model: FedMoEPreTrainedModel) -> list[str]:
+    mains = model.config.num_main_experts
+    main = ["main expert"] if mains == 1 else [f"main expert {index}" for index in range(mains)]
+    return main + [f"routed expert {k}" for k in range(model.config.num_routed_experts)]
+
+
+def _mixture_rows(model: FedMoEPreTrainedModel) -> list[tuple[str, Any]]:
+    config, expert = model.config, model.experts[0]
+    gate = "linear, on the main expert's pooled features"
+    if config.gate == "model":
+        gate = f"{type(model.gate).__name__}, {_count(model.gate)} parameters"
+    return [
+        ("Main experts", config.num_main_experts),
+        ("Routed experts (K)", config.num_routed_experts),
+        ("Each expert", f"{type(expert).__name__}, {_count(expert)} parameters"),
+        ("Gate", gate),
+        ("Weight of the routed part (alpha)", f"{model.alpha.item():.3f}" if config.num_main_experts else "all"),
+        ("Routed experts run per example (top-L)", config.top_l),
+        ("What is mixed", config.mix),
+        ("All parameters", _count(model)),
+    ]
+
+
+def _training_rows(run: RunFacts) -> list[tuple[str, Any]]:
+    sizes_M = run.client_sizes_M
+    examples = f"{sizes_M.min()}" if sizes_M.min() == sizes_M.max() else f"{sizes_M.min()} to {sizes_M.max()}"
+    kept = f", the model of round {run.chosen_round} kept" if run.chosen_round else ""
+    counted = "" if run.counted_rounds == run.rounds else f" in {run.counted_rounds} of {run.rounds} rounds"
+    return [
+        ("Method", f"`{run.method}`"),
+        ("Rounds", f"{run.rounds}{kept}"),
+        ("Clients", f"{len(sizes_M)}, {run.clients_per_round} in each round"),
+        ("Examples of a client", examples),
+        ("Reserved set of the server", f"{run.reserved_size} labelled examples" if run.reserved_size else "none used"),
+        *((f"`{name}` of a client", value) for name, value in run.local.items()),
+        ("Clients to server", f"{run.bytes_up / 1e6:,.1f} MB{counted}"),
+        ("Server to clients", f"{run.bytes_down / 1e6:,.1f} MB{counted}"),
+        ("Uploads refused", f"{run.refused}{counted}"),
+    ]
+
+
+def _participations(run: RunFacts) -> str:
+    rounds_M = run.participations_M
+    if len(rounds_M) > MAX_LISTED_CLIENTS:
+        return (
+            f"{(rounds_M > 0).sum()} of {len(rounds_M)} clients took part, {rounds_M.min()} to {rounds_M.max()} times."
+        )
+    return _table(
+        [
+            (client, size, rounds)
+            for client, (size, rounds) in enumerate(zip(run.client_sizes_M, rounds_M, strict=True))
+        ],
+        ["client", "examples", "rounds"],
+    )
+
+
+def _contributions(contribution_SM: np.ndarray, expert_names: list[str]) -> str:
+    """The clients that gave most, in the order of their share."""
+    clients = np.sort(np.argsort(-contribution_SM.sum(0), kind="stable")[:MAX_LISTED_CLIENTS])
+    return _array_table(contribution_SM[:, clients].T, [f"client {client}" for client in clients], expert_names)
+
+
+def _metrics_table(found: dict[str, dict[str, float]]) -> str:
+    names = [name for name in METRICS if any(name in metrics for metrics in found.values())]
+    rows = [(row, *(f"{found[row][name]:.4f}" if name in found[row] else "" for name in names)) for row in found]
+    return _table(rows, ["", *(METRICS[name][0] for name in names)]) if names else ""
+
+
+def _array_table(values: np.ndarray, rows: list[str], columns: list[str]) -> str:
+    cells = [(name, *(f"{value:.2f}" for value in line)) for name, line in zip(rows, values, strict=True)]
+    return _table(cells, ["", *columns])
+
+
+def _table(rows: list[tuple], head: list[str]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|").strip() for cell in line) + " |" for line in lines
+    )
+
+
+def _check_shape(name: str, array: np.ndarray | None, shape: tuple[int, int]) -> None:
+    if array is not None and not (
+        array.ndim == 2 and array.shape[0] == shape[0] and shape[1] in (None, array.shape[1])
+    ):
+        raise ValueError(
+            f"`{name}` has shape {array.shape}, but the model and its clients need {shape}: transpose or crop it."
+        )
+
+
+def _count(module: Any) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,}"

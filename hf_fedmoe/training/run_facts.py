@@ -1,0 +1,82 @@
+"""What the model card says about a run, gathered from what a trainer has at hand."""
+
+import numpy as np
+from transformers import TrainerState
+
+from ..data import FederatedDataset
+from ..federation import RoundReport
+from ..reporting import RunFacts
+from ..strategies import Strategy
+from .federated_arguments import FederatedTrainingArguments
+
+
+LOCAL_SETTINGS = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "optim", "weight_decay")
+
+
+def run_facts(
+    args: FederatedTrainingArguments,
+    strategy: Strategy,
+    settings: dict,
+    data: FederatedDataset,
+    state: TrainerState,
+    reports: list[RoundReport],
+    contribution_SM: np.ndarray | None = None,
+) -> RunFacts:
+    """
+    Gathers [`~reporting.RunFacts`].
+
+    Args:
+        args ([`FederatedTrainingArguments`]): Of the run.
+        strategy ([`~strategies.Strategy`]): Its method.
+        settings (`dict`): The method's settings.
+        data ([`~data.FederatedDataset`]): Its clients.
+        state (`TrainerState`): With the log, which a resumed run has from its first round on.
+        reports (`list[RoundReport]`): The rounds of this process, the last ones of the run.
+        contribution_SM (`np.ndarray` of shape `[S, M]`, *optional*): How much of each expert came from each client
+            after the last round; it says nothing of the model of an earlier one.
+    """
+    rounds = state.global_step
+    sent = {entry["step"]: entry for entry in state.log_history if "bytes_up" in entry}
+    for step, report in enumerate(reports, start=rounds - len(reports) + 1):
+        sent[step] = {
+            "bytes_up": report.bytes_up,
+            "bytes_down": report.bytes_down,
+            "refused_clients": len(report.refused),
+        }
+    participations_M = None
+    if reports and len(reports) == rounds:
+        drawn = [client for report in reports for client in report.clients if client not in report.refused]
+        participations_M = np.bincount(drawn, minlength=data.num_clients)
+    chosen_round = state.best_global_step if args.load_best_model_at_end else None
+    return RunFacts(
+        method=strategy.name,
+        settings=settings,
+        local={name: args.to_dict()[name] for name in LOCAL_SETTINGS},
+        clients_per_round=args.clients_per_round,
+        client_sizes_M=data.client_sizes,
+        reserved_size=len(data.reserved) if strategy.needs_reserved_set() else 0,
+        rounds=rounds,
+        chosen_round=chosen_round,
+        bytes_up=sum(entry["bytes_up"] for entry in sent.values()),
+        bytes_down=sum(entry["bytes_down"] for entry in sent.values()),
+        counted_rounds=len(sent),
+        participations_M=participations_M,
+        refused=sum(entry["refused_clients"] for entry in sent.values()),
+        contribution_SM=contribution_SM if chosen_round in (None, rounds) else None,
+        evaluations=_evaluations(state.log_history),
+    )
+
+
+def _evaluations(history: list[dict]) -> dict[str, dict[str, float]]:
+    """
+    The newest evaluation under each prefix, of the finished model only: what was logged before the end of training
+    belongs to earlier rounds, and a strategy may still change the model after the last one.
+    """
+    ends = [place for place, entry in enumerate(history) if "train_runtime" in entry]
+    found: dict[str, dict[str, float]] = {}
+    for entry in history[ends[-1] + 1 if ends else 0 :]:
+        for key, value in entry.items():
+            prefix, _, name = key.partition("_")
+            if f"{prefix}_loss" in entry and name:
+                found.setdefault(prefix, {})[name] = value
+    return found

@@ -1,0 +1,90 @@
+"""The Python blocks of README.md and docs/ run as they stand, in the order of the page."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_fedmoe.strategies import FedAvg
+from hf_fedmoe.training import FederatedTrainer
+from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
+
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(source: str, names: dict | None = None) -> dict:
+    """Executes a block; its names come back, and may be those of the next one."""
+    names = {"__name__": "page"} if names is None else names
+    exec(compile(source, "page", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch):
+    """A folder in which paths of the repository are found and nothing is written to it."""
+    (tmp_path / "hf_fedmoe").symlink_to(REPOSITORY / "hf_fedmoe")
+    monkeypatch.chdir(tmp_path)
+
+
+def run_readme(rounds: int) -> dict:
+    train, load, own_clients = blocks("README.md")
+    assert "rounds=5" in train
+    names = run(train.replace("rounds=5", f"rounds={rounds}"))
+    assert names["trainer"].state.global_step == rounds
+    loaded = run(load)
+    assert_equal_states(state(loaded["classify"].model), state(names["trainer"].model))
+    assert Path("runs/example/model/README.md").read_text().startswith("---\nlibrary_name: transformers")
+    assert run(own_clients)["data"].num_clients == 2
+    return names
+
+
+def test_readme_in_one_round(newcomer):
+    run_readme(rounds=1)
+
+
+@pytest.mark.slow
+def test_readme_as_it_stands(newcomer):
+    names = run_readme(rounds=5)
+    assert names["trainer"].evaluate(names["data"].test)["eval_accuracy"] > 0.4
+
+
+def test_readme_names_files_that_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    assert "accelerate launch recipes/yelp_gpt2.py" in text
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (REPOSITORY / link).exists(), link
+    for folder in re.findall(r"`(hf_fedmoe/\w+)`", text):
+        assert (REPOSITORY / folder).is_dir(), folder
+    assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
+
+
+def test_method_of_the_docs(newcomer, tmp_path):
+    method, use = blocks("docs/strategies.md")
+    names = run(method)
+    momentum = names["FedAvgMomentum"]
+    run(use, names)
+    assert [entry["velocity_norm"] > 0 for entry in names["trainer"].state.log_history if "loss" in entry] == [
+        True
+    ] * 2
+
+    def trained(strategy, rounds=3, resume=None):
+        folder = tmp_path / strategy.name
+        args = tiny_args(folder, rounds=rounds, save_strategy="steps")
+        trainer = FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy=strategy)
+        trainer.train(resume_from_checkpoint=resume)
+        return state(trainer.model)
+
+    plain = trained(FedAvg())
+    assert_equal_states(trained(momentum(0.0)), plain)
+    heavy = trained(momentum(0.5))
+    assert not torch.allclose(heavy["classifier.weight"], plain["classifier.weight"], atol=1e-4)
+    resumed = trained(momentum(0.5), resume=os.path.join(tmp_path, "fedavg_momentum", "checkpoint-2"))
+    assert_equal_states(resumed, heavy)
