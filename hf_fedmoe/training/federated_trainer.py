@@ -345,9 +345,6 @@ class FederatedTrainer(Trainer):
             return
         output_dir = Path(output_dir or self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        if state_dict is None:
-            # While a run is on, tensors are views of one bank, which safetensors would take for shared memory.
-            state_dict = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.model.save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
