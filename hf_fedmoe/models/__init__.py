@@ -1,24 +1,35 @@
 """What is saved, pushed and loaded: the server Mixture-of-Experts as an ordinary Hugging Face model."""
 
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from .configuration_fedmoe import FedMoEConfig
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
+from .modeling_fedmoe_vision import FedMoEForImageClassification
+from .small_cnn import SmallCNNConfig, SmallCNNForImageClassification, SmallCNNModel
+from .small_image_resnet import SmallImageResNetConfig, SmallImageResNetForImageClassification
 
 
 # `exist_ok`: the same classes may have been registered as remote code of a downloaded checkpoint before.
 AutoConfig.register(FedMoEConfig.model_type, FedMoEConfig, exist_ok=True)
+AutoModelForImageClassification.register(FedMoEConfig, FedMoEForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(FedMoEConfig, FedMoEForSequenceClassification, exist_ok=True)
-# Puts the two source files beside saved weights, so that they load where this package is not installed.
+# Puts the source files beside saved weights, so that they load where this package is not installed.
 FedMoEConfig.register_for_auto_class()
+FedMoEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
     "FedMoEConfig",
+    "FedMoEForImageClassification",
     "FedMoEForSequenceClassification",
     "FedMoEOutput",
     "FedMoEPreTrainedModel",
+    "SmallCNNConfig",
+    "SmallCNNForImageClassification",
+    "SmallCNNModel",
+    "SmallImageResNetConfig",
+    "SmallImageResNetForImageClassification",
     "dense_mixture",
     "gating_entropy",
     "load_imbalance",

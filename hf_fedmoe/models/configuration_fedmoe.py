@@ -1,10 +1,13 @@
 """Configuration of the server Mixture-of-Experts. Flat: the file travels to the Hub as it is."""
 
 import copy
+import os
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.utils import logging
 
 
@@ -18,6 +21,9 @@ MIXES = ("probabilities", "logits")
 _SHARED_FIELDS = frozenset({"id2label", "label2id", "pad_token_id", "num_routed_experts"})
 
 
+# What decides which version of a checkpoint's files is read.
+_SOURCE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
 # Facts about where a configuration came from, or that `FedMoEConfig` sets: experts may differ in them.
 _IGNORED_CONFIG_KEYS = frozenset(
     ("_name_or_path", "architectures", "auto_map", "dtype", "pad_token_id", "problem_type", "transformers_version")
@@ -26,8 +32,9 @@ _IGNORED_CONFIG_KEYS = frozenset(
 
 class FedMoEConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`FedMoEForSequenceClassification`]: one to three main experts, `num_routed_experts` routed
-    experts of the same architecture, a gate and a learnable weight `alpha` (Fed-MoE, IJCAI 2025).
+    Configuration of a [`FedMoEForSequenceClassification`] or [`FedMoEForImageClassification`]: one to three main
+    experts, `num_routed_experts` routed experts of the same architecture, a gate and a learnable weight `alpha`
+    (Fed-MoE, IJCAI 2025).
 
     Sub-configurations are copied, so that the ones passed in stay as they are. The number of labels, their names and
     the padding token are kept equal in the model, its experts and its gate.
@@ -114,6 +121,44 @@ class FedMoEConfig(PreTrainedConfig):
         super().__setattr__(key, value)
         if key in _SHARED_FIELDS and "_post_init_done" in self.__dict__:
             self._synchronize()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        Saves the configuration; the source files of experts and gates that transformers does not know go beside it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder, made if needed.
+            push_to_hub, kwargs:
+                As in `PreTrainedConfig.save_pretrained`.
+        """
+        # Saving a model notes its own Auto class here first: experts and gate are built through the same one.
+        auto_classes = [name for name in getattr(self, "auto_map", None) or () if name != "AutoConfig"]
+        for config in (self.expert_config, self.gate_config):
+            if config is None or not config.is_remote_code():
+                continue
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(config, save_directory, config=config)
+            for name in auto_classes:
+                model_class = getattr(transformers, name)._model_mapping.get(type(config), None)
+                if model_class is not None and model_class.is_remote_code():
+                    # Asks an object for its class, module and Auto class only: no need to build the model.
+                    custom_object_save(model_class.__new__(model_class), save_directory, config=config)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in `PreTrainedConfig`; as remote code, also fetches the code of experts that transformers lacks."""
+        source = {name: kwargs[name] for name in _SOURCE_ARGUMENTS if name in kwargs}
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Running from a checkpoint's own files, this code was trusted together with its neighbours. An installed
+        # package was not asked to trust anything, and must not run them.
+        if __name__.startswith("transformers_modules."):
+            for key in cls.sub_configs_defaults:
+                _register_custom_code(config_dict.get(key), pretrained_model_name_or_path, source)
+        return config_dict, kwargs
 
     def _synchronize(self) -> None:
         """Carries labels, number of experts and padding token over to the sub-configurations."""
@@ -214,6 +259,20 @@ class FedMoEConfig(PreTrainedConfig):
                     "gate and the experts read the same token ids, so take a gate with the experts' tokenizer, or "
                     "`gate='main_features'`."
                 )
+
+
+def _register_custom_code(config: dict[str, Any] | None, place: str | os.PathLike, source: dict[str, Any]) -> None:
+    """Registers the classes that a sub-configuration of an unknown type names, from the files at `place`."""
+    if not config or not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
+        return
+    references = dict(config["auto_map"])
+    config_class = get_class_from_dynamic_module(references.pop("AutoConfig"), place, **source)
+    config_class.register_for_auto_class()
+    AutoConfig.register(config["model_type"], config_class)
+    for name, reference in references.items():
+        model_class = get_class_from_dynamic_module(reference, place, **source)
+        model_class.register_for_auto_class(name)
+        getattr(transformers, name).register(config_class, model_class)
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int | None:
