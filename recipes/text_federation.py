@@ -18,6 +18,7 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_fedmoe.data import FederatedDataset, dirichlet, iid, load_source, predominant
@@ -212,7 +213,9 @@ def main(settings_file: Path) -> None:
         print(f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {data.num_clients} clients")
         args.output_dir = str(output_dir / method)
         trainer = make_trainer(method, recipe, args, data, tokenizer)
-        trainer.train()
+        # Called again, the recipe goes on where it stopped; with other settings it asks for another folder.
+        started = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
+        trainer.train(resume_from_checkpoint=started or None)
         evaluated = trainer.evaluate(data.test, metric_key_prefix="test")
         results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1")}
     found = {}

@@ -1,6 +1,5 @@
 """The Python blocks of README.md and docs/ run as they stand, in the order of the page."""
 
-import os
 import re
 from pathlib import Path
 
@@ -75,16 +74,15 @@ def test_method_of_the_docs(newcomer, tmp_path):
         True
     ] * 2
 
-    def trained(strategy, rounds=3, resume=None):
-        folder = tmp_path / strategy.name
-        args = tiny_args(folder, rounds=rounds, save_strategy="steps")
+    def trained(strategy, folder, resume=None):
+        args = tiny_args(tmp_path / folder, save_strategy="steps")
         trainer = FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy=strategy)
         trainer.train(resume_from_checkpoint=resume)
         return state(trainer.model)
 
-    plain = trained(FedAvg())
-    assert_equal_states(trained(momentum(0.0)), plain)
-    heavy = trained(momentum(0.5))
+    plain = trained(FedAvg(), "plain")
+    assert_equal_states(trained(momentum(0.0), "none"), plain)
+    heavy = trained(momentum(0.5), "heavy")
     assert not torch.allclose(heavy["classifier.weight"], plain["classifier.weight"], atol=1e-4)
-    resumed = trained(momentum(0.5), resume=os.path.join(tmp_path, "fedavg_momentum", "checkpoint-2"))
+    resumed = trained(momentum(0.5), "heavy", resume=str(tmp_path / "heavy" / "checkpoint-2"))
     assert_equal_states(resumed, heavy)

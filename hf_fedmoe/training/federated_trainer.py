@@ -1,6 +1,7 @@
 """The face that Hugging Face users know: a `Trainer` whose steps are rounds."""
 
 import dataclasses
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -120,6 +121,12 @@ class FederatedTrainer(Trainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"`output_dir` {self.args.output_dir!r} holds no checkpoint to resume from.")
+        replaces = self.args.save_strategy != "no" and not self.rounds and Path(self.args.output_dir).is_dir()
+        if not resume_from_checkpoint and replaces and get_last_checkpoint(self.args.output_dir):
+            raise ValueError(
+                f"`output_dir` {self.args.output_dir!r} holds the checkpoints of an earlier run, which this one would "
+                "replace: continue it, `train(resume_from_checkpoint=True)`, or choose another `output_dir`."
+            )
         if resume_from_checkpoint:
             check_identity(Path(resume_from_checkpoint), self._identity())
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -208,7 +215,7 @@ class FederatedTrainer(Trainer):
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         modules = self.strategy.server_models(self.model)
         layout = StateLayout.of(modules[0])
-        worker = copy_module(modules[0]).requires_grad_(True)
+        worker = copy_module(modules[0])
         server = Server(
             self.model,
             worker,
@@ -268,12 +275,7 @@ class FederatedTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             expert = self.strategy.server_models(self.model)[0]
             if expert is not self.model:
-                self._signature_columns += self._signature_of(expert)
-
-    @staticmethod
-    def _signature_of(module: nn.Module) -> list[str]:
-        code = type(module).forward.__code__
-        return list(code.co_varnames[1 : code.co_argcount])
+                self._signature_columns += list(inspect.signature(expert.forward).parameters)
 
     # Checkpoints
 

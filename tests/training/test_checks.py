@@ -144,3 +144,15 @@ def test_resuming_from_nothing(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=r"has no federation.json: it is not a checkpoint of a federated run"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "model"))
+
+
+def test_a_new_run_does_not_replace_the_checkpoints_of_an_earlier_one(tmp_path):
+    def trainer(**changes):
+        args = tiny_args(tmp_path, rounds=1, **changes)
+        return FederatedTrainer(tiny_expert(), args, tiny_federation())
+
+    trainer(save_strategy="steps").train()
+    with pytest.raises(ValueError, match=r"`output_dir` .* holds the checkpoints of an earlier run"):
+        trainer(save_strategy="steps").train()
+    trainer(save_strategy="no").train()  # writes nothing, replaces nothing
+    assert (tmp_path / "checkpoint-1" / "federation.json").is_file()

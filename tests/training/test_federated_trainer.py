@@ -89,6 +89,22 @@ def test_equal_seeds_give_equal_bits(tmp_path):
     assert_equal_states(state(runs[0].model), state(runs[1].model))
 
 
+def test_frozen_parameters_of_the_expert_stay_frozen(tmp_path):
+    expert = tiny_expert()
+    expert.bert.requires_grad_(False)
+    before = state(expert)
+    trainer = FederatedTrainer(expert, tiny_args(tmp_path, rounds=1), tiny_federation())
+    trainer.train()
+    changed = {name for name, tensor in state(trainer.model).items() if not torch.allclose(tensor, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_columns_that_only_the_client_model_names_reach_it(tmp_path):
+    trainer = fedmoe(tmp_path, rounds=1)
+    trainer.train()
+    assert {"input_ids", "attention_mask", "token_type_ids", "label"} <= set(trainer._signature_columns)
+
+
 def test_dropout_follows_from_the_seed(tmp_path):
     states = []
     for seed in (11, 11, 12):
