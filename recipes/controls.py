@@ -71,7 +71,8 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
         score("fedavg, moving average of the server")
         end.layout.write(end.last_mean_P, trainer.model)
         score("fedavg")
-        tuned = FedAvgReserved("end", recipe.final_epochs, args.expert_learning_rate, args.gate_batch_size)
+        epochs = max(1, args.final_expert_epochs)
+        tuned = FedAvgReserved("end", epochs, args.expert_learning_rate, args.gate_batch_size)
         tuned.fine_tune(trainer.model, end.reserved, args.weight_decay, end.seed)
         score("fedavg, fine-tuned on the reserved set at the end")
     else:

@@ -57,7 +57,6 @@ class RecipeArguments:
         default_factory=lambda: ["fedavg", "fedmoe"],
         metadata={"help": f"What is trained, in this order: any of {', '.join(METHODS)}."},
     )
-    final_epochs: int = field(default=5, metadata={"help": "Epochs of fedavg_tuned_at_end on the reserved set."})
 
 
 def parse(settings_file: Path, argv: list[str]) -> tuple[RecipeArguments, FederatedTrainingArguments]:
@@ -167,7 +166,7 @@ def make_trainer(
         "fedavg": FedAvg(),
         "fedprox": FedProx(),
         "fedavg_reserved": FedAvgReserved("round", max(1, args.expert_epochs), **server),
-        "fedavg_tuned_at_end": FedAvgReserved("end", recipe.final_epochs, **server),
+        "fedavg_tuned_at_end": FedAvgReserved("end", max(1, args.final_expert_epochs), **server),
         "fedavg_moving_average": FedAvgMovingAverage(args.fusion_rate),
     }
     if method not in strategies:

@@ -1,6 +1,4 @@
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +14,8 @@ from transformers import (
 from hf_fedmoe.models import (
     FedMoEConfig,
     FedMoEForSequenceClassification,
-    dense_mixture,
     gating_entropy,
     load_imbalance,
-    select_experts,
 )
 from tests.tiny_models import (
     EOS_TOKEN_ID,
@@ -35,7 +31,6 @@ from tests.tiny_models import (
 )
 
 
-VECTORS = Path(__file__).parents[1] / "data" / "mixture.json"
 GATES = ("main_features", "model")
 
 
@@ -47,82 +42,6 @@ def build(family: str = "bert", gate: str = "main_features", different: bool = T
     config = {"pad_token_id": PAD_TOKEN_ID} | config
     model = FedMoEForSequenceClassification.from_expert(TEXT_FAMILIES[family](), gate, **config)
     return make_different(model) if different else model
-
-
-@pytest.fixture(scope="module")
-def vectors() -> dict:
-    values = json.loads(VECTORS.read_text())
-    return {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for k, v in values.items()}
-
-
-# ---------------------------------------------------------------- functions
-
-
-@pytest.fixture(scope="module")
-def logits_BSC(vectors) -> torch.Tensor:  # noqa: N802
-    return torch.cat([vectors["P_main_BC"][:, None], vectors["P_routed_BKC"]], dim=1).log() + 3.0
-
-
-def test_dense_mixture_vectors(vectors, logits_BSC):
-    logits_BC = dense_mixture(logits_BSC, vectors["Q_BK"], vectors["alpha"], 1)
-    torch.testing.assert_close(logits_BC, vectors["logits_BC"], rtol=0, atol=1e-10)
-    torch.testing.assert_close(logits_BC.exp(), vectors["dense_BC"], rtol=0, atol=1e-10)
-    loss = torch.nn.functional.nll_loss(logits_BC, vectors["labels_B"].long())
-    assert loss.item() == pytest.approx(vectors["cross_entropy"], abs=1e-10)
-    entropy = gating_entropy(vectors["Q_BK"])
-    assert entropy.item() == pytest.approx(vectors["gating_entropy"], abs=1e-10)
-    assert (loss + vectors["beta"] * entropy).item() == pytest.approx(vectors["gate_loss"], abs=1e-10)
-    assert load_imbalance(vectors["Q_BK"]).item() == pytest.approx(vectors["balance_kl"], abs=1e-10)
-
-
-@pytest.mark.parametrize("top_l", [1, 2, 3])
-@pytest.mark.parametrize("weighting", ["softmax", "renormalize"])
-def test_top_l_vectors(vectors, logits_BSC, top_l, weighting):
-    expected = vectors["top_l"][str(top_l)]
-    weights_BL, experts_BL = select_experts(vectors["Q_BK"], top_l, weighting)
-    assert experts_BL.tolist() == expected["experts"]
-    rows_B1 = torch.arange(len(experts_BL))[:, None]
-    chosen_BSC = torch.cat([logits_BSC[:, :1], logits_BSC[:, 1:][rows_B1, experts_BL]], dim=1)
-    probs_BC = dense_mixture(chosen_BSC, weights_BL, vectors["alpha"], 1).exp()
-    expected_BC = torch.tensor(expected[weighting], dtype=torch.float64)
-    torch.testing.assert_close(probs_BC, expected_BC, rtol=0, atol=1e-10)
-
-
-def test_dense_mixture_without_and_with_several_main_experts(vectors, logits_BSC):
-    probs_BSC, gate_BK = logits_BSC.softmax(-1), vectors["Q_BK"]
-    routed_BC = torch.einsum("bk,bkc->bc", gate_BK, probs_BSC[:, 1:])
-    none = dense_mixture(logits_BSC[:, 1:], gate_BK, 0.4, 0).exp()
-    torch.testing.assert_close(none, routed_BC, rtol=0, atol=1e-12)
-    three_BSC = torch.cat([logits_BSC[:, 1:], logits_BSC[:, 1:]], dim=1)
-    three = dense_mixture(three_BSC, gate_BK, 0.4, 3).exp()
-    torch.testing.assert_close(three, 0.6 * probs_BSC[:, 1:].mean(1) + 0.4 * routed_BC, rtol=0, atol=1e-12)
-
-
-def test_mixture_of_logits(vectors, logits_BSC):
-    gate_BK = vectors["Q_BK"]
-    expected = 0.6 * logits_BSC[:, 0] + 0.4 * torch.einsum("bk,bkc->bc", gate_BK, logits_BSC[:, 1:])
-    mixed_BC = dense_mixture(logits_BSC, gate_BK, 0.4, 1, mix="logits")
-    torch.testing.assert_close(mixed_BC, expected.log_softmax(-1), rtol=0, atol=1e-12)
-
-
-def test_extreme_inputs_stay_finite_with_finite_gradients():
-    logits_BSC = torch.tensor([[[0.0, 900.0], [900.0, 0.0], [0.0, 1e4]]], requires_grad=True)
-    scores_BK = torch.tensor([[0.0, 1e4]], requires_grad=True)
-    gate_BK = scores_BK.softmax(-1)
-    mixed_BC = dense_mixture(logits_BSC, gate_BK, torch.tensor([0.5]), 1)
-    (mixed_BC.sum() + gating_entropy(gate_BK) + load_imbalance(gate_BK)).backward()
-    assert mixed_BC.isfinite().all()
-    assert logits_BSC.grad.isfinite().all()
-    assert scores_BK.grad.isfinite().all()
-
-
-def test_entropy_and_imbalance_at_their_bounds():
-    uniform, one = torch.full((4, 5), 0.2), torch.eye(5)[[2, 2, 2]]
-    assert gating_entropy(uniform).item() == pytest.approx(torch.tensor(5.0).log().item())
-    assert gating_entropy(one).item() == 0.0
-    assert load_imbalance(uniform).item() == pytest.approx(0.0, abs=1e-6)
-    assert load_imbalance(one).item() == pytest.approx(torch.tensor(5.0).log().item())
-    assert load_imbalance(torch.eye(5)).item() == pytest.approx(0.0, abs=1e-6)
 
 
 # ---------------------------------------------------------------- forward
