@@ -21,7 +21,7 @@ from .server_training import expert_outputs, fine_tune, gate_probabilities, prob
 SYNCHRONISATIONS = ("download_main", "download_mixture", "after_round")
 
 # The settings that are left to the preset when they are `None`. "paper" is the letter of the paper with the
-# coefficients of its command line; "default" is what did better on real data (docs/fedmoe_defaults.md).
+# coefficients of its command line; "default" has our choices (docs/fedmoe_defaults.md says why).
 PRESETS: dict[str, dict[str, float | int | str | bool]] = {
     "default": {
         "correlation": "relevance",
