@@ -199,6 +199,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(settings_file: Path) -> None:
     """Runs the recipe as `accelerate launch` calls it."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs
     recipe, args = parse(settings_file, sys.argv[1:])
     output_dir, model_name = Path(args.output_dir), find_model(recipe.model)
     tokenizer = load_tokenizer(model_name)
