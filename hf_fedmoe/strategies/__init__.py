@@ -7,13 +7,7 @@ from .fedprox import FedProx
 from .relevance import client_mixture, correlate
 
 
-# The strategies by the name that arguments and command lines use.
-STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (FedAvg, FedAvgReserved, FedAvgMovingAverage, FedProx, FedMoE)
-}
-
 __all__ = [
-    "STRATEGIES",
     "FedAvg",
     "FedAvgMovingAverage",
     "FedAvgReserved",
