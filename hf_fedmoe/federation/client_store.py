@@ -1,11 +1,12 @@
 """State that stays with clients between rounds, on disk: a file for each client that has any."""
 
-import os
 import uuid
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .files import sync
 
 
 class ClientStore:
@@ -43,9 +44,7 @@ class ClientStore:
     def sync(self) -> None:
         """Forces the current versions to disk, before a checkpoint names them."""
         for name in self.manifest.values():
-            descriptor = os.open(self.folder / name, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(self.folder / name)
 
     def prune(self, manifests: list[dict[int, str]]) -> None:
         """Deletes the versions that neither these checkpoints' manifests nor the current one name."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
-from ..models import FedMoEPreTrainedModel
+from ..models import FedMoEPreTrainedModel, gating_entropy
 from ..weights import fuse_, fuse_integers
 from .base import Server, Strategy, Uploads, warmed_up
 from .relevance import CORRELATIONS, client_mixture, correlate
@@ -202,7 +202,7 @@ class FedMoE(Strategy):
         share_K = torch.bincount(Q_RK.argmax(1), minlength=Q_RK.shape[1]) / len(Q_RK)
         return report | {
             "alpha": model.alpha.item(),
-            "gate_entropy": -(Q_RK * Q_RK.clamp_min(1e-12).log()).sum(1).mean().item(),
+            "gate_entropy": gating_entropy(Q_RK).item(),
             **{f"expert_{k}_share": share.item() for k, share in enumerate(share_K)},
         }
 
