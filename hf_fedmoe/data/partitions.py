@@ -2,7 +2,7 @@
 
 Every function is pure numpy, takes the labels (or ids) of the pool that is to be divided, and returns one sorted
 `int64` array of row indices per client. The arrays are disjoint, and the same seed gives the same bits. Rows that must
-not reach any client (reserved set, validation, test) are held out first: see [`hold_out`] and
+not reach any client (reserved set, validation, test) are held out first: see [`hold_out`], [`hold_out_ids`] and
 [`~data.FederatedDataset.split`].
 """
 
@@ -32,7 +32,7 @@ def iid(num_rows: int, num_clients: int, seed: int = 0, client_size: int | None 
     Raises:
         ValueError: When there are fewer rows than the clients need.
     """
-    _check_num_clients(num_clients)
+    check_num_clients(num_clients)
     needed = num_clients * (1 if client_size is None else client_size)
     if client_size is not None and client_size < 1:
         raise ValueError(f"client_size is {client_size}, but every client needs at least one row.")
@@ -48,7 +48,12 @@ def iid(num_rows: int, num_clients: int, seed: int = 0, client_size: int | None 
 
 
 def dirichlet(
-    labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float, seed: int = 0, min_size: int = 1
+    labels: Sequence[int] | np.ndarray,
+    num_clients: int,
+    alpha: float,
+    seed: int = 0,
+    min_size: int = 1,
+    num_groups: int | None = None,
 ) -> list[np.ndarray]:
     """
     Label skew by a Dirichlet draw: each class is divided over the clients in proportions drawn from Dir(alpha).
@@ -63,15 +68,19 @@ def dirichlet(
         seed (`int`, *optional*, defaults to 0): Seed of the proportions and of the order of rows.
         min_size (`int`, *optional*, defaults to 1): Proportions are drawn again until every client has at least this
             many rows.
+        num_groups (`int`, *optional*): When given, the classes are shuffled into this many groups of about equal
+            number, and all classes of a group are divided in the same proportions (pFedMM's split: 3 groups on
+            CIFAR-10). By default each class has proportions of its own.
 
     Returns:
         `list[np.ndarray]`: M sorted index arrays that cover all rows.
 
     Raises:
-        ValueError: When `alpha` is not positive, or when no draw gave every client `min_size` rows.
+        ValueError: When `alpha` is not positive, when no draw gave every client `min_size` rows, or when `num_groups`
+            is not between 1 and the number of classes.
     """
-    labels_N = _as_labels(labels)
-    _check_num_clients(num_clients)
+    labels_N = as_labels(labels)
+    check_num_clients(num_clients)
     if not alpha > 0:
         raise ValueError(
             f"alpha is {alpha}, but a Dirichlet concentration must be above 0 (0.1 is strong skew, 100 is nearly IID)."
@@ -79,11 +88,19 @@ def dirichlet(
     _check_enough_rows(len(labels_N), num_clients, min_size)
     classes, class_counts_C = np.unique(labels_N, return_counts=True)
     rng = np.random.default_rng(seed)
+    group_C = np.arange(len(classes))
+    if num_groups is not None:
+        if not 1 <= num_groups <= len(classes):
+            raise ValueError(
+                f"num_groups is {num_groups}, but {len(classes)} classes make 1 to {len(classes)} groups. Leave it "
+                "out to draw for each class by itself."
+            )
+        group_C = rng.permutation(group_C % num_groups)
 
     smallest = 0
     for _ in range(MAX_DIRICHLET_DRAWS):
-        shares_CM = rng.dirichlet(np.full(num_clients, float(alpha)), size=len(classes))
-        cuts_CM = np.rint(np.cumsum(shares_CM, axis=1) * class_counts_C[:, None]).astype(np.int64)
+        shares_GM = rng.dirichlet(np.full(num_clients, float(alpha)), size=group_C.max() + 1)
+        cuts_CM = np.rint(np.cumsum(shares_GM[group_C], axis=1) * class_counts_C[:, None]).astype(np.int64)
         cuts_CM[:, -1] = class_counts_C  # the cumulative sum ends at 1 only up to rounding
         sizes_M = np.diff(cuts_CM, axis=1, prepend=0).sum(axis=0)
         smallest = max(smallest, int(sizes_M.min()))
@@ -105,7 +122,11 @@ def dirichlet(
 
 
 def natural(
-    ids: Sequence | np.ndarray, num_clients: int | None = None, seed: int = 0, min_size: int = 1
+    ids: Sequence | np.ndarray,
+    num_clients: int | None = None,
+    seed: int = 0,
+    min_size: int = 1,
+    max_size: int | None = None,
 ) -> list[np.ndarray]:
     """
     Clients as the data has them: by user, writer, shop, department.
@@ -115,25 +136,28 @@ def natural(
         num_clients (`int`, *optional*): When given, whole ids are grouped into this many clients of about equal size
             (the largest id goes first, each to the client that is smallest so far). By default every id is one client,
             in sorted order of ids.
-        seed (`int`, *optional*, defaults to 0): Order in which ids of equal size are grouped. Unused without
-            `num_clients`.
+        seed (`int`, *optional*, defaults to 0): Order in which ids of equal size are grouped, and which rows
+            `max_size` keeps. Unused without either.
         min_size (`int`, *optional*, defaults to 1): Without `num_clients`, ids with fewer rows are left out, as is
             usual for data by user. With it, no id is left out, and a group below `min_size` is an error.
+        max_size (`int`, *optional*): A client keeps at most this many of its rows, drawn uniformly; the others go to
+            nobody. It bounds what a run costs.
 
     Returns:
         `list[np.ndarray]`: Sorted index arrays; no id is split between two of them.
 
     Raises:
-        ValueError: When ids are missing, too few for `num_clients`, or too small for `min_size`.
+        ValueError: When ids are missing, too few for `num_clients`, or too small for `min_size`, or when `max_size`
+            is below `min_size`.
     """
-    ids_N = np.asarray(ids[:])
-    missing = sum(value is None or value != value for value in ids_N.tolist())
-    if missing:
+    if max_size is not None and max_size < max(min_size, 1):
         raise ValueError(
-            f"ids has {missing} missing values among {len(ids_N)} rows, so these rows belong to nobody. Filter them "
-            "out first, for example dataset.filter(lambda row: row['user_id'] is not None)."
+            f"max_size is {max_size}, but a client has at least {max(min_size, 1)} rows (min_size is {min_size}). "
+            "Raise max_size or lower min_size."
         )
-    names, owner_N, sizes_I = np.unique(ids_N, return_inverse=True, return_counts=True)
+    names, owner_N = _number_ids(ids)
+    sizes_I = np.bincount(owner_N, minlength=len(names))
+    rng = np.random.default_rng(seed)
     rows_by_id = np.split(np.argsort(owner_N, kind="stable"), np.cumsum(sizes_I)[:-1])
 
     if num_clients is None:
@@ -143,15 +167,15 @@ def natural(
                 f"None of the {len(names)} ids has min_size = {min_size} rows (the largest has "
                 f"{sizes_I.max(initial=0)}). Lower min_size, or give num_clients to group ids."
             )
-        return clients
+        return _keep_at_most(clients, max_size, rng)
 
-    _check_num_clients(num_clients)
+    check_num_clients(num_clients)
     if len(names) < num_clients:
         raise ValueError(
             f"num_clients is {num_clients}, but there are only {len(names)} different ids and an id is never split. "
             f"Ask for at most {len(names)} clients."
         )
-    order_I = np.random.default_rng(seed).permutation(len(names))
+    order_I = rng.permutation(len(names))
     order_I = order_I[np.argsort(-sizes_I[order_I], kind="stable")]
     heap = [(0, client) for client in range(num_clients)]
     heapify(heap)
@@ -165,7 +189,8 @@ def natural(
             f"Grouping {len(names)} ids into {num_clients} clients leaves client {heap[0][1]} with {heap[0][0]} rows, "
             f"but min_size is {min_size}. Lower num_clients or min_size."
         )
-    return [np.sort(np.concatenate(group)).astype(np.int64) for group in groups]
+    clients = [np.sort(np.concatenate(group)).astype(np.int64) for group in groups]
+    return _keep_at_most(clients, max_size, rng)
 
 
 def shards(
@@ -189,8 +214,8 @@ def shards(
     Raises:
         ValueError: When there are fewer rows than shards.
     """
-    labels_N = _as_labels(labels)
-    _check_num_clients(num_clients)
+    labels_N = as_labels(labels)
+    check_num_clients(num_clients)
     if shards_per_client < 1:
         raise ValueError(f"shards_per_client is {shards_per_client}, but every client needs at least one shard.")
     _check_enough_rows(len(labels_N), num_clients, shards_per_client)
@@ -234,8 +259,8 @@ def predominant(
         ValueError: When the data runs out of a class: names each such class, how many rows are needed, and how many
             there are.
     """
-    labels_N = _as_labels(labels)
-    _check_num_clients(num_clients)
+    labels_N = as_labels(labels)
+    check_num_clients(num_clients)
     low, high = (share, share) if isinstance(share, int | float) else share
     if not 0 < low <= high <= 1:
         raise ValueError(
@@ -303,7 +328,7 @@ def hold_out(
     Raises:
         ValueError: When `size` is negative, or leaves no rows.
     """
-    labels_N = _as_labels(labels)
+    labels_N = as_labels(labels)
     num_rows = len(labels_N)
     if size < 0 or (isinstance(size, float) and size >= 1):
         raise ValueError(f"size is {size}, but must be a whole number of rows or a share in [0, 1).")
@@ -323,6 +348,34 @@ def hold_out(
         held = order[:count]
     rest = np.setdiff1d(order, held, assume_unique=True)
     return np.sort(held), np.sort(rest)
+
+
+def hold_out_ids(ids: Sequence | np.ndarray, size: int | float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Sets all rows of some ids aside, so that a test set has people (writers, users) who are at no client.
+
+    Args:
+        ids (`Sequence`, shape `[N]`): Who each row belongs to; strings or integers.
+        size (`int` or `float`): Number of ids, or their share when it is a float below 1.
+        seed (`int`, *optional*, defaults to 0): Seed of the draw, in which all ids are equally likely.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: The rows set aside and the rest, both sorted; no id has rows in both.
+
+    Raises:
+        ValueError: When ids are missing, or when `size` is negative, a share of less than one id, or leaves no ids.
+    """
+    names, owner_N = _number_ids(ids)
+    if size < 0 or (isinstance(size, float) and size >= 1):
+        raise ValueError(f"size is {size}, but must be a whole number of ids or a share in [0, 1).")
+    count = round(size * len(names)) if isinstance(size, float) else int(size)
+    if size > 0 and count == 0:
+        raise ValueError(f"size is {size}, but this share of {len(names)} ids is none. Raise it, or give a number.")
+    if count >= len(names) and count > 0:
+        raise ValueError(f"Holding out {count} of {len(names)} ids leaves none for the clients. Lower the size.")
+    held_I = np.random.default_rng(seed).permutation(len(names))[:count]
+    is_held_N = np.isin(owner_N, held_I)
+    return np.flatnonzero(is_held_N).astype(np.int64), np.flatnonzero(~is_held_N).astype(np.int64)
 
 
 def apportion(total: int, weights: np.ndarray, limits: np.ndarray | None = None) -> np.ndarray:
@@ -349,7 +402,7 @@ def apportion(total: int, weights: np.ndarray, limits: np.ndarray | None = None)
     return units
 
 
-def _as_labels(labels: Sequence[int] | np.ndarray) -> np.ndarray:
+def as_labels(labels: Sequence[int] | np.ndarray) -> np.ndarray:
     """Labels as an integer array `[N]`."""
     labels_N = np.asarray(labels[:])  # sliced, because iterating over a lazy `datasets` column reads it row by row
     if labels_N.ndim != 1 or (labels_N.size and not np.issubdtype(labels_N.dtype, np.integer)):
@@ -360,9 +413,28 @@ def _as_labels(labels: Sequence[int] | np.ndarray) -> np.ndarray:
     return labels_N
 
 
-def _check_num_clients(num_clients: int) -> None:
+def check_num_clients(num_clients: int) -> None:
+    """Raises a `ValueError` when there is no client."""
     if num_clients < 1:
         raise ValueError(f"num_clients is {num_clients}, but at least one client is needed.")
+
+
+def _number_ids(ids: Sequence | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different ids in sorted order, and for each row the number of its id among them."""
+    ids_N = np.asarray(ids[:])
+    missing = sum(value is None or value != value for value in ids_N.tolist())
+    if missing:
+        raise ValueError(
+            f"ids has {missing} missing values among {len(ids_N)} rows, so these rows belong to nobody. Filter them "
+            "out first, for example dataset.filter(lambda row: row['user_id'] is not None)."
+        )
+    return np.unique(ids_N, return_inverse=True)
+
+
+def _keep_at_most(clients: list[np.ndarray], max_size: int | None, rng: np.random.Generator) -> list[np.ndarray]:
+    if max_size is None:
+        return clients
+    return [np.sort(rng.choice(rows, max_size, replace=False)) if len(rows) > max_size else rows for rows in clients]
 
 
 def _check_enough_rows(num_rows: int, num_clients: int, min_size: int) -> None:

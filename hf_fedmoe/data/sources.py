@@ -1,4 +1,4 @@
-"""Where data comes from: the shipped reviews, a local file, a folder of parquet files, or the Hub."""
+"""Where data comes from: the shipped reviews, scikit-learn's digits, a file, a folder of parquet files, the Hub."""
 
 import io
 import os
@@ -6,8 +6,9 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from .partitions import hold_out
@@ -15,6 +16,7 @@ from .split_checks import column_as_numpy
 
 
 DATA_FOLDER_VARIABLE = "HF_FEDMOE_DATA"
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -24,39 +26,50 @@ def load_source(
     label_column: str | None = None,
     test_size: int | float = 0.2,
     seed: int = 0,
+    image_column: str | None = None,
 ) -> DatasetDict:
     """
-    Loads a classification dataset as splits `train` and `test` with columns `text` and `label`.
+    Loads a classification dataset as splits `train` and `test` with columns `text` or `image`, and `label`.
 
     `name` is looked up in this order:
 
     1. `"reviews"`: the reviews that come with the package (columns text, label, department; five classes);
-    2. a local file that ends in `.parquet`, `.csv`, `.json` or `.jsonl`;
-    3. `<name>.parquet`, or `<name>_train.parquet` with `<name>_test.parquet`, in the folder that the environment
+    2. `"digits"`: the handwritten digits that come with scikit-learn (1797 grey images of 8x8; ten classes);
+    3. a local file that ends in `.parquet`, `.csv`, `.json` or `.jsonl`;
+    4. `<name>.parquet`, or `<name>_train.parquet` with `<name>_test.parquet`, in the folder that the environment
        variable `HF_FEDMOE_DATA` names;
-    4. a dataset of the Hugging Face Hub.
+    5. a dataset of the Hugging Face Hub.
 
     Labels become a `ClassLabel` that counts from 0. Strings and booleans are class-encoded in sorted order. Integers
     that start at 1 (stars) are shifted down by one and keep their old values as names. Integers that start at 0 stay.
     A column that is a `ClassLabel` already stays as it is. All other columns (user, department, ...) are kept, for
-    natural partitions. A dataset of images keeps its column `image` and needs no text.
+    natural partitions. A dataset with a column of images is one of images, unless `text_column` is given, and needs no
+    text.
 
     Args:
         name (`str`): See above.
         text_column (`str`, *optional*): Column to rename to `text`. By default `text`, or else the only column of
             strings.
-        label_column (`str`, *optional*): Column to rename to `label`. By default `label`, or else `labels`.
+        label_column (`str`, *optional*): Column to rename to `label`. By default the first that there is of
+            `label`, `labels` and `fine_label`.
         test_size (`int` or `float`, *optional*, defaults to 0.2): Rows, or share of rows, to hold out (stratified by
             label) when the source has no split named test.
         seed (`int`, *optional*, defaults to 0): Seed of this hold-out.
+        image_column (`str`, *optional*): Column to rename to `image` (`img` of CIFAR on the Hub). By default `image`,
+            or else the only column with the feature `datasets.Image`.
 
     Returns:
         `datasets.DatasetDict`: With `train` and `test`.
 
     Raises:
-        ValueError: When the name is found nowhere, a column is missing or cannot be guessed, or labels or texts are
-            missing.
+        ValueError: When the name is found nowhere, a column is missing or cannot be guessed, or labels, texts or
+            images are missing.
     """
+    if text_column is not None and image_column is not None:
+        raise ValueError(
+            f"text_column is {text_column!r} and image_column is {image_column!r}, but a classifier reads one of the "
+            "two. Give only that one."
+        )
     splits = _find(name)
     if "train" in splits:
         splits = {split: splits[split] for split in ("train", "test") if split in splits}
@@ -68,7 +81,8 @@ def load_source(
         )
 
     splits = {
-        split: _rename_columns(data, text_column, label_column, f"{name}/{split}") for split, data in splits.items()
+        split: _rename_columns(data, text_column, label_column, image_column, f"{name}/{split}")
+        for split, data in splits.items()
     }
     splits = _encode_labels(splits, name)
     if "test" not in splits:
@@ -89,6 +103,9 @@ def _find(name: str) -> dict[str, Dataset]:
             for split in ("train", "test")
         }
     looked_for.append('the shipped "reviews"')
+    if name == "digits":
+        return {"train": _digits()}
+    looked_for.append('scikit-learn\'s "digits"')
 
     path = Path(name).expanduser()
     if path.suffix.lower() in FILE_FORMATS:
@@ -122,23 +139,41 @@ def _find(name: str) -> dict[str, Dataset]:
         ) from error
 
 
-def _rename_columns(dataset: Dataset, text_column: str | None, label_column: str | None, where: str) -> Dataset:
-    if label_column is None:
-        label_column = next((column for column in ("label", "labels") if column in dataset.column_names), None)
-    is_image = text_column is None and isinstance(dataset.features.get("image"), Image)
-    if text_column is None and not is_image:
-        strings = [
-            column for column, kind in dataset.features.items() if kind in (Value("string"), Value("large_string"))
-        ]
-        strings = [column for column in strings if column != label_column]
-        text_column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits  # takes half a second, which only this source is worth
 
-    for target, column in (("label", label_column), ("text", text_column)):
-        if target == "text" and is_image:
-            continue
+    digits = load_digits()
+    pixels_BYX = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    features = Features({"image": Image(mode="L"), "label": ClassLabel(names=[str(name) for name in range(10)])})
+    return Dataset.from_dict({"image": list(pixels_BYX), "label": digits.target}, features=features)
+
+
+def _rename_columns(
+    dataset: Dataset, text_column: str | None, label_column: str | None, image_column: str | None, where: str
+) -> Dataset:
+    if label_column is None:
+        label_column = next((column for column in LABEL_COLUMNS if column in dataset.column_names), None)
+    content, content_column = _find_content(dataset, text_column, label_column, image_column)
+    for target, column in (("label", label_column), (content, content_column)):
         if column is None or column not in dataset.column_names:
             what = f"has no column {column!r}" if column else f"leaves open which column is the {target}"
             raise ValueError(f"{where} {what}; it has {dataset.column_names}. Give {target}_column=...")
+        if target == "image" and not isinstance(dataset.features[column], Image):
+            raise ValueError(
+                f"{where} has no images in {column!r} but {dataset.features[column]}. Give another image_column, or "
+                f"save the data after dataset.cast_column({column!r}, datasets.Image())."
+            )
+        if missing := _count_missing(dataset, column):
+            # An image may have neither bytes nor path, and `filter` would fail to decode it.
+            remedy = (
+                f"dataset.cast_column({column!r}, datasets.Image(decode=False)).filter(lambda row: row[{column!r}] "
+                f"and any(row[{column!r}].values())), and cast it back to datasets.Image()"
+                if target == "image"
+                else f"dataset.filter(lambda row: row[{column!r}] is not None)"
+            )
+            raise ValueError(
+                f"{where} has {missing} rows without {target} (column {column!r}). Remove them: {remedy}."
+            )
         if column != target:
             if target in dataset.column_names:
                 raise ValueError(
@@ -146,14 +181,31 @@ def _rename_columns(dataset: Dataset, text_column: str | None, label_column: str
                     f"the two, because {column!r} is renamed to {target!r}."
                 )
             dataset = dataset.rename_column(column, target)
-    for column in ("label",) if is_image else ("text", "label"):
-        missing = dataset.data.column(column).null_count
-        if missing:
-            raise ValueError(
-                f"{where} has {missing} rows without {column}. Remove them: dataset.filter(lambda row: "
-                f"row[{column!r}] is not None)."
-            )
     return dataset
+
+
+def _find_content(
+    dataset: Dataset, text_column: str | None, label_column: str | None, image_column: str | None
+) -> tuple[str, str | None]:
+    """Whether the dataset is one of `"text"` or `"image"`, and the column of it, `None` where that is open."""
+    if text_column is not None:
+        return "text", text_column
+    if image_column is not None:
+        return "image", image_column
+    content = "image"
+    columns = [column for column, kind in dataset.features.items() if isinstance(kind, Image)]
+    if not columns:
+        content, kinds = "text", (Value("string"), Value("large_string"))
+        columns = [column for column, kind in dataset.features.items() if kind in kinds and column != label_column]
+    return content, content if content in columns else columns[0] if len(columns) == 1 else None
+
+
+def _count_missing(dataset: Dataset, column: str) -> int:
+    values = dataset.data.column(column)
+    if not isinstance(dataset.features[column], Image):
+        return values.null_count
+    has_neither = pc.and_(pc.is_null(pc.struct_field(values, "bytes")), pc.is_null(pc.struct_field(values, "path")))
+    return pc.sum(has_neither).as_py() or 0
 
 
 def _encode_labels(splits: dict[str, Dataset], name: str) -> dict[str, Dataset]:

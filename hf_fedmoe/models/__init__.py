@@ -1,8 +1,14 @@
 """What is saved, pushed and loaded: the server Mixture-of-Experts as an ordinary Hugging Face model."""
 
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from .configuration_fedmoe import FedMoEConfig
+from .image_processing_small_image import SmallImageProcessor
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
 from .modeling_fedmoe_vision import FedMoEForImageClassification
@@ -14,10 +20,13 @@ from .small_image_resnet import SmallImageResNetConfig, SmallImageResNetForImage
 AutoConfig.register(FedMoEConfig.model_type, FedMoEConfig, exist_ok=True)
 AutoModelForImageClassification.register(FedMoEConfig, FedMoEForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(FedMoEConfig, FedMoEForSequenceClassification, exist_ok=True)
+# Found by its name, whatever model lies beside it.
+AutoImageProcessor.register(SmallCNNConfig, image_processor_classes={"pil": SmallImageProcessor}, exist_ok=True)
 # Puts the source files beside saved weights, so that they load where this package is not installed.
 FedMoEConfig.register_for_auto_class()
 FedMoEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
     "FedMoEConfig",
@@ -28,6 +37,7 @@ __all__ = [
     "SmallCNNConfig",
     "SmallCNNForImageClassification",
     "SmallCNNModel",
+    "SmallImageProcessor",
     "SmallImageResNetConfig",
     "SmallImageResNetForImageClassification",
     "dense_mixture",

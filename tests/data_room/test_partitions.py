@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_fedmoe.data import dirichlet, hold_out, iid, natural, predominant, shards
+from hf_fedmoe.data import dirichlet, hold_out, hold_out_ids, iid, natural, predominant, shards
 from hf_fedmoe.data.partitions import apportion
 
 
@@ -73,7 +73,60 @@ def test_dirichlet_seed_matters():
     assert any(len(a) != len(b) for a, b in zip(first, second, strict=True))
 
 
+def cumulative_shares(parts, labels):
+    counts_MC = np.array([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
+    return np.cumsum(counts_MC / np.bincount(labels), axis=0)
+
+
+@QUICK
+@given(num_groups=st.integers(1, 10), num_clients=st.integers(1, 8), seed=SEEDS)
+def test_dirichlet_groups_share_their_proportions(num_groups, num_clients, seed):
+    sizes_C = np.arange(200, 300, 10)
+    labels = np.repeat(np.arange(10), sizes_C)
+    parts = dirichlet(labels, num_clients, 1.0, seed, min_size=0, num_groups=num_groups)
+    assert_disjoint(parts, len(labels))
+    assert sum(map(len, parts)) == len(labels)
+    assert_equal_parts(parts, dirichlet(labels, num_clients, 1.0, seed, min_size=0, num_groups=num_groups))
+    # Replaying the seed names the groups; a class is cut at their shares, to the nearest row.
+    rng = np.random.default_rng(seed)
+    group_C = rng.permutation(np.arange(10) % num_groups)
+    members = np.bincount(group_C)
+    assert len(members) == num_groups and members.max() - members.min() <= 1
+    shares_MC = np.cumsum(rng.dirichlet(np.ones(num_clients), size=num_groups), axis=1).T[:, group_C]
+    assert (np.abs(cumulative_shares(parts, labels) - shares_MC) * sizes_C <= 0.5 + 1e-6).all()
+
+
+def test_dirichlet_groups_are_three_on_ten_classes():
+    labels = np.random.default_rng(4).permutation(np.repeat(np.arange(10), 1000))
+    counts_MC = np.array([np.bincount(labels[part]) for part in dirichlet(labels, 8, 0.4, seed=1, num_groups=3)])
+    proportions, members = np.unique(counts_MC, axis=1, return_counts=True)
+    assert proportions.shape == (8, 3) and sorted(members) == [3, 3, 4]
+    others = [
+        np.array([np.bincount(labels[part], minlength=10) for part in dirichlet(labels, 8, 0.4, 1, 0, groups)])
+        for groups in (1, 10)
+    ]
+    assert [len(np.unique(counts, axis=1).T) for counts in others] == [1, 10]
+
+
+def test_dirichlet_groups_at_a_large_alpha_are_nearly_equal():
+    labels = np.repeat(np.arange(10), 500)
+    parts = dirichlet(labels, 10, 1e6, num_groups=3)
+    assert all(np.abs(np.bincount(labels[part]) - 50).max() <= 2 for part in parts)
+
+
+def test_dirichlet_without_groups_draws_for_each_class_as_before():
+    labels = np.repeat(np.arange(4), 300)
+    parts = dirichlet(labels, 3, 0.5, seed=7)
+    rng = np.random.default_rng(7)
+    cuts_CM = np.rint(np.cumsum(rng.dirichlet(np.full(3, 0.5), size=4), axis=1) * 300).astype(int)
+    rows_by_class = [np.split(rng.permutation(300) + 300 * c, cuts_CM[c, :2]) for c in range(4)]
+    assert_equal_parts(parts, [np.sort(np.concatenate(chunks)) for chunks in zip(*rows_by_class, strict=True)])
+
+
 def test_dirichlet_errors():
+    for num_groups in (0, 6):
+        with pytest.raises(ValueError, match=f"num_groups is {num_groups}, but 5 classes make 1 to 5 groups"):
+            dirichlet(FIVE_CLASSES, 5, alpha=1.0, num_groups=num_groups)
     with pytest.raises(ValueError, match=r"alpha is 0, but .* must be above 0"):
         dirichlet(FIVE_CLASSES, 5, alpha=0)
     with pytest.raises(ValueError, match="50 clients of at least 10 rows need 500 rows, but there are 100"):
@@ -114,7 +167,36 @@ def test_natural_groups_whole_ids_evenly(seed, num_clients):
     assert_equal_parts(parts, natural(ids, num_clients, seed))
 
 
+@QUICK
+@given(seed=SEEDS, num_clients=st.sampled_from([None, 1, 7]), max_size=st.integers(1, 40))
+def test_natural_keeps_at_most_max_size(seed, num_clients, max_size):
+    ids = np.random.default_rng(1).integers(0, 60, size=600)
+    whole, parts = (natural(ids, num_clients, seed, max_size=size) for size in (None, max_size))
+    assert_disjoint(parts, len(ids))
+    for all_rows, rows in zip(whole, parts, strict=True):
+        assert len(rows) == min(len(all_rows), max_size)
+        assert np.isin(rows, all_rows).all()
+        if len(all_rows) <= max_size:
+            np.testing.assert_array_equal(rows, all_rows)
+    assert_equal_parts(parts, natural(ids, num_clients, seed, max_size=max_size))
+    assert_equal_parts(whole, natural(ids, num_clients, seed, max_size=600))
+
+
+def test_natural_draws_uniformly_what_it_keeps():
+    kept = np.bincount(np.concatenate([natural(["a"] * 10, seed=seed, max_size=3)[0] for seed in range(1000)]))
+    assert kept.sum() == 3000 and kept.min() > 240 and kept.max() < 360  # 300 each, standard deviation 14.5
+
+
+def test_natural_leaves_small_ids_out_before_it_cuts():
+    parts = natural([7, 7, 7, 8, 9, 9], min_size=2, max_size=2)
+    assert len(parts) == 2 and set(parts[0]) < {0, 1, 2} and [len(part) for part in parts] == [2, 2]
+
+
 def test_natural_errors():
+    with pytest.raises(ValueError, match=r"max_size is 2, but a client has at least 3 rows .min_size is 3."):
+        natural(["a"] * 9, min_size=3, max_size=2)
+    with pytest.raises(ValueError, match="max_size is 0, but a client has at least 1 rows"):
+        natural(["a"] * 9, min_size=0, max_size=0)
     with pytest.raises(ValueError, match="ids has 2 missing values among 3 rows"):
         natural(["a", None, None])
     with pytest.raises(ValueError, match="num_clients is 3, but there are only 2 different ids"):
@@ -204,6 +286,38 @@ def test_hold_out_takes_a_share_and_keeps_rare_classes():
         hold_out(labels, 1.5)
     with pytest.raises(ValueError, match="Holding out 1000 of 1000 rows leaves none"):
         hold_out(labels, 1000)
+
+
+@QUICK
+@given(size=st.one_of(st.integers(0, 59), st.floats(0.01, 0.98)), seed=SEEDS)
+def test_hold_out_ids_never_splits_an_id(size, seed):
+    ids = np.random.default_rng(5).permutation(np.repeat(np.arange(60), np.arange(1, 61)))
+    held, rest = hold_out_ids(ids, size, seed)
+    assert held.dtype == rest.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(np.concatenate([held, rest])), np.arange(len(ids)))
+    assert (np.diff(held) > 0).all() and (np.diff(rest) > 0).all()
+    assert not set(ids[held]) & set(ids[rest])
+    assert len(set(ids[held])) == (round(size * 60) if isinstance(size, float) else size)
+    # Only the order of ids counts, not their values.
+    assert_equal_parts((held, rest), hold_out_ids([f"writer {i:02d}" for i in ids], size, seed))
+
+
+def test_hold_out_ids_takes_each_id_alike():
+    ids = ["a"] * 50 + ["b"] * 2 + ["c"]
+    sizes = [len(hold_out_ids(ids, 1, seed)[0]) for seed in range(600)]
+    assert set(sizes) == {50, 2, 1} and all(150 < sizes.count(size) < 250 for size in (50, 2, 1))
+
+
+def test_hold_out_ids_errors():
+    with pytest.raises(ValueError, match="ids has 1 missing values among 3 rows"):
+        hold_out_ids(["a", None, "b"], 1)
+    for size in (-1, 1.0, 1.5):
+        with pytest.raises(ValueError, match=f"size is {size}, but must be a whole number of ids or a share in"):
+            hold_out_ids([1, 1, 2, 3], size)
+    with pytest.raises(ValueError, match="Holding out 3 of 3 ids leaves none for the clients"):
+        hold_out_ids([1, 1, 2, 3], 3)
+    with pytest.raises(ValueError, match=r"size is 0.1, but this share of 3 ids is none"):
+        hold_out_ids([1, 1, 2, 3], 0.1)
 
 
 def test_apportion():

@@ -1,11 +1,14 @@
+import re
+
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from sklearn.datasets import load_digits
 
-from hf_fedmoe.data import load_source
+from hf_fedmoe.data import hold_out, load_source
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +88,97 @@ def test_shipped_reviews():
     assert not set(source["train"]["text"]) & set(source["test"]["text"])
 
 
+def test_digits_of_scikit_learn():
+    source = load_source("digits", test_size=0.2)
+    assert source["train"].features["label"] == ClassLabel(names=list("0123456789"))
+    assert isinstance(source["train"].features["image"], Image)
+    assert (len(source["train"]), len(source["test"])) == (1438, 359)
+    digits = load_digits()
+    rows = hold_out(digits.target, 0.2)[0]
+    assert source["test"]["label"][:] == digits.target[rows].tolist()
+    for image, row in zip(source["test"]["image"][:5], rows[:5], strict=True):
+        assert image.mode == "L"
+        np.testing.assert_allclose(np.asarray(image), digits.images[row] * 255 / 16, atol=0.51)
+    pixels = np.stack([np.asarray(image) for image in source["train"]["image"][:50]])
+    assert pixels.dtype == np.uint8 and pixels.min() == 0 and pixels.max() == 255
+    assert load_source("digits", seed=1)["test"]["label"][:] != source["test"]["label"][:]
+
+
+def write_images(path, column="img", label="label", **columns):
+    pixels = [np.full((4, 4, 3), 10 * i, dtype=np.uint8) for i in range(8)]
+    features = {column: Image(), label: Value("int64"), **dict.fromkeys(columns, Value("string"))}
+    data = Dataset.from_dict({column: pixels, label: [0, 1] * 4, **columns}, features=Features(features))
+    data.to_parquet(path)
+    return str(path)
+
+
+def grey_of(split):
+    return dict(zip((np.asarray(image)[0, 0, 0].item() for image in split["image"]), split["label"], strict=True))
+
+
+@pytest.mark.parametrize("label", ["label", "labels", "fine_label"])
+@pytest.mark.parametrize("column, arguments", [("image", {}), ("img", {}), ("img", {"image_column": "img"})])
+def test_images_are_found_under_any_name(tmp_path, column, arguments, label):
+    name = write_images(tmp_path / "d.parquet", column, label, coarse_label=list("pqrs") * 2)
+    source = load_source(name, test_size=2, **arguments)
+    assert source["train"].column_names == source["test"].column_names
+    assert set(source["train"].column_names) == {"image", "label", "coarse_label"}
+    assert grey_of(source["train"]) | grey_of(source["test"]) == {10 * i: i % 2 for i in range(8)}
+
+
+def test_images_in_train_and_test_files_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_FEDMOE_DATA", str(tmp_path))
+    for split in ("train", "test"):
+        write_images(tmp_path / f"pictures_{split}.parquet")
+    source = load_source("pictures")
+    assert grey_of(source["train"]) == grey_of(source["test"]) == {10 * i: i % 2 for i in range(8)}
+
+
+def test_images_win_unless_text_column_is_given(tmp_path):
+    name = write_images(tmp_path / "d.parquet", text=list("abcdefgh"))
+    assert set(load_source(name, test_size=2)["train"].column_names) == {"image", "label", "text"}
+    texts = load_source(name, text_column="text", test_size=2)["train"]
+    assert set(texts.column_names) == {"img", "label", "text"}
+    with pytest.raises(ValueError, match="text_column is 'text' and image_column is 'img', but a classifier reads"):
+        load_source(name, text_column="text", image_column="img")
+
+
+def test_image_column_errors(tmp_path):
+    name = write_images(tmp_path / "d.parquet", caption=list("abcdefgh"))
+    with pytest.raises(ValueError, match=r"has no column 'photo'.*Give image_column="):
+        load_source(name, image_column="photo")
+    with pytest.raises(ValueError, match=r"has no images in 'caption' but Value.'string'.*Give another image"):
+        load_source(name, image_column="caption")
+    two = Dataset.from_dict({"left": [None], "right": [None], "label": [0]}).cast_column("left", Image())
+    two.cast_column("right", Image()).to_parquet(tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match=r"leaves open which column is the image.*'right'.*Give image_column="):
+        load_source(str(tmp_path / "two.parquet"))
+
+
+def test_missing_images_are_an_error_whose_remedy_works(tmp_path):
+    data = Dataset.from_parquet(write_images(tmp_path / "d.parquet"))
+    images = data.cast_column("img", Image(decode=False))["img"][:]
+    images[1], images[5] = None, {"bytes": None, "path": None}
+    # Written without `datasets`, which would refuse an image of neither bytes nor path.
+    table = data.data.table.set_column(0, "img", pa.array(images, type=Image().pa_type))
+    pq.write_table(table.replace_schema_metadata(data.data.schema.metadata), tmp_path / "d.parquet")
+    with pytest.raises(
+        ValueError, match=r"2 rows without image .column 'img'.*Remove them: (?:.*) and cast it"
+    ) as error:
+        load_source(str(tmp_path / "d.parquet"), test_size=2)
+    remedy = re.search(r"Remove them: (.*), and cast it back", str(error.value)).group(1)
+    dataset = Dataset.from_parquet(str(tmp_path / "d.parquet"))
+    # Run as a user would who copies it.
+    cleaned = eval(remedy, {"dataset": dataset, "datasets": datasets}).cast_column("img", Image())
+    cleaned.to_parquet(tmp_path / "clean.parquet")
+    source = load_source(str(tmp_path / "clean.parquet"), test_size=2)
+    assert grey_of(source["train"]) | grey_of(source["test"]) == {10 * i: i % 2 for i in (0, 2, 3, 4, 6, 7)}
+
+
 def test_unknown_name_says_what_was_looked_for(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"No dataset 'nowhere'.*reviews.*HF_FEDMOE_DATA is not set.*on the Hub"):
+    with pytest.raises(
+        ValueError, match=r"No dataset 'nowhere'.*reviews.*digits.*HF_FEDMOE_DATA is not set.*on the Hub"
+    ):
         load_source("nowhere")
     monkeypatch.setenv("HF_FEDMOE_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"nowhere.parquet and .*nowhere_train.parquet"):

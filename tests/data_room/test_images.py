@@ -1,0 +1,136 @@
+"""Decoding, collating and augmenting images."""
+
+from functools import partial
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_fedmoe.data import (
+    AUGMENTATIONS,
+    FederatedDataset,
+    ImageCollator,
+    cutout,
+    decode_images,
+    random_crop,
+    random_flip,
+    random_resized_crop,
+)
+from hf_fedmoe.models import SmallImageProcessor
+
+
+def random_images(count: int, *shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def examples(pixels: np.ndarray, processor, name: str = "label") -> list[dict]:
+    decoded = decode_images({"image": [Image.fromarray(image) for image in pixels]}, processor)["pixel_values"]
+    return [{"pixel_values": image, name: index % 3} for index, image in enumerate(decoded)]
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("kind", [SmallImageProcessor, ViTImageProcessorPil])
+def test_a_batch_is_what_the_processor_makes_of_the_images(kind, num_channels):
+    own = {"num_channels": num_channels} if kind is SmallImageProcessor else {}
+    mean, std = [0.4, 0.5, 0.6][:num_channels], [0.2] * num_channels
+    processor = kind(size={"height": 6, "width": 5}, image_mean=mean, image_std=std, **own)
+    pixels = list(random_images(7, 6, 5, num_channels))
+    decoded = decode_images({"image": pixels}, processor)["pixel_values"]
+    rows = [{"pixel_values": image, "label": index % 3} for index, image in enumerate(decoded)]
+    batch = ImageCollator(processor)(rows)
+    expected = processor(pixels, return_tensors="pt")["pixel_values"]
+    assert batch["pixel_values"].shape == (7, num_channels, 6, 5)
+    torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=1e-6)
+    assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_labels_may_have_either_name_or_none():
+    processor = SmallImageProcessor(size=4)
+    rows = examples(random_images(2, 4, 4), processor, name="labels")
+    assert ImageCollator(processor)(rows)["labels"].tolist() == [0, 1]
+    assert ImageCollator(processor)([{"pixel_values": row["pixel_values"]} for row in rows]).keys() == {"pixel_values"}
+
+
+def test_images_are_decoded_once_for_a_whole_federation():
+    pixels = random_images(6, 4, 4)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)})
+    pool = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(image) for image in pixels], "label": [0, 1] * 3}, features=features
+    )
+    processor = SmallImageProcessor(size=4)
+    data = FederatedDataset(pool, [[0, 3], [1]], reserved=[4, 5]).map(
+        partial(decode_images, image_processor=processor), batched=True, remove_columns=["image"]
+    )
+    assert data.client(0)[1] == {"label": 1, "pixel_values": pixels[3].tobytes()}
+    assert data.pool.features["pixel_values"] == datasets.Value("binary")
+
+
+def test_examples_that_are_not_decoded_or_of_another_size():
+    processor = SmallImageProcessor(size=4)
+    collate = ImageCollator(processor)
+    with pytest.raises(ValueError, match=r"is a Image, but.*map the data with `decode_images`"):
+        collate([{"pixel_values": Image.new("L", (4, 4)), "label": 0}])
+    with pytest.raises(ValueError, match=r"is 25 bytes, but.*\(1, 4, 4\), 16 bytes"):
+        collate([{"pixel_values": bytes(25), "label": 0}])
+    with pytest.raises(ValueError, match=r"no column `image` among \['img'\]: rename it"):
+        decode_images({"img": []}, processor)
+
+
+def test_random_crop_shifts_and_fills_with_black():
+    image_YX = torch.arange(1, 17, dtype=torch.uint8).view(4, 4)
+    padded = torch.zeros(8, 8, dtype=torch.uint8)
+    padded[2:6, 2:6] = image_YX
+    windows = [padded[y : y + 4, x : x + 4] for y in range(5) for x in range(5)]
+    torch.manual_seed(0)
+    cropped = random_crop(image_YX.expand(500, 2, 4, 4), padding=2)
+    found = [[torch.equal(image[0], window) for window in windows].index(True) for image in cropped]
+    assert torch.equal(cropped[:, 0], cropped[:, 1])  # channels move together
+    assert set(found) == set(range(25))
+
+
+def test_random_flip_mirrors_about_half():
+    image_YX = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    torch.manual_seed(0)
+    flipped = random_flip(image_YX.expand(400, 1, 2, 3))
+    mirrored = [torch.equal(image[0], image_YX.flip(1)) for image in flipped]
+    assert all(m or torch.equal(image[0], image_YX) for m, image in zip(mirrored, flipped, strict=True))
+    assert 160 < sum(mirrored) < 240
+
+
+def test_cutout_covers_a_square_that_may_reach_over_the_border():
+    torch.manual_seed(0)
+    covered = cutout(torch.zeros(300, 3, 8, 8, dtype=torch.uint8), size=4, fill=9)
+    assert torch.equal(covered[:, 0], covered[:, 2]) and set(covered.unique().tolist()) == {0, 9}
+    rows = (covered[:, 0] == 9).any(2).sum(1)
+    columns = (covered[:, 0] == 9).any(1).sum(1)
+    assert torch.equal((covered[:, 0] == 9).sum((1, 2)), rows * columns)  # a rectangle
+    assert rows.max() == columns.max() == 4 and rows.min() >= 2 and columns.min() >= 2
+
+
+def test_random_resized_crop_keeps_the_whole_at_scale_one_and_enlarges_a_part_of_it():
+    ramp_YX = (torch.arange(8) * 20).to(torch.uint8).expand(8, 8)
+    images = ramp_YX.expand(50, 1, 8, 8)
+    torch.manual_seed(0)
+    assert torch.equal(random_resized_crop(images, scale=(1.0, 1.0)), images)
+    cropped = random_resized_crop(images, scale=(0.25, 0.25))[:, 0].float()
+    # Half the width, enlarged: the ramp rises half as fast, somewhere between its ends.
+    slopes = (cropped[:, :, 6] - cropped[:, :, 1]) / 5
+    torch.testing.assert_close(slopes, torch.full_like(slopes, 10.0), rtol=0, atol=0.5)
+    assert cropped.min() >= 0 and cropped.max() <= 140 and cropped[:, 0, 0].std() > 5
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_follows_from_the_seed(name):
+    processor = SmallImageProcessor(num_channels=3, size=32)
+    rows = examples(random_images(8, 32, 32, 3), processor)
+    collate, plain = ImageCollator(processor, AUGMENTATIONS[name]), ImageCollator(processor)(rows)["pixel_values"]
+    batches = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        batches.append(collate(rows)["pixel_values"])
+    assert torch.equal(batches[0], batches[1])
+    assert torch.equal(batches[0], batches[2]) == (name == "none")
+    assert torch.equal(batches[0], plain) == (name == "none")
