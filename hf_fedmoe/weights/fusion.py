@@ -69,5 +69,6 @@ def collapse(weights_TSm: Tensor, keep_S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fuse_integers(uploads: list[dict[str, Tensor]], weights_m: Tensor) -> dict[str, Tensor]:
-    """Integer buffers are taken, not averaged: those of the upload that weighs most."""
-    return uploads[int(weights_m.argmax())]
+    """Integer buffers are taken, not averaged: copies of those of the upload that weighs most."""
+    # Copies: two experts may take those of the same client, and a file of tensors that share memory is refused.
+    return {name: tensor.clone() for name, tensor in uploads[int(weights_m.argmax())].items()}

@@ -104,4 +104,5 @@ def test_a_moving_average_keeps_its_own_part_in_the_batchnorm_mixture():
 
 def test_integer_buffers_are_taken_from_the_heaviest_upload():
     uploads = [{"steps": torch.tensor(3)}, {"steps": torch.tensor(8)}, {"steps": torch.tensor(5)}]
-    assert fuse_integers(uploads, torch.tensor([0.2, 0.3, 0.5]))["steps"].item() == 5
+    taken = fuse_integers(uploads, torch.tensor([0.2, 0.3, 0.5]))["steps"]
+    assert taken.item() == 5 and taken is not uploads[2]["steps"]
