@@ -1,11 +1,15 @@
-"""Image classifiers and batches small enough for tests."""
+"""Image classifiers, batches and federations small enough for tests."""
 
+import datasets
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.models import (
     SmallCNNConfig,
     SmallCNNForImageClassification,
+    SmallImageProcessor,
     SmallImageResNetConfig,
     SmallImageResNetForImageClassification,
 )
@@ -43,3 +47,30 @@ def make_statistics_different(model: PreTrainedModel, seed: int = 0) -> PreTrain
 def image_batch(size: int = 8, num_channels: int = 3, image_size: int = IMAGE_SIZE, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     return {"pixel_values": torch.randn(size, num_channels, image_size, image_size, generator=generator)}
+
+
+def tiny_processor(num_channels: int = 3) -> SmallImageProcessor:
+    return SmallImageProcessor(num_channels=num_channels, size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+
+
+def tiny_image_federation(
+    num_clients: int = 4, client_size: int = 12, reserved_size: int = 24, num_labels: int = 4
+) -> FederatedDataset:
+    """Decoded colour images, brighter in one quarter, which is their class; a reserved set and 20 validation rows."""
+    rng = np.random.default_rng(0)
+    num_rows = num_clients * client_size + reserved_size + 20
+    labels = rng.integers(num_labels, size=num_rows)
+    pixels = rng.integers(0, 160, (num_rows, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    half = IMAGE_SIZE // 2
+    for image_NYX, label in zip(pixels, labels, strict=True):
+        row, column = half * (label // 2), half * (label % 2)
+        image_NYX[:, row : row + half, column : column + half] += 90
+    pool = datasets.Dataset.from_dict(
+        {"pixel_values": [image.tobytes() for image in pixels], "label": labels},
+        features=datasets.Features(
+            {"pixel_values": datasets.Value("binary"), "label": datasets.ClassLabel(num_labels)}
+        ),
+    )
+    clients = np.split(np.arange(num_clients * client_size), num_clients)
+    rest = np.arange(num_clients * client_size, num_rows)
+    return FederatedDataset(pool, clients, reserved=rest[:reserved_size], validation=rest[reserved_size:])

@@ -19,13 +19,21 @@ class ReservedSet:
         collate (`Callable`): The data collator: a list of examples to a batch with `labels`.
         batch_size (`int`): Examples of one forward pass in `inputs`.
         device (`torch.device`, *optional*, defaults to CPU): Where batches live.
+        train_collate (`Callable`, *optional*): The collator of batches to train on, as it may augment; `collate` if
+            left out.
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, collate: Callable, batch_size: int, device: torch.device | str = "cpu"
+        self,
+        dataset: datasets.Dataset,
+        collate: Callable,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        train_collate: Callable | None = None,
     ):
         self._examples = [dataset[index] for index in range(len(dataset))]
         self._collate = collate
+        self._train_collate = train_collate or collate
         self._device = torch.device(device)
         self.inputs: list[dict[str, Tensor]] = []
         labels = []
@@ -40,5 +48,12 @@ class ReservedSet:
 
     def batch(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """The collated examples with these indices, `labels` included."""
-        batch = self._collate([self._examples[int(index)] for index in indices])
+        return self._collated(indices, self._collate)
+
+    def training_batch(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        """The same as an expert trains on them: augmented, if clients augment."""
+        return self._collated(indices, self._train_collate)
+
+    def _collated(self, indices: Iterable[int], collate: Callable) -> dict[str, Tensor]:
+        batch = collate([self._examples[int(index)] for index in indices])
         return {name: tensor.to(self._device) for name, tensor in batch.items()}

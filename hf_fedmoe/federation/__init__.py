@@ -1,6 +1,7 @@
 """The round: drawing clients, sending, local training, receiving, the client store, checkpoints."""
 
 from .checkpoint import check_identity, load_federation, read_manifest, save_federation
+from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .files import atomic_directory
 from .local_training import LocalTrainer
@@ -9,6 +10,7 @@ from .round import Federation, RoundReport
 
 
 __all__ = [
+    "CLIENT_CHOICES",
     "ClientStore",
     "Federation",
     "LocalTrainer",

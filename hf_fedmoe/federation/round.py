@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..data import ReservedSet
 from ..strategies import Server, Strategy, Uploads
 from ..weights import Payload, payload_fault
+from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .local_training import LocalTrainer
 from .randomness import Stream, seed_of
@@ -64,6 +65,8 @@ class Federation:
         seed (`int`): Of everything random but the draw of clients.
         draw_seed (`int`): Of the draw of clients.
         keep_optimizer (`bool`): Whether each client keeps its optimizer state.
+        client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
+            `CLIENT_CHOICES`.
     """
 
     server: Server
@@ -75,11 +78,12 @@ class Federation:
     seed: int
     draw_seed: int
     keep_optimizer: bool = False
+    client_choice: str = "uniform"
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
         rng = np.random.default_rng(seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index))
-        return self.strategy.select(len(self.clients), clients_per_round, rng)
+        return CLIENT_CHOICES[self.client_choice](len(self.clients), clients_per_round, rng)
 
     def run_round(
         self, round_index: int, clients_per_round: int, on_client: Callable[[int], None] | None = None

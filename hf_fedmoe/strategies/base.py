@@ -6,7 +6,6 @@ Shape suffixes: m participants of a round, P elements of a model's row, S rows o
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -79,10 +78,6 @@ class Strategy:
 
     def setup(self, server: Server, num_clients: int) -> None:
         """Called once before the first round (not after a resume): fills `server.tensors`."""
-
-    def select(self, num_clients: int, clients_per_round: int, rng: np.random.Generator) -> list[int]:
-        """m of M clients, uniformly without replacement."""
-        return sorted(rng.choice(num_clients, size=clients_per_round, replace=False).tolist())
 
     def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
         """

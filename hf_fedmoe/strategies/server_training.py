@@ -43,7 +43,7 @@ def fine_tune(
     total = torch.zeros((), device=reserved.labels_R.device)
     for _ in range(epochs):
         for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
-            batch = reserved.batch(indices)
+            batch = reserved.training_batch(indices)
             labels_B = batch.pop("labels")
             losses_B = cross_entropy(model(**batch).logits.float(), labels_B, reduction="none")
             if weights_R is not None:

@@ -1,5 +1,7 @@
 """Everything that can be known to be wrong before a run starts."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
@@ -70,3 +72,21 @@ def check_run(
         )
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")
+
+
+def check_images(client_model: PreTrainedModel, data: FederatedDataset, collate: Callable) -> None:
+    """
+    Raises `ValueError` when the collator's images do not have the shape that an image classifier's configuration asks
+    for. One example stands for all: a collator makes all images alike.
+    """
+    if client_model.main_input_name != "pixel_values":
+        return
+    shape = tuple(collate([data.client(0)[0]])["pixel_values"].shape[1:])
+    config = client_model.config.to_dict()
+    for name, found in (("num_channels", shape[:1]), ("image_size", shape[1:])):
+        if name in config and {config[name]} != set(found):
+            raise ValueError(
+                f"The images have the shape {shape} (channels, height, width), but the model's `{name}` is "
+                f"{config[name]}: build the model with their `{name}`, or take an image processor that makes such "
+                "images."
+            )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..federation import CLIENT_CHOICES
 from ..strategies import FedMoESettings
 
 
@@ -25,6 +26,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             m, the clients drawn for each round.
         client_draw_seed (`int`, *optional*):
             Seed of the draw of clients; `seed` if left out. Equal seeds give two methods equal participants.
+        client_choice (`str`, *optional*, defaults to `"uniform"`):
+            How they are drawn: `"uniform"`, without replacement, or `"stratified"`, one of each residue class of
+            client numbers modulo m.
         keep_client_optimizer (`bool`, *optional*, defaults to `False`):
             Whether a client finds its optimizer state again when it is next drawn.
         lr_scheduler_scope (`str`, *optional*, defaults to `"round"`):
@@ -35,6 +39,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
     clients_per_round: int = field(default=3, metadata={"help": "m, the clients drawn for each round."})
     client_draw_seed: int | None = field(default=None, metadata={"help": "Seed of the draw of clients (seed)."})
+    client_choice: str = field(default="uniform", metadata={"help": f"One of {', '.join(CLIENT_CHOICES)}."})
     keep_client_optimizer: bool = field(default=False, metadata={"help": "Each client keeps its optimizer state."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
@@ -48,6 +53,10 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         for name in ("rounds", "clients_per_round"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
+        if self.client_choice not in CLIENT_CHOICES:
+            raise ValueError(
+                f"`client_choice` is {self.client_choice!r}: choose one of {', '.join(map(repr, CLIENT_CHOICES))}."
+            )
         if self.lr_scheduler_scope not in ("round", "run"):
             raise ValueError(f'`lr_scheduler_scope` is {self.lr_scheduler_scope!r}: choose "round" or "run".')
         if self.max_steps > 0:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
+    BaseImageProcessor,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
-from ..data import FederatedDataset, ReservedSet
+from ..data import FederatedDataset, ImageCollator, ReservedSet
 from ..federation import (
     ClientStore,
     Federation,
@@ -43,7 +44,7 @@ from ..federation import (
 from ..reporting import write_model_card
 from ..strategies import FedAvg, Server, Strategy
 from ..weights import StateLayout, copy_module, release
-from .checks import check_run
+from .checks import check_images, check_run
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
 from .run_facts import run_facts
@@ -71,7 +72,11 @@ class FederatedTrainer(Trainer):
         eval_dataset (`datasets.Dataset`, *optional*):
             For `evaluate`; `train_dataset.validation` if left out.
         data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
-            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy and macro-F1.
+            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy and macro-F1; with an image
+            processor `data_collator` defaults to [`~data.ImageCollator`].
+        train_data_collator (`Callable`, *optional*):
+            The collator of whatever is trained on, clients' examples and the reserved set, when it is another than
+            that of evaluation: one that augments. `data_collator` if left out.
     """
 
     def __init__(
@@ -82,19 +87,24 @@ class FederatedTrainer(Trainer):
         strategy: Strategy | None = None,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         data_collator: Callable | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
         compute_metrics: Callable | None = classification_metrics,
         callbacks: list[TrainerCallback] | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
+        train_data_collator: Callable | None = None,
     ):
         self.strategy = strategy or FedAvg()
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
         self._contribution_SM: np.ndarray | None = None
-        if data_collator is None:
+        if isinstance(processing_class, BaseImageProcessor):
+            data_collator = data_collator or ImageCollator(processing_class)
+        elif data_collator is None:
             data_collator = DataCollatorWithPadding(processing_class) if processing_class else default_data_collator
+        self.train_data_collator = train_data_collator or data_collator
         if train_dataset is not None:
             check_run(model, args, train_dataset, self.strategy, processing_class)
+            check_images(self.strategy.server_models(model)[0], train_dataset, self.train_data_collator)
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
         super().__init__(
@@ -229,7 +239,11 @@ class FederatedTrainer(Trainer):
         reserved = None
         if self.strategy.needs_reserved_set():
             reserved = ReservedSet(
-                keep(data.reserved, "reserved"), self.data_collator, args.eval_batch_size, self.accelerator.device
+                keep(data.reserved, "reserved"),
+                self.data_collator,
+                args.eval_batch_size,
+                self.accelerator.device,
+                self.train_data_collator,
             )
         self.optimizer = None
         optimizer = self.create_optimizer(worker)
@@ -238,7 +252,7 @@ class FederatedTrainer(Trainer):
             layout,
             self.strategy,
             args,
-            self.data_collator,
+            self.train_data_collator,
             self.accelerator.prepare_optimizer(optimizer, device_placement=False),
             self._local_scheduler,
             self.accelerator,
@@ -255,6 +269,7 @@ class FederatedTrainer(Trainer):
             args.seed,
             args.client_draw_seed,
             args.keep_client_optimizer,
+            args.client_choice,
         )
 
     def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
@@ -295,6 +310,7 @@ class FederatedTrainer(Trainer):
                 for name in (
                     "seed",
                     "client_draw_seed",
+                    "client_choice",
                     "clients_per_round",
                     "num_train_epochs",
                     "per_device_train_batch_size",
