@@ -19,8 +19,10 @@ from ..models import FedMoEPreTrainedModel
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-TAGS = ("federated-learning", "text-classification")
+TAGS = ("federated-learning",)
 MIXTURE_TAGS = ("fedmoe", "mixture-of-experts")
+# What a classifier reads, and how the card shows it.
+EXAMPLES = {"image": "image.png", "text": "A sentence to classify."}
 # Name in the card, metric type of the Hub.
 METRICS = {"accuracy": ("Accuracy", "accuracy"), "macro_f1": ("Macro-F1", "f1"), "loss": ("Loss", "loss")}
 SPLITS = {"eval": "validation", "test": "test"}
@@ -123,12 +125,14 @@ def write_model_card(
         "contribution_SM", contribution_SM, (len(expert_names), 0 if run is None else len(run.client_sizes_M))
     )
     evaluations = {} if run is None else run.evaluations
-    results = _eval_results(evaluations, dataset, dataset_id) if dataset or dataset_id else []
+    kind = "image" if model.main_input_name == "pixel_values" else "text"
+    task = f"{kind}-classification"
+    results = _eval_results(task, evaluations, dataset, dataset_id) if dataset or dataset_id else []
     data = ModelCardData(
         model_name=model_name,
         library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=[*(MIXTURE_TAGS if is_mixture else ()), *TAGS, *([tags] if isinstance(tags, str) else tags)],
+        pipeline_tag=task,
+        tags=[*(MIXTURE_TAGS if is_mixture else ()), *TAGS, task, *([tags] if isinstance(tags, str) else tags)],
         language=language,
         license=license,
         base_model=base_model or _hub_id(config.expert_config if is_mixture else config),
@@ -143,6 +147,9 @@ def write_model_card(
         model_id=model_id or f"<user>/{model_name}",
         run=run,
         is_mixture=is_mixture,
+        own_code=is_mixture or config.is_remote_code(),
+        kind=kind,
+        example=EXAMPLES[kind],
         dataset_text=dataset or dataset_id,
         labels=label_names,
         mixture=_table(_mixture_rows(model), ["", ""]) if is_mixture else "",
@@ -170,10 +177,12 @@ def _hub_id(config: Any) -> str | None:
     return None if not name or Path(name).exists() else name
 
 
-def _eval_results(evaluations: dict[str, dict[str, float]], dataset: str | None, dataset_id: str | None) -> list:
+def _eval_results(
+    task: str, evaluations: dict[str, dict[str, float]], dataset: str | None, dataset_id: str | None
+) -> list:
     return [
         EvalResult(
-            task_type="text-classification",
+            task_type=task,
             dataset_type=dataset_id or dataset,
             dataset_name=dataset or dataset_id,
             dataset_split=SPLITS.get(prefix, prefix),

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_fedmoe.models import FedMoEForImageClassification
 from hf_fedmoe.reporting import RunFacts, write_model_card
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import tiny_args, tiny_expert, tiny_federation, tiny_mixture
+from tests.tiny_images import tiny_cnn, tiny_resnet
 
 
 def facts(**changes) -> RunFacts:
@@ -81,6 +83,51 @@ def test_text_tells_make_up_training_and_how_to_load(tmp_path):
     assert row(card, "1") == ["12", "3"]  # client 1: examples, rounds
     assert 'model="user/moe", trust_remote_code=True' in card.text
     assert card.data.eval_results is None and card.data.base_model is None  # nothing is made up
+
+
+def code_blocks(card: ModelCard) -> list[str]:
+    return [part.partition("```")[0] for part in card.text.split("```python\n")[1:]]
+
+
+def test_text_models_are_shown_a_sentence(tmp_path):
+    mixture = write_model_card(tmp_path, tiny_mixture(), facts(), model_id="user/moe", dataset="Toy")
+    assert mixture.data.tags == ["fedmoe", "mixture-of-experts", "federated-learning", "text-classification"]
+    assert {result.task_type for result in mixture.data.eval_results} == {"text-classification"}
+    assert "\nA Mixture-of-Experts for text classification, put together by federated learning." in mixture.text
+    assert "image" not in mixture.content
+    plain = write_model_card(tmp_path, tiny_expert(), model_id="user/plain")
+    assert "\nA text classifier, trained by federated learning:" in plain.text
+    assert code_blocks(plain) == [
+        "from transformers import pipeline\n\n"
+        'classify = pipeline("text-classification", model="user/plain")\n'
+        'print(classify("A sentence to classify."))\n'
+    ]
+
+
+def test_image_models_are_shown_an_image(tmp_path):
+    model = FedMoEForImageClassification.from_expert(tiny_cnn(num_channels=1))
+    card = write_model_card(tmp_path, model, facts(), model_id="user/moe", dataset="Toy digits", tags="toy")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.pipeline_tag == "image-classification"
+    assert data.tags == ["fedmoe", "mixture-of-experts", "federated-learning", "image-classification", "toy"]
+    assert {result.task_type for result in data.eval_results} == {"image-classification"}
+    assert "\nA Mixture-of-Experts for image classification, put together by federated learning." in card.text
+    assert row(card, "Each expert")[0].startswith("SmallCNNForImageClassification, ")
+    assert code_blocks(card)[1] == (
+        "from transformers import pipeline\n\n"
+        'classify = pipeline("image-classification", model="user/moe", trust_remote_code=True)\n'
+        'print(classify("image.png"))\n'
+    )
+    for word in ("text-classification", "text classif", "sentence"):
+        assert word not in card.content
+
+
+def test_an_architecture_of_this_package_needs_its_code_without_a_mixture_too(tmp_path):
+    card = write_model_card(tmp_path, tiny_resnet(), facts(method="fedavg"), model_id="user/plain")
+    assert "\nAn image classifier, trained by federated learning:" in card.text
+    with_package, without = code_blocks(card)
+    assert "import hf_fedmoe" in with_package and "trust_remote_code=True" in without
+    assert "fedmoe" not in card.data.tags and "gate" not in card.text
 
 
 def test_gate_contributions_and_comparison(tmp_path):
