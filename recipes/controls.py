@@ -12,17 +12,12 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
-from text_federation import (
-    analyse,
-    find_model,
-    load_data,
-    load_tokenizer,
-    majority_scores,
-    make_trainer,
-    parse,
-)
+from federated_recipe import RecipeArguments, analyse, majority_scores, make_trainer
+from image_federation import ImageRecipe
+from text_federation import TextRecipe
 from transformers.utils import logging
 
 from hf_fedmoe.data import ReservedSet
@@ -30,6 +25,16 @@ from hf_fedmoe.strategies import FedAvgMovingAverage, FedAvgReserved, Server
 
 
 FOLDER = Path(__file__).parent
+RECIPES: dict[str, type[RecipeArguments]] = {
+    "yelp_gpt2": TextRecipe,
+    "sent140_bert": TextRecipe,
+    "femnist_cnn": ImageRecipe,
+    "cifar10_resnet18": ImageRecipe,
+}
+NAMES_IN_TABLE = {
+    "reserved_only": "the reserved set alone",
+    "fedavg_reserved": "fedavg, server trains on the reserved set every round",
+}
 
 
 class OneTrajectory(FedAvgMovingAverage):
@@ -52,13 +57,16 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
     """
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
-    recipe, args = parse(FOLDER / f"{recipe_name}.yaml", [*settings, "--seed", str(seed), "--disable_tqdm", "True"])
+    recipe, args = RECIPES[recipe_name].parse(
+        FOLDER / f"{recipe_name}.yaml", [*settings, "--seed", str(seed), "--disable_tqdm", "True"]
+    )
     args.eval_strategy, args.save_strategy, args.logging_strategy = "no", "no", "no"
-    tokenizer = load_tokenizer(find_model(recipe.model))
-    _, data = load_data(recipe, tokenizer, seed)
+    datasets.disable_progress_bars()
+    processor = recipe.load_processor()
+    _, data = recipe.load_data(processor, seed)
     if method == "majority_class":
         return {method: majority_scores(data)}
-    trainer = make_trainer(method, recipe, args, data, tokenizer)
+    trainer = make_trainer(method, recipe, args, data, processor)
     results = {}
 
     def score(row: str) -> None:
@@ -77,7 +85,7 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
         score("fedavg, fine-tuned on the reserved set at the end")
     else:
         trainer.train()
-        score("fedavg, server trains on the reserved set every round" if method == "fedavg_reserved" else method)
+        score(NAMES_IN_TABLE.get(method, method))
     if method == "fedmoe":
         analysis = analyse(trainer, data, args.eval_batch_size)
         results |= {f"fedmoe: {name}": scores for name, scores in analysis.scores.items()}
@@ -117,7 +125,7 @@ def markdown(results: list[dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="Name of a YAML beside this file, without its ending.")
+    parser.add_argument("recipe", choices=list(RECIPES), help="A YAML beside this file.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", default=["fedavg", "fedavg_reserved", "fedmoe"])
     parser.add_argument("--jobs", type=int, default=2, help="Runs side by side.")

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from text_federation import main
+from federated_recipe import main
+from text_federation import TextRecipe
 
 
 if __name__ == "__main__":
-    main(Path(__file__).with_suffix(".yaml"))
+    main(TextRecipe, Path(__file__).with_suffix(".yaml"))

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +20,12 @@ def text_federation(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
     monkeypatch.delenv("HF_FEDMOE_MODELS", raising=False)
+    import federated_recipe
     import text_federation
 
-    return text_federation
+    return SimpleNamespace(
+        main=partial(federated_recipe.main, text_federation.TextRecipe), parse=text_federation.TextRecipe.parse
+    )
 
 
 @pytest.mark.parametrize("recipe", ["yelp_gpt2", "sent140_bert"])
@@ -66,7 +71,7 @@ def test_unknown_names_list_the_choices(text_federation, tmp_path, monkeypatch):
         text_federation.parse(RECIPES / "yelp_gpt2.yaml", ["--preset", "fast"])
     for name, value, message in (
         ("--compare", "fedsgd", "`compare` names 'fedsgd': choose from fedavg"),
-        ("--partition", "shards", "`partition` is 'shards'"),
+        ("--partition", "sorted", "`partition` is 'sorted': choose one of predominant, dirichlet, iid, shards"),
         ("--dataset", "no_such_reviews", "None of the data sets could be loaded"),
     ):
         monkeypatch.setattr(sys, "argv", ["x", *SMALL, "--output_dir", str(tmp_path), name, value])

@@ -1,0 +1,113 @@
+"""The image recipes: image processors, augmentation, experts from configurations, partitions by writer."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from federated_recipe import RecipeArguments, find_model, label_maps
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, pipeline
+
+from hf_fedmoe.data import (
+    AUGMENTATIONS,
+    FederatedDataset,
+    ImageCollator,
+    decode_images,
+    dirichlet,
+    hold_out_ids,
+    natural,
+    pachinko,
+)
+from hf_fedmoe.models import FedMoEForImageClassification, SmallImageProcessor
+
+
+@dataclass
+class ImageRecipe(RecipeArguments):
+    """Image classification; a model is the name of an architecture, with random weights, or a pretrained one."""
+
+    model_config: str = field(default="{}", metadata={"help": "JSON: the configuration of an architecture."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images, when it is not obvious."})
+    image_size: int = field(default=28, metadata={"help": "Height and width that images are resized to."})
+    num_channels: int = field(default=1, metadata={"help": "1 for grey images, 3 for colour."})
+    augmentation: str = field(default="none", metadata={"help": f"Of training: {', '.join(AUGMENTATIONS)}."})
+    client_column: str = field(default="writer_id", metadata={"help": "Whose row it is, for partition natural."})
+    coarse_column: str = field(default="coarse_label", metadata={"help": "Groups of classes, for pachinko."})
+    num_groups: int | None = field(default=None, metadata={"help": "Groups of classes that Dirichlet draws share."})
+    test_share: float = field(default=0.2, metadata={"help": "Share of writers in no client, for partition natural."})
+
+    mixture_class = FedMoEForImageClassification
+    source_arguments = ("image_column", "label_column")
+    partitions = (*RecipeArguments.partitions, "natural", "pachinko")
+
+    def load_processor(self) -> SmallImageProcessor:
+        return SmallImageProcessor(
+            num_channels=self.num_channels, size={"height": self.image_size, "width": self.image_size}
+        )
+
+    def split(self, source: datasets.DatasetDict, seed: int) -> FederatedDataset:
+        if self.partition == "natural":
+            # Whoever wrote a test character is in no client.
+            rows = datasets.concatenate_datasets(list(source.values()))
+            if self.client_column not in rows.column_names:
+                raise ValueError(
+                    f"`client_column` is {self.client_column!r}, but the data has the columns {rows.column_names}: "
+                    "name the one that says whose row it is, or take another `partition`."
+                )
+            test, train = hold_out_ids(rows[self.client_column], self.test_share, seed=0)
+            source = datasets.DatasetDict(train=rows.select(train), test=rows.select(test))
+        return super().split(source, seed)
+
+    def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:
+        if self.partition == "natural":
+            return natural(
+                rows[self.client_column], self.num_clients, seed, min_size=10, max_size=self.examples_per_client
+            )
+        if self.partition == "pachinko":
+            return pachinko(
+                rows[self.coarse_column], rows["label"], self.num_clients, self.examples_per_client, seed=seed
+            )
+        if self.partition == "dirichlet":
+            return dirichlet(
+                rows["label"], self.num_clients, self.dirichlet_alpha, seed, min_size=10, num_groups=self.num_groups
+            )
+        return super().divide(rows, seed)
+
+    def prepare(self, data: FederatedDataset, processor: SmallImageProcessor) -> FederatedDataset:
+        return data.map(
+            partial(decode_images, image_processor=processor), batched=True, batch_size=256, remove_columns=["image"]
+        )
+
+    def make_expert(self, data: FederatedDataset, processor: SmallImageProcessor) -> PreTrainedModel:
+        return self._build(find_model(self.model), label_maps(data))
+
+    def make_gate(self) -> PreTrainedModel:
+        return self._build(find_model([self.gate]), {"num_labels": self.num_routed_experts})
+
+    def _build(self, name: str, labels: dict[str, Any]) -> PreTrainedModel:
+        if Path(name).is_dir() or "/" in name:
+            return AutoModelForImageClassification.from_pretrained(name, **labels, ignore_mismatched_sizes=True)
+        config = {"num_channels": self.num_channels, **json.loads(self.model_config), **labels}
+        if name == "small_cnn":
+            config["image_size"] = self.image_size
+        return AutoModelForImageClassification.from_config(AutoConfig.for_model(name, **config))
+
+    def collators(self, processor: SmallImageProcessor) -> dict[str, Callable]:
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"`augmentation` is {self.augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
+        return {
+            "data_collator": ImageCollator(processor),
+            "train_data_collator": ImageCollator(processor, AUGMENTATIONS[self.augmentation]),
+        }
+
+    def show(self, folder: Path, data: FederatedDataset, processor: SmallImageProcessor) -> None:
+        classify = pipeline("image-classification", model=str(folder))
+        shape = ImageCollator(processor).shape
+        for row in data.test.select(range(min(5, len(data.test)))):
+            pixels_YXN = np.frombuffer(row["pixel_values"], np.uint8).reshape(shape).transpose(1, 2, 0)
+            found = classify(Image.fromarray(pixels_YXN.squeeze()))[0]
+            print(f"  {found['label']:>10s} ({found['score']:.2f}), truly {data.label_names[row['label']]}")
