@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import pipeline
 
+from hf_fedmoe.data import load_source
 from hf_fedmoe.strategies import FedAvg
 from hf_fedmoe.training import FederatedTrainer
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
@@ -34,10 +36,14 @@ def newcomer(tmp_path, monkeypatch):
 
 
 def run_readme(rounds: int) -> dict:
-    train, load, own_clients = blocks("README.md")
+    train, load, images, own_clients = blocks("README.md")
     assert "rounds=5" in train
     names = run(train.replace("rounds=5", f"rounds={rounds}"))
     assert names["trainer"].state.global_step == rounds
+    of_images = run(images.replace("rounds=5", f"rounds={rounds}"))
+    assert of_images["trainer"].state.global_step == rounds
+    classify = pipeline("image-classification", model="runs/digits/model")
+    assert classify(load_source("digits")["test"][0]["image"])[0]["label"] in of_images["images"].label_names
     loaded = run(load)
     assert_equal_states(state(loaded["classify"].model), state(names["trainer"].model))
     assert Path("runs/example/model/README.md").read_text().startswith("---\nlibrary_name: transformers")
