@@ -52,9 +52,10 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
     saved = json.loads(path.read_text())["identity"]
     for name, value in identity.items():
-        if saved.get(name) != value:
+        # A setting that did not exist when the checkpoint was written had no other value.
+        if saved.get(name, value) != value:
             raise ValueError(
-                f"The checkpoint {folder.name} was written with {name} = {saved.get(name)!r}, this run has {value!r}: "
+                f"The checkpoint {folder.name} was written with {name} = {saved[name]!r}, this run has {value!r}: "
                 "resume with the settings of that run, or start a new one in another `output_dir`."
             )
 

@@ -88,6 +88,13 @@ def test_a_resumed_run_with_augmentation_and_batchnorm_equals_an_uninterrupted_o
     assert statistics and all((state(whole.model)[name] != 1).any() for name in statistics)
 
 
+def test_batch_counts_of_batchnorm_reach_the_saved_model(tmp_path):
+    trainer = mixture_trainer(tmp_path, rounds=2, final_expert_epochs=0)
+    trainer.train()
+    counts = {name: count.item() for name, count in state(trainer.model).items() if "num_batches_tracked" in name}
+    assert set(counts.values()) == {6}  # two rounds of three batches, whichever client they come from
+
+
 @pytest.mark.parametrize(
     ("model", "processor", "message"),
     [
