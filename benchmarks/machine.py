@@ -77,38 +77,42 @@ def spread(values: list[float], unit: float = 1.0, digits: int = 2) -> str:
 
 class StageClock:
     """
-    Sums up the seconds of every stage while it is entered, by wrapping functions.
+    Sums up the seconds of every stage while it is entered, by wrapping functions; `rest` is outside of all of them.
 
     Args:
-        stages (`list[tuple]`): (owner of a function, its name, its stage). Of nested functions the outermost counts.
+        stages (`list[tuple]`): (owner of a function, its name, its stage). Of nested functions the innermost counts.
         clock (`Callable`): Gives the seconds.
     """
 
     def __init__(self, stages: list[tuple[Any, str, str]], clock: Callable[[], float]):
-        self.stages, self.clock, self.seconds, self.inside = stages, clock, Counter(), False
+        self.stages, self.clock, self.seconds, self.stage = stages, clock, Counter(), "rest"
+
+    def _go_to(self, stage: str) -> str:
+        """Returns the stage that is left."""
+        now, left = self.clock(), self.stage
+        self.seconds[left] += now - self.since
+        self.stage, self.since = stage, now
+        return left
 
     def _timed(self, function: Callable, stage: str) -> Callable:
         @functools.wraps(function)  # keeps PyTorch's marks on functions that it has wrapped itself
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if self.inside:
-                return function(*args, **kwargs)
-            self.inside, started = True, self.clock()
+            left = self._go_to(stage)
             try:
                 return function(*args, **kwargs)
             finally:
-                self.inside = False
-                self.seconds[stage] += self.clock() - started
+                self._go_to(left)
 
         return timed
 
     def __enter__(self) -> None:
-        self.stack, self.started = ExitStack(), self.clock()
+        self.stack, self.since = ExitStack(), self.clock()
         for owner, name, stage in self.stages:
             self.stack.enter_context(patch.object(owner, name, self._timed(vars(owner)[name], stage)))
 
     def __exit__(self, *error: Any) -> None:
         self.stack.close()
-        self.seconds["all"] += self.clock() - self.started
+        self._go_to("rest")
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -4,12 +4,13 @@ What a federated round costs beyond its training: `FederatedTrainer` with FedAvg
 The bare loop is what a careful researcher writes: one model, one dataset and the same collator per client, the same
 optimizer class, schedule, clipping and batches, then a weighted mean in plain Python; it ends with the same weights,
 which is checked. A second bare loop gets its batches collated beforehand and loads no data at all. The three run in
-turns, round by round, each from the same weights.
+turns, round by round, each from the same weights. `image_round.py` is the same for images.
 """
 
+import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, adam
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, dataloader
-from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback, default_data_collator
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers import get_linear_schedule_with_warmup as linear_schedule
 from transformers.utils import logging
 
@@ -38,22 +45,31 @@ VOCAB_SIZE, TOKENS, BATCH_SIZE = 2000, 32, 10
 class BareLoop:
     """Federated averaging without a framework."""
 
-    def __init__(self, model: nn.Module, clients: list[datasets.Dataset], args: FederatedTrainingArguments):
-        self.model, self.clients, self.args = copy.deepcopy(model), clients, args
+    def __init__(
+        self,
+        model: nn.Module,
+        clients: list[datasets.Dataset],
+        args: FederatedTrainingArguments,
+        collate: Callable,
+    ):
+        self.model, self.clients, self.args, self.collate = copy.deepcopy(model), clients, args, collate
 
-    def load(self, client: int, round_index: int) -> DataLoader:
+    def order(self, client: int, round_index: int) -> list[list[int]]:
+        """The rows of each batch; seeds what is random in training as well."""
         seed = seed_of(self.args.seed, Stream.LOCAL_TRAINING, round_index, client)
         torch.manual_seed(seed)
-        steps = local_steps(len(self.clients[client]), self.args, seed)
-        order = [batch for step in steps for batch in step]
-        return DataLoader(self.clients[client], batch_sampler=order, collate_fn=default_data_collator)
+        return [batch for step in local_steps(len(self.clients[client]), self.args, seed) for batch in step]
+
+    def load(self, client: int, order: list[list[int]]) -> Iterable[dict[str, Tensor]]:
+        return DataLoader(self.clients[client], batch_sampler=order, collate_fn=self.collate)
 
     def run_round(self, round_index: int, start: dict[str, Tensor], collated: list | None = None) -> dict[str, Tensor]:
         states, sizes = [], []
         for client, dataset in enumerate(self.clients):
-            batches = self.load(client, round_index) if collated is None else collated[client]
+            order = self.order(client, round_index)
+            batches = self.load(client, order) if collated is None else collated[client]
             self.model.load_state_dict(start)
-            self.train(batches, num_steps=len(batches))
+            self.train(batches, num_steps=len(order))
             states.append(self.copy_state())
             sizes.append(len(dataset))
         return self.average(states, sizes)
@@ -81,10 +97,13 @@ class BareLoop:
 
 
 # Where a round's time goes: (owner of a function, its name, stage).
+DATA_STAGES = [
+    *((DataLoader, "__iter__", "data loader"), (dataloader._BaseDataLoaderIter, "__next__", "data loader")),
+    (datasets.Dataset, "__getitems__", "read rows"),
+]
 STAGES = [
     *((GPT2ForSequenceClassification, "forward", "forward"), (Tensor, "backward", "backward")),
     *((nn.utils, "clip_grad_norm_", "clip"), (adam, "adam", "optimizer step"), (Optimizer, "zero_grad", "zero_grad")),
-    *((DataLoader, "__iter__", "data"), (dataloader._BaseDataLoaderIter, "__next__", "data")),
     *((StateLayout, "write", "download copy"), (nn.Module, "load_state_dict", "download copy")),
     *((StateLayout, "read", "upload copy"), (BareLoop, "copy_state", "upload copy")),
     *((LocalTrainer, "_reset_optimizer", "optimizer reset"), (AdamW, "__init__", "optimizer reset")),
@@ -96,10 +115,12 @@ STAGES = [
 class Turns(TrainerCallback):
     """Times the trainer's rounds, logging included, and runs the bare loops after each of them."""
 
-    def __init__(self, bare: BareLoop, repetitions: int, clock: Callable[[], float]):
+    def __init__(
+        self, bare: BareLoop, repetitions: int, clock: Callable[[], float], stages: list[tuple[Any, str, str]]
+    ):
         self.bare, self.repetitions, self.clock = bare, repetitions, clock
         self.seconds: dict[str, list[float]] = {"trainer": [], "bare": [], "collated": []}
-        self.stages = {"trainer": StageClock(STAGES, clock), "bare": StageClock(STAGES, clock)}
+        self.stages = {"trainer": StageClock(stages, clock), "bare": StageClock(stages, clock)}
         self.difference, self.started = 0.0, None
 
     def on_step_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
@@ -119,17 +140,72 @@ class Turns(TrainerCallback):
             with self.stages["bare"]:
                 self.bare.run_round(round_index, self.start)
             return
-        collated = [list(self.bare.load(client, round_index)) for client in range(len(self.bare.clients))]
+        # Integers, BatchNorm's counts of batches, are in the server's store and not in the model.
+        weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        clients = range(len(self.bare.clients))
+        collated = [list(self.bare.load(client, self.bare.order(client, round_index))) for client in clients]
         for batches in (None, collated):
             started = self.clock()
             result = self.bare.run_round(round_index, self.start, batches)
             seconds.append(self.clock() - started)
             if batches is None:
-                gaps = [(result[name] - tensor).abs().max().item() for name, tensor in model.state_dict().items()]
+                gaps = [(result[name] - tensor).abs().max().item() for name, tensor in weights.items()]
                 self.difference = max(self.difference, *gaps)
         if round_index > 0:  # the first one warms up
             for name, value in zip(self.seconds, seconds, strict=True):
                 self.seconds[name].append(value)
+
+
+def take_turns(
+    model: PreTrainedModel,
+    data: FederatedDataset,
+    collate: Callable,
+    batch_size: int,
+    args: argparse.Namespace,
+    clock: Callable[[], float],
+    bare_class: type[BareLoop] = BareLoop,
+    more_stages: Sequence[tuple[Any, str, str]] = (),
+) -> Turns:
+    """Trains for one round that warms up, `args.repetitions` that count, and one that is split by stages."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = FederatedTrainingArguments(
+            output_dir=folder,
+            rounds=args.repetitions + 2,
+            clients_per_round=data.num_clients,
+            per_device_train_batch_size=batch_size,
+            learning_rate=1e-3,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        clients = [data.client(client) for client in range(data.num_clients)]
+        bare = bare_class(model, clients, training, collate)
+        turns = Turns(bare, args.repetitions, clock, [*DATA_STAGES, *more_stages, *STAGES])
+        FederatedTrainer(model, training, train_dataset=data, data_collator=collate, callbacks=[turns]).train()
+    return turns
+
+
+def print_turns(turns: Turns, title: str) -> None:
+    rows = [["FederatedTrainer", spread(turns.seconds["trainer"]), ""]]
+    for key, name in (("bare", "bare loop"), ("collated", "bare loop, batches collated beforehand")):
+        overhead = [ratio - 1 for ratio in ratios(turns.seconds["trainer"], turns.seconds[key])]
+        rows.append([name, spread(turns.seconds[key]), spread(overhead, 100, 1)])
+    print_table(title, ["", "seconds", "overhead of FederatedTrainer, %"], rows)
+    print(f"\nLargest difference of a weight after a round: {turns.difference:.1e}")
+
+    ours, bare = (turns.stages[name].seconds for name in ("trainer", "bare"))
+    stages = [*dict.fromkeys(stage for *_, stage in turns.stages["trainer"].stages), "rest"]
+    per_client = 1e3 / len(turns.bare.clients)
+    rows = [
+        [stage, *(f"{x * per_client:.2f}" for x in (a, b, a - b)), f"{100 * a / ours.total():.1f}"]
+        for stage, a, b in [
+            *((stage, ours[stage], bare[stage]) for stage in stages),
+            ("all", ours.total(), bare.total()),
+        ]
+    ]
+    header = ["", "trainer", "bare loop", "difference", "share of the trainer's, %"]
+    print_table("One more round by stages, ms per client", header, rows)
 
 
 def random_clients(num_clients: int, num_examples: int) -> FederatedDataset:
@@ -158,40 +234,8 @@ def main() -> None:
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_embd=args.hidden, n_head=args.hidden // 32, n_positions=TOKENS)
     model = GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCAB_SIZE, num_labels=4, pad_token_id=0))
-    with tempfile.TemporaryDirectory() as folder:
-        training = FederatedTrainingArguments(
-            output_dir=folder,
-            rounds=args.repetitions + 2,
-            clients_per_round=args.clients,
-            per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=1e-3,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        bare_loop = BareLoop(model, [data.client(client) for client in range(args.clients)], training)
-        turns = Turns(bare_loop, args.repetitions, clock)
-        trainer = FederatedTrainer(model, training, train_dataset=data, callbacks=[turns])
-        trainer.train()
-
-    rows = [["FederatedTrainer", spread(turns.seconds["trainer"]), ""]]
-    for key, name in (("bare", "bare loop"), ("collated", "bare loop, batches collated beforehand")):
-        overhead = [ratio - 1 for ratio in ratios(turns.seconds["trainer"], turns.seconds[key])]
-        rows.append([name, spread(turns.seconds[key]), spread(overhead, 100, 1)])
-    title = f"A round of {args.clients} clients, {model.num_parameters() / 1e6:.2f}M parameters"
-    print_table(title, ["", "seconds", "overhead of FederatedTrainer, %"], rows)
-    print(f"\nLargest difference of a weight after a round: {turns.difference:.1e}")
-
-    ours, bare = (turns.stages[name].seconds for name in ("trainer", "bare"))
-    stages = list(dict.fromkeys(stage for *_, stage in STAGES))
-    for seconds in (ours, bare):
-        seconds["rest"] = seconds["all"] - sum(seconds[stage] for stage in stages)
-    rows = [
-        [stage, *(f"{x * 1e3 / args.clients:.2f}" for x in (ours[stage], bare[stage], ours[stage] - bare[stage]))]
-        for stage in [*stages, "rest", "all"]
-    ]
-    print_table("One more round by stages, ms per client", ["", "trainer", "bare loop", "difference"], rows)
+    turns = take_turns(model, data, default_data_collator, BATCH_SIZE, args, clock)
+    print_turns(turns, f"A round of {args.clients} clients, {model.num_parameters() / 1e6:.2f}M parameters")
 
 
 if __name__ == "__main__":
