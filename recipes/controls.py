@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from federated_recipe import RecipeArguments, analyse, majority_scores, make_trainer
+from federated_recipe import TUNING_EPOCHS, RecipeArguments, analyse, majority_scores, make_trainer
 from image_federation import ImageRecipe
 from text_federation import TextRecipe
 from transformers.utils import logging
@@ -79,7 +79,7 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
         score("fedavg, moving average of the server")
         end.layout.write(end.last_mean_P, trainer.model)
         score("fedavg")
-        epochs = max(1, args.final_expert_epochs)
+        epochs = args.final_expert_epochs or TUNING_EPOCHS
         tuned = FedAvgReserved("end", epochs, args.expert_learning_rate, args.gate_batch_size)
         tuned.fine_tune(trainer.model, end.reserved, args.weight_decay, end.seed)
         score("fedavg, fine-tuned on the reserved set at the end")
@@ -99,7 +99,8 @@ def run_all(
     jobs: dict[Path, tuple[str, list[str], str, int]], num_workers: int
 ) -> dict[Path, dict[str, dict[str, float]]]:
     """The results of all jobs {file: (recipe, settings, method, seed)}; those whose file is there are only read."""
-    threads = max(1, (os.cpu_count() or 1) // num_workers)
+    # Two processes that wait for one another's threads take many times as long.
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // num_workers)))
     with ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn")) as pool:
         running = {file: pool.submit(run, *job, threads) for file, job in jobs.items() if not file.exists()}
         for file, result in running.items():
@@ -116,7 +117,8 @@ def markdown(results: list[dict[str, dict[str, float]]]) -> str:
         cells = []
         for name in ("accuracy", "macro_f1"):
             values = 100 * np.array([seed[row][name] for seed in results])
-            cells.append("" if np.isnan(values).any() else f"{values.mean():.1f} ± {values.std(ddof=1):.1f}")
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append("" if np.isnan(values).any() else f"{values.mean():.1f}{spread}")
         wins = sum(seed["fedmoe"]["accuracy"] > seed[row]["accuracy"] for seed in results)
         compared = "" if row.startswith("fedmoe") else f"{wins} / {len(results)}"
         lines.append(f"| {row} | {cells[0]} | {cells[1]} | {compared} |")

@@ -37,6 +37,10 @@ METHODS = (
 )
 
 
+# Of FedAvg fine-tuned at the end, where Fed-MoE does without.
+TUNING_EPOCHS = 5
+
+
 @dataclass
 class RecipeArguments(ABC):
     """Data, models and what is compared. Lists of names are tried in order: the first that is there is used."""
@@ -199,13 +203,13 @@ def make_trainer(
         return FedMoETrainer(mixture, **shared)
     if method == "reserved_only":
         return FederatedTrainer(expert, **shared | centralised(args, data))
-    # The controls take as many steps on the reserved set as Fed-MoE's experts, at the same learning rate.
+    # The controls train on the reserved set at the learning rate of Fed-MoE's experts and as long, if those do.
     server = dict(learning_rate=args.expert_learning_rate, batch_size=args.gate_batch_size)
     strategies: dict[str, Strategy] = {
         "fedavg": FedAvg(),
         "fedprox": FedProx(),
-        "fedavg_reserved": FedAvgReserved("round", max(1, args.expert_epochs), **server),
-        "fedavg_tuned_at_end": FedAvgReserved("end", max(1, args.final_expert_epochs), **server),
+        "fedavg_reserved": FedAvgReserved("round", max(1, args.expert_epochs, args.download_epochs), **server),
+        "fedavg_tuned_at_end": FedAvgReserved("end", args.final_expert_epochs or TUNING_EPOCHS, **server),
         "fedavg_moving_average": FedAvgMovingAverage(args.fusion_rate),
     }
     if method not in strategies:

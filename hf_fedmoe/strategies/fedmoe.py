@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, float | int | str | bool]] = {
         "synchronisation": "download_main",
         "gate_epochs": 10,
         "balance_weight": 0.1,
+        "download_epochs": 0,
         "expert_epochs": 0,
         "final_expert_epochs": 5,
     },
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, float | int | str | bool]] = {
         "synchronisation": "after_round",
         "gate_epochs": 1,
         "balance_weight": 0.0,
+        "download_epochs": 0,
         "expert_epochs": 0,
         "final_expert_epochs": 0,
     },
@@ -74,6 +76,9 @@ class FedMoESettings:
         gate_batch_size (`int`, *optional*, defaults to 32): Reserved examples per gate step.
         entropy_weight (`float`, *optional*, defaults to 1e-3): beta of Eq. 7.
         balance_weight (`float`, *optional*): Weight of KL(mean gate || uniform), which keeps all experts in use.
+        download_epochs (`int`, *optional*): Passes over the reserved set, every round, of a copy of the main expert
+            from which the next participants start. The experts get what it learns through the clients only, so that
+            they are not too sure of the reserved set to teach a gate.
         expert_epochs (`int`, *optional*): Passes over the reserved set per iteration in which the experts themselves
             are fine-tuned, routed ones more on the examples that the gate sends them.
         final_expert_epochs (`int`, *optional*): Passes over the reserved set in which every expert is fine-tuned once,
@@ -95,6 +100,7 @@ class FedMoESettings:
     gate_batch_size: int = _setting(32, "Reserved examples per gate step.")
     entropy_weight: float = _setting(1e-3, "beta, weight of the gating entropy.")
     balance_weight: float | None = _setting(None, "Weight of the load-balancing term.")
+    download_epochs: int | None = _setting(None, "Passes of the clients' start over the reserved set, every round.")
     expert_epochs: int | None = _setting(None, "Passes of the experts over the reserved set per iteration.")
     final_expert_epochs: int | None = _setting(None, "The same once, after the last round.")
     expert_learning_rate: float = _setting(1e-4, "Learning rate of the experts on the reserved set.")
@@ -115,12 +121,18 @@ class FedMoESettings:
         for name in ("server_iterations", "gate_batch_size"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
-        for name in ("gate_epochs", "expert_epochs", "final_expert_epochs", "entropy_weight", "balance_weight"):
+        not_negative = ("gate_epochs", "download_epochs", "expert_epochs", "final_expert_epochs")
+        for name in (*not_negative, "entropy_weight", "balance_weight"):
             if vars(self)[name] < 0:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give 0 or more.")
         for name in ("gate_learning_rate", "expert_learning_rate", "correlation_temperature"):
             if vars(self)[name] <= 0:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give more than 0.")
+        if self.download_epochs and self.synchronisation != "download_main":
+            raise ValueError(
+                f"`download_epochs` is {self.download_epochs}, but with `synchronisation` = {self.synchronisation!r} "
+                'clients do not start from the main expert: take "download_main", or 0 epochs.'
+            )
 
 
 class FedMoE(Strategy):
@@ -164,7 +176,7 @@ class FedMoE(Strategy):
             mixture_S = server.tensors["mixture_SM"][:, client].to(server.bank_SP)
             if mixture_S.any():
                 return mixture_S @ server.bank_SP
-        return self._main(server)
+        return server.tensors.get("start_P", self._main(server))
 
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
@@ -194,6 +206,8 @@ class FedMoE(Strategy):
                 settings.balance_weight,
                 seed + iteration,
             )
+        if settings.download_epochs:
+            report |= self._fine_tune_start(server, reserved, seed)
         Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
         W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
         server.cache["mixture_Sm"] = client_mixture(W_Km, model.alpha.detach(), model.config.num_main_experts)
@@ -239,6 +253,22 @@ class FedMoE(Strategy):
         contribution_SM[:, uploads.clients] += (rate_S[:, None] * weights_Sm).cpu()
         fuse_(server.bank_SP, uploads.rows_mP, rate_S[:, None] * weights_Sm, 1 - rate_S, server.layout.batchnorm)
         server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in weights_Sm]
+
+    def _fine_tune_start(self, server: Server, reserved: ReservedSet, seed: int) -> dict[str, float]:
+        """A copy of the main expert, trained on the reserved set, for the next round's participants."""
+        settings = self.settings
+        server.layout.write(self._main(server), server.worker)
+        loss = fine_tune(
+            server.worker,
+            reserved,
+            settings.download_epochs,
+            settings.expert_learning_rate,
+            server.weight_decay,
+            settings.gate_batch_size,
+            seed,
+        )
+        server.tensors["start_P"] = server.layout.read(server.worker)
+        return {"start_loss": loss}
 
     def _fine_tune(
         self, server: Server, reserved: ReservedSet, Q_RK: Tensor, epochs: int, seed: int

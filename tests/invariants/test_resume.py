@@ -34,6 +34,7 @@ RUNS = {
     "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
     "fedmoe_download_mixture": (None, {"synchronisation": "download_mixture", "server_iterations": 2}),
     "fedmoe_expert_epochs": (None, {"expert_epochs": 1}),
+    "fedmoe_download_epochs": (None, {"download_epochs": 1}),
 }
 
 

@@ -6,9 +6,9 @@ from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.strategies import FedMoE, FedMoESettings, Server, Uploads, client_mixture, correlate
-from hf_fedmoe.strategies.server_training import expert_outputs, gate_probabilities, probe, train_gate
+from hf_fedmoe.strategies.server_training import expert_outputs, fine_tune, gate_probabilities, probe, train_gate
 from hf_fedmoe.weights import StateLayout, copy_module
-from tests.tiny_federation import tiny_expert, tiny_federation, tiny_mixture
+from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_federation, tiny_mixture
 from tests.tiny_models import tiny_bert
 
 
@@ -203,6 +203,20 @@ def test_a_mixture_without_main_expert_starts_clients_from_the_mean_of_experts(r
     torch.testing.assert_close(FedMoE(settings()).download(server, 0, None), server.bank_SP.mean(0))
     report = FedMoE(settings()).update(server, uploads, reserved, 0, seed=1)
     assert report["gate_grad_norm"] > 0
+
+
+def test_clients_start_from_a_tuned_copy_while_the_experts_stay_as_they_are(reserved):
+    (plain, uploads), (tuned, _) = perturbed_server(), perturbed_server()
+    FedMoE(settings()).update(plain, uploads, reserved, 0, seed=1)
+    strategy = FedMoE(settings(download_epochs=2, expert_learning_rate=1e-3))
+    assert torch.equal(strategy.download(tuned, 0, None), tuned.bank_SP[0])
+    strategy.update(tuned, uploads, reserved, 0, seed=1)
+    assert torch.equal(tuned.bank_SP, plain.bank_SP)
+    assert_equal_states(state(tuned.model), state(plain.model))
+    by_hand = copy_module(plain.model.experts[0])
+    fine_tune(by_hand, reserved, 2, 1e-3, 0.0, 32, seed=1)
+    start_P = strategy.download(tuned, 0, None)
+    assert torch.equal(start_P, plain.layout.read(by_hand)) and not torch.equal(start_P, plain.bank_SP[0])
 
 
 def test_experts_are_fine_tuned_on_what_the_gate_sends_them(reserved):

@@ -27,6 +27,11 @@ from tests.tiny_models import tiny_bert
         ({"fusion_rate": 0.0}, "`fusion_rate` is 0.0: a moving average needs 0 < rate <= 1"),
         ({"main_fusion_rate": 1.5}, "`main_fusion_rate` is 1.5"),
         ({"server_iterations": 0}, "`server_iterations` is 0"),
+        ({"download_epochs": -1}, "`download_epochs` is -1: give 0 or more"),
+        (
+            {"download_epochs": 1, "preset": "paper"},
+            "`download_epochs` is 1, but with.*'after_round'",
+        ),
         ({"entropy_weight": -1.0}, "`entropy_weight` is -1.0: give 0 or more"),
         ({"gate_learning_rate": 0.0}, "`gate_learning_rate` is 0.0: give more than 0"),
     ],
