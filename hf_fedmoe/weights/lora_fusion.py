@@ -1,0 +1,228 @@
+"""Weighted sums of LoRA adapters, without ever forming the dense matrices.
+
+A stack is a list of adapters s B A of one layer, beside the weights that each fused row takes of them. Stage B and
+Stage C of Fed-MoE only change these small matrices of weights ([`server_weights`], [`client_weights`]), which are
+the same for all layers; the factors are touched once, layer by layer.
+
+Shape suffixes: S fused rows (experts or clients), J adapters of a stack, m clients, T iterations, r rank of an
+adapter, R sum of the ranks of a stack, i in features, o out features.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .fusion import collapse
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """
+    One adapter of one linear layer: its update of the weight is `scaling * B_or @ A_ri`.
+
+    Args:
+        A_ri (`Tensor` of shape `[r, in_features]`): PEFT's `lora_A.weight`.
+        B_or (`Tensor` of shape `[out_features, r]`): PEFT's `lora_B.weight`.
+        scaling (`float`, *optional*, defaults to 1.0): `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA.
+    """
+
+    A_ri: Tensor
+    B_or: Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self):
+        shapes = f"A is {tuple(self.A_ri.shape)} and B is {tuple(self.B_or.shape)}"
+        if self.A_ri.ndim != 2 or self.B_or.ndim != 2 or self.A_ri.shape[0] != self.B_or.shape[1]:
+            raise ValueError(
+                f"{shapes}, expected [r, in_features] and [out_features, r] with one r: pass the factors of one "
+                "adapter of one linear layer."
+            )
+        if self.A_ri.shape[0] == 0:
+            raise ValueError(f"{shapes}, an adapter of rank 0: leave out layers without an adapter.")
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"`scaling` is {self.scaling}: pass the finite `lora_alpha / r` of the adapter.")
+
+
+@torch.no_grad()
+def fuse_lora_stack(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float = 1.0) -> list[LoraFactors]:
+    """
+    sum_j w_sj s_j B_j A_j for each row s, exactly, at rank R. Ranks and scalings may differ, weights may be negative.
+
+    All rows share one tensor A, so that `A @ x` can be computed once for all of them (clone it before it is written to
+    a file); the weights stand in B. Like all fusions below it computes and returns at least float32.
+
+    Args:
+        adapters (`Sequence[LoraFactors]`): The J adapters of one layer.
+        weights_SJ (`Tensor` of shape `[S, J]`): What each row takes of each adapter, without the adapters' scalings.
+        scaling (`float`, *optional*, defaults to 1.0):
+            Of the results; their factors are divided accordingly. Pass that of the configuration that will load them.
+
+    Returns:
+        `list[LoraFactors]`: One of rank R for each row.
+    """
+    A_Ri, B_oR, weights_SR = _stack(adapters, weights_SJ, scaling)
+    return [LoraFactors(A_Ri, B_oR * weights_R, scaling) for weights_R in weights_SR]
+
+
+@torch.no_grad()
+def fuse_lora_svd(
+    adapters: Sequence[LoraFactors], weights_SJ: Tensor, rank: int, scaling: float = 1.0
+) -> tuple[list[LoraFactors], Tensor]:
+    """
+    The best approximation of rank `rank` to each row of [`fuse_lora_stack`], and what it leaves out.
+
+    QR of both stacked factors and SVD of the small core, equal to the truncated SVD of the dense sum (Eckart-Young).
+    The factors are balanced: `A A^T == B^T B`, diagonal, the singular values over `scaling` in descending order. So
+    the best approximation of a smaller rank is a prefix.
+
+    Every result has exactly `rank` directions, as a PEFT configuration demands. Where the stack has fewer, the rest is
+    zero in A *and* in B (where only the sum has fewer, almost zero). Such a direction gets no gradient: give its row
+    of A new values before training it on; with B at zero the update stays the same.
+
+    Args:
+        adapters (`Sequence[LoraFactors]`): The J adapters of one layer.
+        weights_SJ (`Tensor` of shape `[S, J]`): What each row takes of each adapter, without the adapters' scalings.
+        rank (`int`): Of the results.
+        scaling (`float`, *optional*, defaults to 1.0): Of the results.
+
+    Returns:
+        `tuple[list[LoraFactors], Tensor]`: One adapter for each row, and the discarded energy `[S]`, the share of the
+        squared singular values that was left out (0 for a sum that is zero).
+    """
+    if rank < 1:
+        raise ValueError(f"`rank` is {rank}: pass the rank of the fused adapters, at least 1.")
+    A_Ri, B_oR, weights_SR = _stack(adapters, weights_SJ, scaling)
+    fused, discarded = [], []
+    for weights_R in weights_SR:
+        # An expert takes nothing of the other experts' old factors: without them the core is a fraction of the stack.
+        taken_R = weights_R != 0
+        basis_iq, core_A = torch.linalg.qr(A_Ri[taken_R].T)
+        basis_op, core_B = torch.linalg.qr(B_oR[:, taken_R] * weights_R[taken_R])
+        U, sigma, Vh = torch.linalg.svd(core_B @ core_A.T, full_matrices=False)
+        root_r = sigma[:rank].sqrt()
+        missing = rank - len(root_r)
+        A_ri = root_r[:, None] * (Vh[:rank] @ basis_iq.T)
+        B_or = basis_op @ U[:, :rank] * root_r
+        fused.append(LoraFactors(pad(A_ri, (0, 0, 0, missing)), pad(B_or, (0, missing)), scaling))
+        energy = sigma.square()
+        total = energy.sum()
+        discarded.append(torch.where(total > 0, energy[rank:].sum() / total, 0.0))
+    return fused, torch.stack(discarded)
+
+
+@torch.no_grad()
+def fuse_lora_ffa(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float = 1.0) -> list[LoraFactors]:
+    """
+    FFA-LoRA (Sun et al., 2024): A is frozen and common, so that averaging B alone is exact and keeps the rank.
+
+    Arguments and result as in [`fuse_lora_stack`], one A for all rows. Raises `ValueError` when the A differ.
+    """
+    scaled_SJ = _scaled(adapters, weights_SJ, scaling)
+    A_ri = adapters[0].A_ri
+    for index, adapter in enumerate(adapters):
+        if not torch.equal(adapter.A_ri, A_ri):
+            raise ValueError(
+                f"Adapter {index} has another A than adapter 0: with `lora_fusion='ffa'` all clients start from one "
+                "A and freeze it. Use `lora_fusion='svd'` where A is trained."
+            )
+    B_Sor = torch.tensordot(scaled_SJ, torch.stack([adapter.B_or for adapter in adapters]).to(scaled_SJ), 1)
+    return [LoraFactors(A_ri.to(scaled_SJ), B_or, scaling) for B_or in B_Sor]
+
+
+@torch.no_grad()
+def fuse_lora_factors(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float = 1.0) -> list[LoraFactors]:
+    """
+    FedIT (Zhang et al., 2024): A and B averaged apart. A baseline: this is *not* the average of the products.
+
+    Arguments and result as in [`fuse_lora_stack`]; scalings go into B. Raises `ValueError` when the ranks differ.
+    """
+    scaled_SJ = _scaled(adapters, weights_SJ, scaling)
+    ranks = [adapter.A_ri.shape[0] for adapter in adapters]
+    if len(set(ranks)) != 1:
+        raise ValueError(
+            f"The adapters have ranks {ranks}, but `lora_fusion='factors'` averages A and B element by element: give "
+            "all clients one rank, or use `lora_fusion='svd'`."
+        )
+    A_Jri = torch.stack([adapter.A_ri for adapter in adapters]).to(scaled_SJ)
+    B_Jor = torch.stack([adapter.B_or for adapter in adapters]).to(scaled_SJ)
+    A_Sri = torch.tensordot(weights_SJ.to(scaled_SJ), A_Jri, 1)
+    B_Sor = torch.tensordot(scaled_SJ, B_Jor, 1)
+    return [LoraFactors(A_ri, B_or, scaling) for A_ri, B_or in zip(A_Sri, B_Sor, strict=True)]
+
+
+def server_weights(weights_TSm: Tensor, rate_S: Tensor) -> Tensor:
+    """
+    Stage B after T iterations as weights `[S, S + m]` of the stack (old experts, uploads):
+    E_s <- (1 - rate_s) E_s + rate_s sum_j W_t[s, j] M_j, T times: an old expert keeps (1 - rate_s)^T of itself.
+
+    Args:
+        weights_TSm (`Tensor` of shape `[T, S, m]`): W^r of each iteration, in which main experts take the mean.
+        rate_S (`Tensor` of shape `[S]`): lambda of each expert, 1 replaces it.
+    """
+    if weights_TSm.ndim != 3 or rate_S.shape != weights_TSm.shape[1:2]:
+        raise ValueError(
+            f"`weights_TSm` is {tuple(weights_TSm.shape)} and `rate_S` {tuple(rate_S.shape)}, expected [T, S, m] and "
+            "[S]: pass the weights of each iteration and one rate for each expert."
+        )
+    weights_Sm, keep_S = collapse(rate_S[:, None] * weights_TSm, 1 - rate_S)
+    return torch.cat([keep_S.diag(), weights_Sm], 1)
+
+
+def client_weights(mixture_Sm: Tensor, rate: float, experts_SJ: Tensor) -> Tensor:
+    """
+    Stage C as weights `[m, S + m]` of the stack (experts, uploads): for each client,
+    M_j <- rate M_j + (1 - rate) sum_s W^c_sj E_s.
+
+    Args:
+        mixture_Sm (`Tensor` of shape `[S, m]`): W^c, what each client takes of each expert.
+        rate (`float`): lambda, what a client keeps of its own upload.
+        experts_SJ (`Tensor` of shape `[S, S + m]`):
+            The new experts as weights of the stack: those of [`server_weights`] where it holds the *old* experts,
+            `torch.eye(S, S + m)` where it holds the new, recompressed ones.
+    """
+    num_experts, num_clients = mixture_Sm.shape
+    if experts_SJ.shape != (num_experts, num_experts + num_clients):
+        raise ValueError(
+            f"`experts_SJ` is {tuple(experts_SJ.shape)}, expected {(num_experts, num_experts + num_clients)} for "
+            f"{num_experts} experts and {num_clients} clients: pass the result of `server_weights`."
+        )
+    weights_mJ = (1 - rate) * mixture_Sm.T.to(experts_SJ) @ experts_SJ
+    weights_mJ[:, num_experts:].diagonal().add_(rate)
+    return weights_mJ
+
+
+def _stack(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A_Ri, B_oR and the weights [S, R] between them, scalings included."""
+    scaled_SJ = _scaled(adapters, weights_SJ, scaling)
+    A_Ri = torch.cat([adapter.A_ri for adapter in adapters]).to(scaled_SJ)
+    B_oR = torch.cat([adapter.B_or for adapter in adapters], 1).to(scaled_SJ)
+    ranks_J = torch.tensor([adapter.A_ri.shape[0] for adapter in adapters], device=A_Ri.device)
+    return A_Ri, B_oR, scaled_SJ.repeat_interleave(ranks_J, 1)
+
+
+def _scaled(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float) -> Tensor:
+    """w_sj s_j / scaling, in the dtype and on the device of the fusion; raises `ValueError` on what does not fit."""
+    if weights_SJ.ndim != 2 or weights_SJ.shape[1] != len(adapters) or not adapters:
+        raise ValueError(
+            f"`weights_SJ` is {tuple(weights_SJ.shape)} for {len(adapters)} adapters: pass at least one adapter, and "
+            "a matrix with one row for each result and one column for each adapter."
+        )
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise ValueError(f"`scaling` is {scaling}: pass the positive `lora_alpha / r` of the results.")
+    # QR and SVD know no shorter type, and sums of many adapters need the digits.
+    dtype, first = torch.float32, adapters[0]
+    for index, adapter in enumerate(adapters):
+        features, expected = ((each.A_ri.shape[1], each.B_or.shape[0]) for each in (adapter, first))
+        if features != expected:
+            raise ValueError(
+                f"Adapter {index} has (in_features, out_features) = {features}, adapter 0 has {expected}: fuse the "
+                "adapters of one layer at a time, from clients with one base model."
+            )
+        dtype = torch.promote_types(dtype, torch.promote_types(adapter.A_ri.dtype, adapter.B_or.dtype))
+    device = first.A_ri.device
+    scaling_J = torch.tensor([adapter.scaling / scaling for adapter in adapters], dtype=dtype, device=device)
+    return weights_SJ.to(scaling_J) * scaling_J
