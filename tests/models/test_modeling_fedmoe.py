@@ -6,7 +6,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
-    GPT2LMHeadModel,
     Trainer,
     TrainingArguments,
 )
@@ -354,107 +353,7 @@ def test_deep_copy_is_independent():
     assert torch.equal(copy.deepcopy(expert)(**text_batch()).logits, expert(**text_batch()).logits)
 
 
-# ---------------------------------------------------------------- building
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_from_expert_copies_bit_equal(gate):
-    expert = make_different(tiny_bert())
-    gate_model = tiny_distilbert(5)
-    model = FedMoEForSequenceClassification.from_expert(
-        expert,
-        gate_model if gate == "model" else gate,
-        num_routed_experts=5,
-        num_main_experts=2,
-        initial_alpha=0.2,
-        id2label=dict(enumerate("abcd")),
-    )
-    assert not model.training
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert model.config.label2id == model.experts[0].config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3}
-    assert model.alpha.item() == pytest.approx(0.2)
-    assert len(model.experts) == 7
-    for copied in model.experts:
-        for name, value in expert.state_dict().items():
-            assert torch.equal(copied.state_dict()[name], value)
-    assert len({parameter.data_ptr() for parameter in model.parameters()}) == len(list(model.parameters()))
-    if gate == "model":
-        assert all(torch.equal(model.gate.state_dict()[n], v) for n, v in gate_model.state_dict().items())
-    else:
-        assert isinstance(model.gate, torch.nn.Linear)
-        assert model.gate.weight.std().item() == pytest.approx(0.02, rel=0.3)
-        assert not model.gate.bias.any()
-
-
-def test_from_expert_by_name(tmp_path):
-    tiny_bert(num_labels=3).save_pretrained(tmp_path / "expert")
-    tiny_distilbert(num_labels=2).save_pretrained(tmp_path / "gate")
-    model = FedMoEForSequenceClassification.from_expert(
-        str(tmp_path / "expert"), str(tmp_path / "gate"), num_routed_experts=2, num_labels=3
-    )
-    assert (model.config.num_labels, model.config.gate_config.num_labels) == (3, 2)
-    assert model(**text_batch()).logits.shape == (6, 3)
-    tiny_bert().bert.save_pretrained(tmp_path / "headless")
-    model = FedMoEForSequenceClassification.from_expert(tmp_path / "headless", label2id={"x": 0, "y": 1, "z": 2})
-    assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
-    assert model(**text_batch()).logits.shape == (6, 3)
-
-
-def test_random_weights_are_equal_in_all_experts():
-    model = FedMoEForSequenceClassification(FedMoEConfig(expert_config=tiny_bert().config, initial_alpha=0.9))
-    assert model.alpha.item() == pytest.approx(0.9)
-    first = model.experts[0].state_dict()
-    for expert in model.experts[1:]:
-        assert all(torch.equal(first[name], value) for name, value in expert.state_dict().items())
-
-
-def test_from_experts_keeps_each_expert():
-    experts = [make_different(tiny_gpt2(), seed=seed) for seed in range(3)]
-    experts[1].config.problem_type = "single_label_classification"  # what a first training step writes
-    model = FedMoEForSequenceClassification.from_experts(experts[:1], experts[1:])
-    for copied, expert in zip(model.experts, experts, strict=True):
-        for name, value in expert.state_dict().items():
-            assert torch.equal(copied.state_dict()[name], value)
-    assert model.config.num_routed_experts == 2
-
-
-@pytest.mark.parametrize(
-    ("main", "routed", "message"),
-    [
-        (tiny_bert, lambda: tiny_bert(hidden_size=32), r"differ in `hidden_size`: 16 in `main\[0\]`, 32 in `routed"),
-        (tiny_bert, tiny_distilbert, r"`main\[0\]` is a BertForSequ.* `routed\[0\]` is a DistilBertForSequence"),
-        (tiny_bert, lambda: tiny_bert(num_labels=3), "differ in `id2label`"),
-        (tiny_bert, lambda: tiny_bert().bfloat16(), r"`routed\[0\]` has .*bfloat16.* as `bert.embeddings"),
-        (tiny_bert, lambda: tiny_bert().bert, r"`routed\[0\]` is a BertModel, which is not what AutoModel"),
-    ],
-)
-def test_from_experts_refuses_unequal_experts(main, routed, message):
-    with pytest.raises(ValueError, match=message):
-        FedMoEForSequenceClassification.from_experts([main()], [routed()])
-
-
-def test_from_experts_refuses_a_changed_module():
-    changed = tiny_bert()
-    changed.bert.pooler.dense = torch.nn.Linear(16, 16, bias=False)
-    with pytest.raises(ValueError, match=r"`routed\[0\]` has nothing as `bert.pooler.dense.bias`"):
-        FedMoEForSequenceClassification.from_experts([tiny_bert()], [changed])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_labels": 3}, "`num_labels` is 3, but the expert's head has 4 outputs"),
-        ({"num_labels": 4, "id2label": {0: "a", 1: "b"}}, "disagree on the number of classes"),
-        ({"gate": tiny_distilbert(2)}, "`gate` has 2 labels, but there are 3 routed experts"),
-        ({"gate": tiny_distilbert(3, vocab_size=50)}, "`gate_config.vocab_size` is 50"),
-        ({"num_routed_experts": 0}, "`routed` is empty"),
-        ({"num_main_experts": 0}, "`num_main_experts` is 0"),
-        ({"expert": GPT2LMHeadModel(tiny_gpt2().config)}, "GPT2LMHeadModel, which is not what AutoModelForSequence"),
-    ],
-)
-def test_from_expert_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        FedMoEForSequenceClassification.from_expert(**{"expert": tiny_bert()} | arguments)
+# ---------------------------------------------------------------- errors
 
 
 def test_other_errors():
