@@ -33,6 +33,7 @@ RECIPES: dict[str, type[RecipeArguments]] = {
 }
 NAMES_IN_TABLE = {
     "reserved_only": "the reserved set alone",
+    "cent_moe": "the reserved set alone, a mixture",
     "fedavg_reserved": "fedavg, server trains on the reserved set every round",
 }
 

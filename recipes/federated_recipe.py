@@ -33,6 +33,7 @@ METHODS = (
     "fedavg_tuned_at_end",
     "fedavg_moving_average",
     "reserved_only",
+    "cent_moe",
     "fedmoe",
 )
 
@@ -195,12 +196,16 @@ def make_trainer(
     set_seed(args.seed)
     expert = recipe.make_expert(data, processor)
     shared = dict(args=args, train_dataset=data, processing_class=processor, **recipe.collators(processor))
-    if method == "fedmoe":
+    if method in ("fedmoe", "cent_moe"):
         gate = "main_features" if recipe.gate == "main_features" else recipe.make_gate()
         mixture = recipe.mixture_class.from_expert(
             expert, gate=gate, num_routed_experts=recipe.num_routed_experts, top_l=recipe.top_l
         )
-        return FedMoETrainer(mixture, **shared)
+        if method == "fedmoe":
+            return FedMoETrainer(mixture, **shared)
+        # Cent-MoE: experts, gate and alpha together, by the loss of the mixture, on the reserved set alone.
+        mixture.config.entropy_weight = args.entropy_weight
+        return FederatedTrainer(mixture, **shared | centralised(args, data))
     if method == "reserved_only":
         return FederatedTrainer(expert, **shared | centralised(args, data))
     # The controls train on the reserved set at the learning rate of Fed-MoE's experts and as long, if those do.

@@ -39,10 +39,10 @@ def run(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("recipe", TINY)
 def test_quick_preset_compares_saves_and_classifies(recipe, run, tmp_path, capsys):
-    run(recipe, "--compare", "reserved_only", "fedavg", "fedprox", "fedmoe", "--dataset", "digits")
+    run(recipe, "--compare", "reserved_only", "cent_moe", "fedavg", "fedprox", "fedmoe", "--dataset", "digits")
     folder = tmp_path / "run"
     results = json.loads((folder / "results.json").read_text())
-    assert {"majority_class", "reserved_only", "fedavg", "fedprox", "fedmoe"} <= results.keys()
+    assert {"majority_class", "reserved_only", "cent_moe", "fedavg", "fedprox", "fedmoe"} <= results.keys()
     assert len({score["accuracy"] for name, score in results.items() if not name.startswith(" ")}) > 2
     for picture in ("gate.png", "clients.png"):
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
