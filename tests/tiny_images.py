@@ -3,7 +3,18 @@
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.models import (
@@ -29,7 +40,40 @@ def tiny_resnet(num_labels: int = 4, **config) -> SmallImageResNetForImageClassi
     return SmallImageResNetForImageClassification(SmallImageResNetConfig(**defaults | config)).eval()
 
 
-IMAGE_FAMILIES = {"small_cnn": tiny_cnn, "small_image_resnet": tiny_resnet}
+def tiny_stock_resnet(num_labels: int = 4) -> ResNetForImageClassification:
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic")
+    return _classifier(ResNetForImageClassification, config, num_labels)
+
+
+def tiny_mobilenet(num_labels: int = 4) -> MobileNetV2ForImageClassification:
+    config = MobileNetV2Config(depth_multiplier=0.25, min_depth=4, depth_divisible_by=4)
+    return _classifier(MobileNetV2ForImageClassification, config, num_labels)
+
+
+def tiny_vit(num_labels: int = 4) -> ViTForImageClassification:
+    sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
+    config = ViTConfig(**sizes, image_size=IMAGE_SIZE, patch_size=4, hidden_dropout_prob=0.0)
+    return _classifier(ViTForImageClassification, config, num_labels)
+
+
+def tiny_convnext(num_labels: int = 4) -> ConvNextForImageClassification:
+    config = ConvNextConfig(patch_size=2, hidden_sizes=[4, 6], depths=[1, 1], num_stages=2, image_size=IMAGE_SIZE)
+    return _classifier(ConvNextForImageClassification, config, num_labels)
+
+
+def _classifier(kind: type[PreTrainedModel], config: PreTrainedConfig, num_labels: int) -> PreTrainedModel:
+    config.num_labels = num_labels
+    return kind(config).eval()
+
+
+IMAGE_FAMILIES = {
+    "small_cnn": tiny_cnn,
+    "small_image_resnet": tiny_resnet,
+    "resnet": tiny_stock_resnet,
+    "mobilenet_v2": tiny_mobilenet,
+    "vit": tiny_vit,
+    "convnext": tiny_convnext,
+}
 
 
 @torch.no_grad()

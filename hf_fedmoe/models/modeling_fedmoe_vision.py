@@ -37,7 +37,9 @@ class FedMoEForImageClassification(_FedMoEForClassification):
 
     def __init__(self, config: FedMoEConfig) -> None:
         if config.gate_config is not None:
-            for field in ("num_channels", "image_size"):
+            # `image_size` binds some architectures (ViT) and is a mere note in others (MobileNet).
+            same = config.gate_config.model_type == config.expert_config.model_type
+            for field in ("num_channels", "image_size") if same else ("num_channels",):
                 expert, gate = (getattr(c, field, None) for c in (config.expert_config, config.gate_config))
                 if expert is not None and gate is not None and expert != gate:
                     raise ValueError(

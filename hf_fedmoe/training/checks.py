@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
@@ -74,19 +75,23 @@ def check_run(
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")
 
 
+@torch.no_grad()
 def check_images(client_model: PreTrainedModel, data: FederatedDataset, collate: Callable) -> None:
     """
-    Raises `ValueError` when the collator's images do not have the shape that an image classifier's configuration asks
-    for. One example stands for all: a collator makes all images alike.
+    Raises `ValueError` when an image classifier cannot read what the collator makes. One example stands for all: a
+    collator makes all images alike. The model is asked itself: `image_size` of a configuration binds only some.
     """
     if client_model.main_input_name != "pixel_values":
         return
-    shape = tuple(collate([data.client(0)[0]])["pixel_values"].shape[1:])
-    config = client_model.config.to_dict()
-    for name, found in (("num_channels", shape[:1]), ("image_size", shape[1:])):
-        if name in config and {config[name]} != set(found):
-            raise ValueError(
-                f"The images have the shape {shape} (channels, height, width), but the model's `{name}` is "
-                f"{config[name]}: build the model with their `{name}`, or take an image processor that makes such "
-                "images."
-            )
+    images = collate([data.client(0)[0]])["pixel_values"]
+    training = client_model.training
+    try:
+        client_model.eval()(pixel_values=images.to(client_model.device, client_model.dtype))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The model cannot read the images, which have the shape {tuple(images.shape[1:])} (channels, height, "
+            f"width): build it with their `num_channels` and `image_size`, or take an image processor that makes "
+            f"other images. It says: {error}"
+        ) from error
+    finally:
+        client_model.train(training)

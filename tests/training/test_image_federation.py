@@ -8,7 +8,13 @@ from hf_fedmoe.data import AUGMENTATIONS, ImageCollator
 from hf_fedmoe.models import FedMoEForImageClassification
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import assert_equal_states, state, tiny_args
-from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
+from tests.tiny_images import (
+    IMAGE_FAMILIES,
+    tiny_cnn,
+    tiny_image_federation,
+    tiny_processor,
+    tiny_resnet,
+)
 
 
 PHOTOGRAPHS = ImageCollator(tiny_processor(), AUGMENTATIONS["photographs"])
@@ -33,6 +39,16 @@ def test_a_mixture_learns_images(tmp_path, family):
     untrained = trainer.evaluate()["eval_accuracy"]
     trainer.train()
     assert trainer.evaluate()["eval_accuracy"] > max(0.6, untrained)
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_a_round_of_every_family(tmp_path, family):
+    trainer = mixture_trainer(tmp_path, IMAGE_FAMILIES[family], rounds=1)
+    before = state(trainer.model)
+    trainer.train()
+    assert all(len(report.refused) == 0 for report in trainer.rounds)
+    changed = [name for name, value in state(trainer.model).items() if not torch.equal(value, before[name])]
+    assert len(changed) > 0.9 * len(before)
 
 
 class Calls:
@@ -98,8 +114,9 @@ def test_batch_counts_of_batchnorm_reach_the_saved_model(tmp_path):
 @pytest.mark.parametrize(
     ("model", "processor", "message"),
     [
-        (lambda: tiny_cnn(num_channels=1), tiny_processor(3), r"shape \(3, 8, 8\).*`num_channels` is 1"),
-        (lambda: tiny_cnn(image_size=10), tiny_processor(3), r"shape \(3, 8, 8\).*`image_size` is 10"),
+        (lambda: tiny_cnn(num_channels=1), tiny_processor(3), r"shape \(3, 8, 8\).*`num_channels` = 1"),
+        (lambda: tiny_cnn(image_size=10), tiny_processor(3), r"shape \(3, 8, 8\).*`image_size` = 10"),
+        (lambda: tiny_resnet(num_channels=1), tiny_processor(3), r"shape \(3, 8, 8\).*channel dimension"),
         (lambda: tiny_resnet(), tiny_processor(1), r"is 192 bytes, but the image processor makes.*\(1, 8, 8\)"),
     ],
 )
