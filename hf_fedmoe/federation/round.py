@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import ReservedSet
 from ..strategies import Server, Strategy, Uploads
-from ..weights import Payload, payload_fault
+from ..weights import Codec, Payload, compress_upload, payload_fault
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .local_training import LocalTrainer
@@ -67,6 +67,7 @@ class Federation:
         keep_optimizer (`bool`): Whether each client keeps its optimizer state.
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
+        codec ([`~weights.Codec`], *optional*): How uploads are compressed.
     """
 
     server: Server
@@ -79,6 +80,7 @@ class Federation:
     draw_seed: int
     keep_optimizer: bool = False
     client_choice: str = "uniform"
+    codec: Codec | None = None
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -94,11 +96,11 @@ class Federation:
         report = RoundReport(chosen)
         rows_mP = torch.zeros(len(chosen), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
         accepted: dict[int, tuple[int, dict[str, Tensor], int, float]] = {}
-        kept_optimizers: dict[int, dict[str, Tensor]] = {}
+        stays: dict[int, dict[str, Tensor]] = {}
         for place, client in enumerate(chosen):
             report.bytes_down += Payload(server.bank_SP[0], server.integers[0]).num_bytes(layout)
             try:
-                payload = self._train_client(client, round_index, rows_mP[place])
+                payload, stays[client] = self._train_client(client, round_index, rows_mP[place])
                 fault = payload_fault(payload, layout)
             except Exception as error:  # whatever breaks on one client must not break the federation
                 fault = f"{type(error).__name__}: {error}"
@@ -106,8 +108,6 @@ class Federation:
             if fault is None:
                 accepted[client] = (place, payload.integers, payload.num_examples, payload.metrics["loss"])
                 report.bytes_up += payload.num_bytes(layout)
-                if self.keep_optimizer:
-                    kept_optimizers[client] = self.local_trainer.optimizer_tensors()
             else:
                 report.refused[client] = fault
                 logger.warning(f"Round {round_index + 1} goes on without client {client}: {fault}.")
@@ -137,21 +137,30 @@ class Federation:
         started = time.perf_counter()
         rows = self.strategy.synchronise(server, uploads)
         for client in uploads.clients:
-            tensors = {"row_P": rows[client]} if client in rows else {}
-            if tensors | kept_optimizers.get(client, {}):
-                self.store.put(client, tensors | kept_optimizers.get(client, {}))
+            tensors = stays[client] | ({"row_P": rows[client]} if client in rows else {})
+            if tensors:
+                self.store.put(client, tensors)
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
-    def _train_client(self, client: int, round_index: int, out_P: Tensor) -> Payload:
+    def _train_client(self, client: int, round_index: int, out_P: Tensor) -> tuple[Payload, dict[str, Tensor]]:
+        """The upload, its row written to `out_P`, and what stays with the client if the upload is accepted."""
         kept = self.store.get(client)
-        kept_P = kept.pop("row_P", None)
-        received_P = self.strategy.download(self.server, client, kept_P)
-        return self.local_trainer.train(
+        kept_P, residual_U = kept.pop("row_P", None), kept.pop("residual_U", None)
+        received_P = self.strategy.download(self.server, client, kept_P).to(out_P.device)
+        payload = self.local_trainer.train(
             self.clients[client],
-            received_P.to(out_P.device),
+            received_P,
             self.server.integers[0],
             out_P,
             seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client),
             kept or None,
         )
+        stays = self.local_trainer.optimizer_tensors() if self.keep_optimizer else {}
+        if self.codec is not None:
+            payload.row_bytes, residual_U = compress_upload(
+                self.codec, self.server.layout, out_P, received_P, residual_U
+            )
+            if residual_U is not None:
+                stays["residual_U"] = residual_U
+        return payload, stays

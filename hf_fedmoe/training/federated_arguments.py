@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from ..federation import CLIENT_CHOICES
 from ..strategies import FedMoESettings
+from ..weights import COMPRESSIONS, make_codec
 
 
 @dataclass
@@ -31,6 +32,11 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             client numbers modulo m.
         keep_client_optimizer (`bool`, *optional*, defaults to `False`):
             Whether a client finds its optimizer state again when it is next drawn.
+        upload_compression (`str`, *optional*, defaults to `"none"`):
+            How uploads travel: `"none"`, `"bf16"`, `"int8"` or `"top_k"`, see [`~weights.make_codec`]. The logged
+            `bytes_up` are those of the encoded uploads; the server works with what it reads of them.
+        top_k_share (`float`, *optional*, defaults to 0.01):
+            Share of the entries of an update that `"top_k"` sends.
         lr_scheduler_scope (`str`, *optional*, defaults to `"round"`):
             What `lr_scheduler_type` stretches over: `"round"` (a client's local steps, as in a plain `Trainer` run of
             them) or `"run"` (the rounds; constant within each).
@@ -41,6 +47,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     client_draw_seed: int | None = field(default=None, metadata={"help": "Seed of the draw of clients (seed)."})
     client_choice: str = field(default="uniform", metadata={"help": f"One of {', '.join(CLIENT_CHOICES)}."})
     keep_client_optimizer: bool = field(default=False, metadata={"help": "Each client keeps its optimizer state."})
+    upload_compression: str = field(default="none", metadata={"help": f"One of {', '.join(COMPRESSIONS)}."})
+    top_k_share: float = field(default=0.01, metadata={"help": "Share of an update that top_k sends."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
@@ -59,6 +67,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             )
         if self.lr_scheduler_scope not in ("round", "run"):
             raise ValueError(f'`lr_scheduler_scope` is {self.lr_scheduler_scope!r}: choose "round" or "run".')
+        make_codec(self.upload_compression, self.top_k_share)
         if self.max_steps > 0:
             raise ValueError(
                 f"`max_steps` is {self.max_steps}, which a federated run does not use: set `rounds` for its length, "

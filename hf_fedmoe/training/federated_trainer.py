@@ -43,7 +43,7 @@ from ..federation import (
 )
 from ..reporting import write_model_card
 from ..strategies import FedAvg, Server, Strategy
-from ..weights import StateLayout, copy_module, release
+from ..weights import StateLayout, copy_module, make_codec, release
 from .checks import check_images, check_run
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
@@ -270,6 +270,7 @@ class FederatedTrainer(Trainer):
             args.client_draw_seed,
             args.keep_client_optimizer,
             args.client_choice,
+            make_codec(args.upload_compression, args.top_k_share),
         )
 
     def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
@@ -311,6 +312,8 @@ class FederatedTrainer(Trainer):
                     "seed",
                     "client_draw_seed",
                     "client_choice",
+                    "upload_compression",
+                    "top_k_share",
                     "clients_per_round",
                     "num_train_epochs",
                     "per_device_train_batch_size",

@@ -18,17 +18,20 @@ class Payload:
         integers (`dict[str, Tensor]`, *optional*): Its integer buffers.
         num_examples (`int`, *optional*, defaults to 0): Training examples of the client.
         metrics (`dict[str, float]`, *optional*): What the client reports (`loss`, `steps`, ...).
+        row_bytes (`int`, *optional*): Bytes of the row when it travelled compressed.
     """
 
     row_P: Tensor
     integers: dict[str, Tensor] = field(default_factory=dict)
     num_examples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    row_bytes: int | None = None
 
     def num_bytes(self, layout: StateLayout) -> int:
-        """Bytes on the wire: the state without the row's padding."""
+        """Bytes on the wire: the encoded row, or the state without the row's padding, and the integers."""
         integers = sum(tensor.numel() * tensor.element_size() for tensor in self.integers.values())
-        return layout.num_elements * self.row_P.element_size() + integers
+        row = layout.num_elements * self.row_P.element_size() if self.row_bytes is None else self.row_bytes
+        return row + integers
 
 
 def payload_fault(payload: Payload, layout: StateLayout) -> str | None:

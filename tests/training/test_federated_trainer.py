@@ -292,3 +292,26 @@ def test_bf16_trains_and_keeps_float32_weights(tmp_path):
     trainer.train()
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     assert trainer.evaluate()["eval_loss"] < 1.5
+
+
+@pytest.mark.parametrize(
+    ("compression", "share", "atol"), [("bf16", 0.5, 2e-3), ("int8", 0.3, 2e-2), ("top_k", 0.021, 1.0)]
+)
+def test_compressed_uploads_are_counted_as_they_travel(tmp_path, compression, share, atol):
+    plain = FederatedTrainer(tiny_expert(), tiny_args(tmp_path, rounds=1), tiny_federation())
+    plain.train()
+    args = tiny_args(tmp_path, rounds=1, upload_compression=compression)
+    compressed = FederatedTrainer(tiny_expert(), args, tiny_federation())
+    compressed.train()
+    (before,), (after,) = plain.rounds, compressed.rounds
+    assert after.bytes_down == before.bytes_down and 0 < after.bytes_up <= share * before.bytes_up
+    distance = max(
+        (a - b).abs().max().item()
+        for a, b in zip(state(plain.model).values(), state(compressed.model).values(), strict=True)
+    )
+    assert 0 < distance < atol
+
+
+def test_compression_is_checked_before_training(tmp_path):
+    with pytest.raises(ValueError, match="`upload_compression` is 'zip'"):
+        tiny_args(tmp_path, upload_compression="zip")
