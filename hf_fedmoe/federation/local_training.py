@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import datasets
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from ..strategies import Strategy
@@ -71,7 +70,7 @@ class LocalTrainer:
 
     def train(
         self,
-        dataset: datasets.Dataset,
+        dataset: Dataset,
         received_P: Tensor,
         integers: dict[str, Tensor],
         out_P: Tensor,
@@ -82,7 +81,7 @@ class LocalTrainer:
         One client's local epochs from the received row; its trained row is written to `out_P`.
 
         Args:
-            dataset (`datasets.Dataset`): The client's examples.
+            dataset (`torch.utils.data.Dataset`): The client's examples.
             received_P (`Tensor` of shape `[P]`): What it starts from.
             integers (`dict[str, Tensor]`): Integer buffers to start from.
             out_P (`Tensor` of shape `[P]`): Where the upload goes.

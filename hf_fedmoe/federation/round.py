@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
@@ -59,7 +59,8 @@ class Federation:
         server ([`~strategies.Server`]): Changed by every round.
         strategy ([`~strategies.Strategy`]): The method.
         local_trainer ([`LocalTrainer`]): Trains the clients.
-        clients (`list[datasets.Dataset]`): Their data.
+        num_clients (`int`): M.
+        client_data (`Callable`): From a client's number to its examples; only participants are asked for theirs.
         store ([`ClientStore`]): What stays with them.
         reserved ([`~data.ReservedSet`], *optional*): The server's own set.
         seed (`int`): Of everything random but the draw of clients.
@@ -73,7 +74,8 @@ class Federation:
     server: Server
     strategy: Strategy
     local_trainer: LocalTrainer
-    clients: list[datasets.Dataset]
+    num_clients: int
+    client_data: Callable[[int], Subset]
     store: ClientStore
     reserved: ReservedSet | None
     seed: int
@@ -85,7 +87,7 @@ class Federation:
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
         rng = np.random.default_rng(seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index))
-        return CLIENT_CHOICES[self.client_choice](len(self.clients), clients_per_round, rng)
+        return CLIENT_CHOICES[self.client_choice](self.num_clients, clients_per_round, rng)
 
     def run_round(
         self, round_index: int, clients_per_round: int, on_client: Callable[[int], None] | None = None
@@ -149,7 +151,7 @@ class Federation:
         kept_P, residual_U = kept.pop("row_P", None), kept.pop("residual_U", None)
         received_P = self.strategy.download(self.server, client, kept_P).to(out_P.device)
         payload = self.local_trainer.train(
-            self.clients[client],
+            self.client_data(client),
             received_P,
             self.server.integers[0],
             out_P,

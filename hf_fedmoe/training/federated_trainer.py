@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import (
     BaseImageProcessor,
@@ -149,7 +150,7 @@ class FederatedTrainer(Trainer):
         self._init_training_state(rounds, 1, rounds, resume_from_checkpoint, trial)
         federation = self._federation()
         if resume_from_checkpoint is None:
-            self.strategy.setup(federation.server, len(federation.clients))
+            self.strategy.setup(federation.server, federation.num_clients)
         else:
             load_federation(Path(resume_from_checkpoint), federation.server, federation.store)
         start_time = time.time()
@@ -236,6 +237,7 @@ class FederatedTrainer(Trainer):
         )
         self._set_signature_columns_if_needed()
         keep = self._remove_unused_columns if args.remove_unused_columns else lambda dataset, description: dataset
+        pool = keep(data.pool, "client")
         reserved = None
         if self.strategy.needs_reserved_set():
             reserved = ReservedSet(
@@ -257,13 +259,14 @@ class FederatedTrainer(Trainer):
             self._local_scheduler,
             self.accelerator,
         )
-        clients = [keep(data.client(client), "client") for client in range(data.num_clients)]
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
             server,
             self.strategy,
             local_trainer,
-            clients,
+            data.num_clients,
+            # Not `data.client(...)`, which fingerprints its rows: milliseconds for each participant.
+            lambda client: Subset(pool, data.client_indices[client].tolist()),
             store,
             reserved,
             args.seed,
