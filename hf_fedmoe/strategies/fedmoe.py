@@ -256,17 +256,8 @@ class FedMoE(Strategy):
 
     def _fine_tune_start(self, server: Server, reserved: ReservedSet, seed: int) -> dict[str, float]:
         """A copy of the main expert, trained on the reserved set, for the next round's participants."""
-        settings = self.settings
         server.layout.write(self._main(server), server.worker)
-        loss = fine_tune(
-            server.worker,
-            reserved,
-            settings.download_epochs,
-            settings.expert_learning_rate,
-            server.weight_decay,
-            settings.gate_batch_size,
-            seed,
-        )
+        loss = self._tune(server, server.worker, reserved, self.settings.download_epochs, seed)
         server.tensors["start_P"] = server.layout.read(server.worker)
         return {"start_loss": loss}
 
@@ -282,16 +273,18 @@ class FedMoE(Strategy):
                 own_R = Q_RK[:, index - num_main]
                 # Half of its attention is for all examples: on its own ones alone, few as they are, it gets worse.
                 weights_R = 0.5 + 0.5 * own_R / own_R.mean().clamp_min(1e-6)
-            losses.append(
-                fine_tune(
-                    expert,
-                    reserved,
-                    epochs,
-                    self.settings.expert_learning_rate,
-                    server.weight_decay,
-                    self.settings.gate_batch_size,
-                    seed,
-                    weights_R,
-                )
-            )
+            losses.append(self._tune(server, expert, reserved, epochs, seed, weights_R))
         return {"expert_loss": sum(losses) / len(losses)}
+
+    def _tune(
+        self,
+        server: Server,
+        model: nn.Module,
+        reserved: ReservedSet,
+        epochs: int,
+        seed: int,
+        weights_R: Tensor | None = None,
+    ) -> float:
+        """[`fine_tune`] with the server's and the method's own settings."""
+        rate, batch_size = self.settings.expert_learning_rate, self.settings.gate_batch_size
+        return fine_tune(model, reserved, epochs, rate, server.weight_decay, batch_size, seed, weights_R)
