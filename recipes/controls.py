@@ -15,13 +15,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from federated_recipe import TUNING_EPOCHS, RecipeArguments, analyse, majority_scores, make_trainer
+from federated_recipe import RecipeArguments, analyse, averaging_strategies, majority_scores, make_trainer
 from image_federation import ImageRecipe
 from text_federation import TextRecipe
 from transformers.utils import logging
 
 from hf_fedmoe.data import ReservedSet
-from hf_fedmoe.strategies import FedAvgMovingAverage, FedAvgReserved, Server
+from hf_fedmoe.strategies import FedAvgMovingAverage, Server
 
 
 FOLDER = Path(__file__).parent
@@ -80,8 +80,7 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
         score("fedavg, moving average of the server")
         end.layout.write(end.last_mean_P, trainer.model)
         score("fedavg")
-        epochs = args.final_expert_epochs or TUNING_EPOCHS
-        tuned = FedAvgReserved("end", epochs, args.expert_learning_rate, args.gate_batch_size)
+        tuned = averaging_strategies(args)["fedavg_tuned_at_end"]
         tuned.fine_tune(trainer.model, end.reserved, args.weight_decay, end.seed)
         score("fedavg, fine-tuned on the reserved set at the end")
     else:

@@ -208,18 +208,23 @@ def make_trainer(
         return FederatedTrainer(mixture, **shared | centralised(args, data))
     if method == "reserved_only":
         return FederatedTrainer(expert, **shared | centralised(args, data))
+    strategies = averaging_strategies(args)
+    if method not in strategies:
+        raise ValueError(f"`compare` names {method!r}: choose from {', '.join(METHODS)}.")
+    return FederatedTrainer(expert, strategy=strategies[method], **shared)
+
+
+def averaging_strategies(args: FederatedTrainingArguments) -> dict[str, Strategy]:
+    """The methods of one model, by their names."""
     # The controls train on the reserved set at the learning rate of Fed-MoE's experts and as long, if those do.
     server = dict(learning_rate=args.expert_learning_rate, batch_size=args.gate_batch_size)
-    strategies: dict[str, Strategy] = {
+    return {
         "fedavg": FedAvg(),
         "fedprox": FedProx(),
         "fedavg_reserved": FedAvgReserved("round", max(1, args.expert_epochs, args.download_epochs), **server),
         "fedavg_tuned_at_end": FedAvgReserved("end", args.final_expert_epochs or TUNING_EPOCHS, **server),
         "fedavg_moving_average": FedAvgMovingAverage(args.fusion_rate),
     }
-    if method not in strategies:
-        raise ValueError(f"`compare` names {method!r}: choose from {', '.join(METHODS)}.")
-    return FederatedTrainer(expert, strategy=strategies[method], **shared)
 
 
 def centralised(args: FederatedTrainingArguments, data: FederatedDataset) -> dict[str, Any]:

@@ -21,8 +21,6 @@ VARIANTS: dict[str, list[str]] = {
     "no balance term": ["--balance_weight", "0.0"],
     "clients start from their last mixture": ["--synchronisation", "download_mixture"],
     "clients synchronised after their round": ["--synchronisation", "after_round"],
-    "clients start from a tuned copy of the main expert": ["--download_epochs", "1"],
-    "the same, experts never fine-tuned": ["--download_epochs", "1", "--final_expert_epochs", "0"],
     "experts never fine-tuned": ["--final_expert_epochs", "0"],
     "experts fine-tuned every round instead": ["--final_expert_epochs", "0", "--expert_epochs", "1"],
     "paper's letter": ["--preset_of_method", "paper"],

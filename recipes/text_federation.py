@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 from federated_recipe import RecipeArguments, find_model, label_maps
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    pipeline,
+)
 
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.models import FedMoEForSequenceClassification
@@ -40,9 +46,7 @@ class TextRecipe(RecipeArguments):
             lambda rows: processor(rows["text"], truncation=True, max_length=self.max_length), batched=True
         )
 
-    def make_expert(
-        self, data: FederatedDataset, processor: PreTrainedTokenizerBase
-    ) -> AutoModelForSequenceClassification:
+    def make_expert(self, data: FederatedDataset, processor: PreTrainedTokenizerBase) -> PreTrainedModel:
         expert = AutoModelForSequenceClassification.from_pretrained(
             find_model(self.model), **label_maps(data), dtype=torch.float32
         )
