@@ -140,8 +140,6 @@ class Turns(TrainerCallback):
             with self.stages["bare"]:
                 self.bare.run_round(round_index, self.start)
             return
-        # Integers, BatchNorm's counts of batches, are in the server's store and not in the model.
-        weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         clients = range(len(self.bare.clients))
         collated = [list(self.bare.load(client, self.bare.order(client, round_index))) for client in clients]
         for batches in (None, collated):
@@ -149,7 +147,7 @@ class Turns(TrainerCallback):
             result = self.bare.run_round(round_index, self.start, batches)
             seconds.append(self.clock() - started)
             if batches is None:
-                gaps = [(result[name] - tensor).abs().max().item() for name, tensor in weights.items()]
+                gaps = [(result[name] - tensor).abs().max().item() for name, tensor in model.state_dict().items()]
                 self.difference = max(self.difference, *gaps)
         if round_index > 0:  # the first one warms up
             for name, value in zip(self.seconds, seconds, strict=True):
