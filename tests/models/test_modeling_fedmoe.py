@@ -16,6 +16,7 @@ from hf_fedmoe.models import (
     gating_entropy,
     load_imbalance,
 )
+from tests.mixture_by_hand import mixture_by_hand
 from tests.tiny_models import (
     EOS_TOKEN_ID,
     PAD_TOKEN_ID,
@@ -56,14 +57,9 @@ def test_families_sparse_equals_per_example_loop_in_any_order(family, gate):
         assert len(out.selected_experts.unique()) > 1
         for row in range(8):
             one = {name: value[row : row + 1] for name, value in batch.items()}
-            probs_K = model.gate_logits(model.gate_features(one), one).softmax(-1)[0]
-            chosen_L = probs_K.argsort(descending=True)[:2]
-            weights_L = probs_K[chosen_L].softmax(-1)
-            experts = [model.routed_experts[k](**one).logits[0].softmax(-1) for k in chosen_L]
-            main = model.main_experts[0](**one).logits[0].softmax(-1)
-            expected = (1 - model.alpha) * main + model.alpha * (weights_L[:, None] * torch.stack(experts)).sum(0)
+            expected, chosen = mixture_by_hand(model, one, top_l=2)
             torch.testing.assert_close(out.logits[row].exp(), expected, rtol=0, atol=1e-7)
-            assert out.selected_experts[row].tolist() == chosen_L.tolist()
+            assert out.selected_experts[row].tolist() == chosen
         order = torch.randperm(8)
         shuffled = model(**{name: value[order] for name, value in batch.items()})
     torch.testing.assert_close(shuffled.logits, out.logits[order], rtol=0, atol=1e-12)

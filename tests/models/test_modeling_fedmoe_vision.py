@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_fedmoe.models import FedMoEConfig, FedMoEForImageClassification, FedMoEForSequenceClassification
+from tests.mixture_by_hand import mixture_by_hand
 from tests.tiny_images import IMAGE_FAMILIES, image_batch, make_statistics_different, tiny_cnn, tiny_resnet
 from tests.tiny_models import PAD_TOKEN_ID, make_different, tiny_gpt2
 
@@ -53,14 +54,9 @@ def test_sparse_equals_per_example_loop(family, gate):
         assert len(out.selected_experts.unique()) > 1
         for row in range(8):
             one = {"pixel_values": images[row : row + 1]}
-            probs_K = model.gate_logits(model.gate_features(one), one).softmax(-1)[0]
-            chosen_L = probs_K.argsort(descending=True)[:2]
-            weights_L = probs_K[chosen_L].softmax(-1)
-            experts = [model.routed_experts[k](**one).logits[0].softmax(-1) for k in chosen_L]
-            main = model.main_experts[0](**one).logits[0].softmax(-1)
-            expected = (1 - model.alpha) * main + model.alpha * (weights_L[:, None] * torch.stack(experts)).sum(0)
+            expected, chosen = mixture_by_hand(model, one, top_l=2)
             torch.testing.assert_close(out.logits[row].exp(), expected, rtol=0, atol=1e-9)
-            assert out.selected_experts[row].tolist() == chosen_L.tolist()
+            assert out.selected_experts[row].tolist() == chosen
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
