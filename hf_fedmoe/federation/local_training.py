@@ -1,7 +1,8 @@
 """Training one client where its data is."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,26 +12,47 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from ..strategies import Strategy
-from ..weights import Payload, StateLayout
+from ..weights import Payload, StateLayout, copy_module
 
 
-def local_steps(num_examples: int, args: TrainingArguments, seed: int) -> list[list[list[int]]]:
+OPTIMIZER_PREFIX = "optimizer."
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+
+def local_steps(
+    num_examples: int, args: TrainingArguments, seed: int, epochs: float | None = None
+) -> list[list[list[int]]]:
     """
     A client's local training as optimizer steps: each a list of accumulated batches, each a list of indices.
 
     Every epoch has a new random order that follows from `seed`; accumulation does not reach across epochs and a
-    fractional last epoch is rounded up to whole steps, as in `Trainer`.
+    fractional last epoch is rounded up to whole steps, as in `Trainer`. `epochs` replaces `args.num_train_epochs`.
     """
+    epochs = args.num_train_epochs if epochs is None else epochs
     generator = torch.Generator().manual_seed(seed)
     steps: list[list[list[int]]] = []
-    for _ in range(math.ceil(args.num_train_epochs)):
+    for _ in range(math.ceil(epochs)):
         batches = [b.tolist() for b in torch.randperm(num_examples, generator=generator).split(args.train_batch_size)]
         if args.dataloader_drop_last and len(batches) > 1 and len(batches[-1]) < args.train_batch_size:
             batches.pop()
         accumulation = args.gradient_accumulation_steps
         steps += [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
-    steps_per_epoch = len(steps) // math.ceil(args.num_train_epochs)
-    return steps[: math.ceil(args.num_train_epochs * steps_per_epoch)]
+    steps_per_epoch = len(steps) // math.ceil(epochs)
+    return steps[: math.ceil(epochs * steps_per_epoch)]
+
+
+@dataclass
+class StepBatches:
+    """The batches of one optimizer step on the device, fetched as they are asked for; `list` keeps them."""
+
+    source: Iterator[dict[str, Tensor]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (next(self.source) for _ in range(self.count))
 
 
 @dataclass
@@ -39,6 +61,10 @@ class LocalTrainer:
     Trains clients one after another in one worker module with one optimizer, reset for each.
 
     `Trainer.train()` per client would cost a full garbage collection each time, more than many a client's training.
+
+    [`LocalTrainer.train`] is what most methods need. One that does something else with each batch puts its loop
+    together from [`LocalTrainer.plan`], [`LocalTrainer.begin`], [`LocalTrainer.steps`] and [`LocalTrainer.step`], of
+    which `train` consists, and one that trains several models at once asks for [`LocalTrainer.twins`].
 
     Args:
         worker (`nn.Module`): The client model, on the device.
@@ -49,6 +75,7 @@ class LocalTrainer:
         optimizer (`torch.optim.Optimizer`): Over the worker's parameters, prepared by Accelerate.
         make_scheduler (`Callable`): From (optimizer, number of local steps) to a learning-rate scheduler.
         accelerator ([`~accelerate.Accelerator`]): Precision, gradient scaling, device.
+        make_optimizer (`Callable`): From a module to another such optimizer, for twins.
     """
 
     worker: nn.Module
@@ -59,9 +86,13 @@ class LocalTrainer:
     optimizer: torch.optim.Optimizer
     make_scheduler: Callable
     accelerator: Accelerator
+    make_optimizer: Callable
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
+        self._trainable = {name: p.requires_grad for name, p in self.worker.named_parameters()}
+        self._only: Collection[str] | None = None
+        self._twins: list[LocalTrainer] = []
         # Accelerate's wrapper looks for an optional package on disk in every step; without scaling and ranks it does
         # nothing else.
         if self.accelerator.scaler is None and self.accelerator.distributed_type == DistributedType.NO:
@@ -76,6 +107,9 @@ class LocalTrainer:
         out_P: Tensor,
         seed: int,
         kept_optimizer: dict[str, Tensor] | None = None,
+        *,
+        epochs: float | None = None,
+        only: Collection[str] | None = None,
     ) -> Payload:
         """
         One client's local epochs from the received row; its trained row is written to `out_P`.
@@ -88,47 +122,114 @@ class LocalTrainer:
             seed (`int`): Of the data order and of dropout.
             kept_optimizer (`dict[str, Tensor]`, *optional*): Optimizer state of its last round
                 ([`LocalTrainer.optimizer_tensors`]); fresh without.
+            epochs (`float`, *optional*): Local epochs, `args.num_train_epochs` if left out.
+            only (`Collection[str]`, *optional*): Names of the parameters that learn; all if left out.
         """
-        args, accelerator = self.args, self.accelerator
-        torch.manual_seed(seed)
-        self.layout.write(received_P, self.worker)
-        self.layout.write_integers(integers, self.worker)
-        self._reset_optimizer(kept_optimizer)
         received = self.layout.views(received_P)
-        steps = local_steps(len(dataset), args, seed)
-        scheduler = self.make_scheduler(self.optimizer, len(steps))
-        batches = iter(
-            DataLoader(
-                dataset,
-                batch_sampler=[batch for step in steps for batch in step],
-                collate_fn=self.collate,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=args.dataloader_pin_memory and accelerator.device.type == "cuda",
-            )
-        )
+        plan = self.plan(dataset, seed, epochs)
+        self.begin(received_P, integers, len(plan), kept_optimizer, only)
+        total = torch.zeros((), device=self.accelerator.device)
+        for batches in self.steps(dataset, plan, seed):
+            total += self.step(batches, lambda model, batch: self.strategy.loss(model, batch, received))
+        return self.payload(out_P, len(dataset), total, len(plan))
+
+    def plan(self, dataset: Dataset, seed: int, epochs: float | None = None) -> list[list[list[int]]]:
+        """The client's optimizer steps, see [`local_steps`]."""
+        return local_steps(len(dataset), self.args, seed, epochs)
+
+    def begin(
+        self,
+        row_P: Tensor,
+        integers: dict[str, Tensor],
+        num_steps: int,
+        kept_optimizer: dict[str, Tensor] | None = None,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """The worker becomes the model of `row_P`, about to take `num_steps` steps with a fresh optimizer."""
+        self.load(row_P, integers)
+        self._learn(only)
+        self._reset_optimizer(kept_optimizer)
+        self._scheduler = self.make_scheduler(self.optimizer, num_steps)
         self.worker.train()
-        total = torch.zeros((), device=accelerator.device)
-        for step in steps:
-            for _ in step:
-                batch = next(batches)
-                batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-                with accelerator.autocast():
-                    loss = self.strategy.loss(self.worker, batch, received)
-                accelerator.backward(loss / len(step))
-                total += loss.detach() / len(step)
-            if args.max_grad_norm:
-                accelerator.clip_grad_norm_(self._parameters, args.max_grad_norm)
-            self.optimizer.step()
-            scheduler.step()
-            self.optimizer.zero_grad()
+
+    def steps(self, dataset: Dataset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
+        """The batches of each planned step; `seed` is that of dropout and augmentation."""
+        torch.manual_seed(seed)
+        batches = self._batches(dataset, [batch for step in plan for batch in step])
+        for step in plan:
+            yield StepBatches(batches, len(step))
+
+    def step(self, batches: StepBatches | Sequence[dict[str, Tensor]], loss: Loss) -> Tensor:
+        """One optimizer step on the accumulated batches; returns their mean loss."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            with self.accelerator.autocast():
+                value = loss(self.worker, batch)
+            self.accelerator.backward(value / len(batches))
+            total += value.detach() / len(batches)
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
+        self.optimizer.step()
+        self._scheduler.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def payload(self, out_P: Tensor, num_examples: int, total_loss: Tensor, num_steps: int) -> Payload:
+        """The worker as an upload, its row written to `out_P`."""
         self.layout.read(self.worker, out=out_P)
-        metrics = {"loss": (total / len(steps)).item(), "steps": len(steps)}
-        return Payload(out_P, self.layout.read_integers(self.worker), len(dataset), metrics)
+        metrics = {"loss": (total_loss / num_steps).item(), "steps": num_steps}
+        return Payload(out_P, self.layout.read_integers(self.worker), num_examples, metrics)
+
+    def load(self, row_P: Tensor, integers: dict[str, Tensor]) -> nn.Module:
+        """The worker as the model of `row_P`."""
+        self.layout.write(row_P, self.worker)
+        self.layout.write_integers(integers, self.worker)
+        return self.worker
+
+    @torch.no_grad()
+    def mean_loss(self, dataset: Dataset, row_P: Tensor, integers: dict[str, Tensor], seed: int) -> float:
+        """The model's own mean loss on a client's examples, without dropout."""
+        torch.manual_seed(seed)
+        model = self.load(row_P, integers).eval()
+        total = torch.zeros((), device=self.accelerator.device)
+        places = torch.arange(len(dataset)).split(self.args.eval_batch_size)
+        for indices, batch in zip(places, self._batches(dataset, [p.tolist() for p in places]), strict=True):
+            with self.accelerator.autocast():
+                total += model(**batch).loss * len(indices)
+        return (total / len(dataset)).item()
+
+    def twins(self, count: int) -> list["LocalTrainer"]:
+        """Further trainers, each with a worker and an optimizer of its own: for clients that train several models."""
+        self._learn(None)
+        while len(self._twins) < count:
+            worker = copy_module(self.worker)
+            self._twins.append(dataclasses.replace(self, worker=worker, optimizer=self.make_optimizer(worker)))
+        return self._twins[:count]
+
+    def _learn(self, only: Collection[str] | None) -> None:
+        """Only the parameters of these names learn; all that may if `None`."""
+        if only is None and self._only is None:
+            return
+        for name, parameter in self.worker.named_parameters():
+            parameter.requires_grad_(self._trainable[name] and (only is None or name in only))
+        self._only = only
+
+    def _batches(self, dataset: Dataset, places: list[list[int]]) -> Iterator[dict[str, Tensor]]:
+        device = self.accelerator.device
+        loader = DataLoader(
+            dataset,
+            batch_sampler=places,
+            collate_fn=self.collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and device.type == "cuda",
+        )
+        for batch in loader:
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state after [`LocalTrainer.train`] as named tensors, for the client store."""
         return {
-            f"optimizer.{index}.{key}": value.detach().clone()
+            f"{OPTIMIZER_PREFIX}{index}.{key}": value.detach().clone()
             for index, entries in self.optimizer.state_dict()["state"].items()
             for key, value in entries.items()
             if isinstance(value, Tensor)

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
-from ..strategies import Server, Strategy, Uploads
-from ..weights import Codec, Payload, compress_upload, payload_fault
+from ..strategies import ClientTask, Server, Strategy, Uploads
+from ..weights import Codec, Payload, compress_upload, keep_private_, payload_fault
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
-from .local_training import LocalTrainer
+from .local_training import OPTIMIZER_PREFIX, LocalTrainer
 from .randomness import Stream, seed_of
 
 
@@ -97,10 +97,13 @@ class Federation:
         chosen = self.draw(round_index, clients_per_round)
         report = RoundReport(chosen)
         rows_mP = torch.zeros(len(chosen), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
-        accepted: dict[int, tuple[int, dict[str, Tensor], int, float]] = {}
+        accepted: dict[int, tuple[int, Payload]] = {}
         stays: dict[int, dict[str, Tensor]] = {}
+        shared = self.strategy.shared(server, round_index)
         for place, client in enumerate(chosen):
-            report.bytes_down += Payload(server.bank_SP[0], server.integers[0]).num_bytes(layout)
+            links = self.strategy.links(client, chosen)
+            sent = Payload(server.bank_SP[0], server.integers[0])
+            report.bytes_down += links * sent.num_bytes(layout, shared)
             try:
                 payload, stays[client] = self._train_client(client, round_index, rows_mP[place])
                 fault = payload_fault(payload, layout)
@@ -108,8 +111,8 @@ class Federation:
                 fault = f"{type(error).__name__}: {error}"
                 logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)
             if fault is None:
-                accepted[client] = (place, payload.integers, payload.num_examples, payload.metrics["loss"])
-                report.bytes_up += payload.num_bytes(layout)
+                accepted[client] = (place, payload)
+                report.bytes_up += links * payload.num_bytes(layout, shared)
             else:
                 report.refused[client] = fault
                 logger.warning(f"Round {round_index + 1} goes on without client {client}: {fault}.")
@@ -118,15 +121,17 @@ class Federation:
         if not accepted:
             reasons = "; ".join(f"client {client}: {fault}" for client, fault in report.refused.items())
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {reasons}")
-        places, integers, num_examples, losses = zip(*accepted.values(), strict=True)
+        places, payloads = zip(*accepted.values(), strict=True)
+        num_examples = [payload.num_examples for payload in payloads]
         uploads = Uploads(
             list(accepted),
             rows_mP if len(places) == len(chosen) else rows_mP[list(places)],
-            list(integers),
+            [payload.integers for payload in payloads],
             torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
+            [payload.metrics for payload in payloads],
         )
         report.num_examples = sum(num_examples)
-        report.loss = float(np.average(losses, weights=num_examples))
+        report.loss = float(np.average([payload.metrics["loss"] for payload in payloads], weights=num_examples))
         report.seconds["clients"] = time.perf_counter() - started
         started = time.perf_counter()
         report.metrics = self.strategy.update(
@@ -147,22 +152,47 @@ class Federation:
 
     def _train_client(self, client: int, round_index: int, out_P: Tensor) -> tuple[Payload, dict[str, Tensor]]:
         """The upload, its row written to `out_P`, and what stays with the client if the upload is accepted."""
+        task = self.task(client, round_index, out_P)
+        payload, stays = self.strategy.train_client(self.local_trainer, task)
+        for name, tensor in stays.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"`{name}`, which it would keep, holds values that are not finite")
+        if self.keep_optimizer:
+            stays |= self.local_trainer.optimizer_tensors()
+        shared = self.strategy.shared(self.server, round_index)
+        if shared is not None:
+            known = Payload(self.server.bank_SP[0], self.server.integers[0])
+            keep_private_(payload, known, self.server.layout, shared)
+        residual_U = task.kept.get("residual_U")
+        if self.codec is not None and (shared is None or shared):
+            payload.row_bytes, residual_U = compress_upload(
+                self.codec, self.server.layout, out_P, task.received_P, residual_U, shared
+            )
+        if residual_U is not None:
+            stays["residual_U"] = residual_U
+        return payload, stays
+
+    def task(self, client: int, round_index: int, out_P: Tensor) -> ClientTask:
+        """What a client has at hand in a round, for an upload to `out_P`."""
         kept = self.store.get(client)
-        kept_P, residual_U = kept.pop("row_P", None), kept.pop("residual_U", None)
-        received_P = self.strategy.download(self.server, client, kept_P).to(out_P.device)
-        payload = self.local_trainer.train(
+        optimizer = {name: kept.pop(name) for name in list(kept) if name.startswith(OPTIMIZER_PREFIX)}
+        return ClientTask(
+            client,
+            round_index,
             self.client_data(client),
-            received_P,
+            self.strategy.download(self.server, client, kept.get("row_P")).to(out_P.device),
             self.server.integers[0],
             out_P,
             seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client),
-            kept or None,
+            kept,
+            optimizer or None,
         )
-        stays = self.local_trainer.optimizer_tensors() if self.keep_optimizer else {}
-        if self.codec is not None:
-            payload.row_bytes, residual_U = compress_upload(
-                self.codec, self.server.layout, out_P, received_P, residual_U
-            )
-            if residual_U is not None:
-                stays["residual_U"] = residual_U
-        return payload, stays
+
+    def personal_model(self, client: int) -> nn.Module:
+        """The model that is evaluated for a client; what it trains for that is forgotten again."""
+        server, row_P = self.server, self.server.bank_SP[0]
+        kept = {name: t for name, t in self.store.get(client).items() if not name.startswith(OPTIMIZER_PREFIX)}
+        seed = seed_of(self.seed, Stream.CLIENT_EVALUATION, client)
+        data = self.client_data(client)
+        task = ClientTask(client, 0, data, row_P, server.integers[0], torch.zeros_like(row_P), seed, kept)
+        return self.strategy.personal_model(server, self.local_trainer, task)

@@ -1,6 +1,6 @@
 """One file per published method; `base.py` holds the hooks in which they differ."""
 
-from .base import Server, Strategy, Uploads
+from .base import ClientTask, Server, Strategy, Uploads
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
 from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
@@ -8,6 +8,7 @@ from .relevance import client_mixture, correlate
 
 
 __all__ = [
+    "ClientTask",
     "FedAvg",
     "FedAvgMovingAverage",
     "FedAvgReserved",

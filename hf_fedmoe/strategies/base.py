@@ -3,15 +3,22 @@
 Shape suffixes: m participants of a round, P elements of a model's row, S rows of the server.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
 from ..weights import StateLayout, fuse_, fuse_integers
+
+
+if TYPE_CHECKING:  # a room above this one
+    from ..federation import LocalTrainer
+    from ..weights import Payload
 
 
 @dataclass
@@ -50,17 +57,48 @@ class Uploads:
         rows_mP (`Tensor` of shape `[m, P]`): Their models.
         integers (`list[dict[str, Tensor]]`): Their integer buffers.
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
+        metrics (`list[dict[str, float]]`, *optional*): What they report.
     """
 
     clients: list[int]
     rows_mP: Tensor
     integers: list[dict[str, Tensor]]
     num_examples_m: Tensor
+    metrics: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def weights_m(self) -> Tensor:
         """n_c / sum(n)."""
         return self.num_examples_m / self.num_examples_m.sum()
+
+
+@dataclass
+class ClientTask:
+    """
+    What a client has at hand when it trains.
+
+    Args:
+        client (`int`): Its number.
+        round_index (`int`): The round, from 0.
+        dataset (`torch.utils.data.Dataset`): Its examples.
+        received_P (`Tensor` of shape `[P]`): What it starts from, see [`Strategy.download`].
+        integers (`dict[str, Tensor]`): Integer buffers to start from.
+        out_P (`Tensor` of shape `[P]`): Where its upload goes.
+        seed (`int`): Of its data order and dropout.
+        kept (`dict[str, Tensor]`, *optional*): What [`Strategy.train_client`] left with it in its last round, and as
+            `row_P` what [`Strategy.synchronise`] did; empty if it never took part.
+        kept_optimizer (`dict[str, Tensor]`, *optional*): Its optimizer's state, for [`LocalTrainer.train`].
+    """
+
+    client: int
+    round_index: int
+    dataset: Dataset
+    received_P: Tensor
+    integers: dict[str, Tensor]
+    out_P: Tensor
+    seed: int
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    kept_optimizer: dict[str, Tensor] | None = None
 
 
 class Strategy:
@@ -90,6 +128,25 @@ class Strategy:
         """The local objective on one batch; `received` holds the downloaded parameters by name."""
         return model(**batch).loss
 
+    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+        """
+        What a participant does: its upload, and tensors that stay with it until its next round. They are kept only if
+        the upload is accepted.
+        """
+        args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
+        return local.train(*args), {}
+
+    def shared(self, server: Server, round_index: int) -> Collection[str] | None:
+        """
+        Names of the tensors that travel in this round, each way; `None` for all. The others stay private: in an upload
+        they have the values of the server's row 0.
+        """
+        return None
+
+    def links(self, client: int, participants: list[int]) -> int:
+        """With how many others a participant exchanges its model: with the server."""
+        return 1
+
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
@@ -103,6 +160,13 @@ class Strategy:
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
         """Rows `[P]` that stay with the participants until their next round; by default nothing stays."""
         return {}
+
+    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+        """
+        The model that is evaluated for a client, in no round: by default the server's. `task.received_P` is row 0 of
+        the bank and `task.kept` empty for a client that never took part, as are all that are kept unseen.
+        """
+        return server.model
 
     def needs_reserved_set(self) -> bool:
         """Whether [`Strategy.update`] or [`Strategy.finish`] reads the reserved set."""

@@ -247,17 +247,16 @@ class FederatedTrainer(Trainer):
                 self.accelerator.device,
                 self.train_data_collator,
             )
-        self.optimizer = None
-        optimizer = self.create_optimizer(worker)
         local_trainer = LocalTrainer(
             worker,
             layout,
             self.strategy,
             args,
             self.train_data_collator,
-            self.accelerator.prepare_optimizer(optimizer, device_placement=False),
+            self._make_optimizer(worker),
             self._local_scheduler,
             self.accelerator,
+            self._make_optimizer,
         )
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
@@ -275,6 +274,10 @@ class FederatedTrainer(Trainer):
             args.client_choice,
             make_codec(args.upload_compression, args.top_k_share),
         )
+
+    def _make_optimizer(self, worker: nn.Module) -> torch.optim.Optimizer:
+        self.optimizer = None
+        return self.accelerator.prepare_optimizer(self.create_optimizer(worker), device_placement=False)
 
     def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
         """The learning-rate schedule of one client's local steps in the current round."""

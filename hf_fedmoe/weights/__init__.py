@@ -3,7 +3,7 @@
 from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
 from .fusion import collapse, fuse_, fuse_integers
 from .layout import StateLayout, copy_module, release
-from .payload import Payload, payload_fault
+from .payload import Payload, keep_private_, payload_fault
 
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "copy_module",
     "fuse_",
     "fuse_integers",
+    "keep_private_",
     "make_codec",
     "payload_fault",
     "release",

@@ -4,7 +4,7 @@ Compression of uploads: what a client sends is the encoded change of the model t
 Shape suffixes: P elements of a row, U elements of an update (what is compressed of a row, without padding).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,12 @@ def make_codec(compression: str, top_k_share: float = 0.01) -> Codec | None:
 
 
 def compress_upload(
-    codec: Codec, layout: StateLayout, row_P: Tensor, received_P: Tensor, residual_U: Tensor | None
+    codec: Codec,
+    layout: StateLayout,
+    row_P: Tensor,
+    received_P: Tensor,
+    residual_U: Tensor | None,
+    shared: Collection[str] | None = None,
 ) -> tuple[int, Tensor | None]:
     """
     Replaces a trained row by what the server reads of it: received + decode(encode(trained - received + residual)).
@@ -80,14 +85,17 @@ def compress_upload(
         row_P (`Tensor` of shape `[P]`): The trained model, changed in place.
         received_P (`Tensor` of shape `[P]`): What the client started from, known to the server.
         residual_U (`Tensor` of shape `[U]`, *optional*): What earlier rounds left out.
+        shared (`Collection[str]`, *optional*): Names of the tensors that travel, if not all do; the same each time.
 
     Returns:
         `tuple[int, Tensor | None]`: Bytes of the floating-point part of the upload, and the new residual of a codec
         with error feedback.
     """
-    whole = {slot.name for pair in layout.batchnorm for slot in pair}
     trained, received = layout.views(row_P), layout.views(received_P)
-    names = [name for name in trained if name not in whole]
+    travelling = [name for name in trained if shared is None or name in shared]
+    statistics = {slot.name for pair in layout.batchnorm for slot in pair}
+    whole = [name for name in travelling if name in statistics]
+    names = [name for name in travelling if name not in statistics]
     update_U = torch.cat([(trained[name] - received[name]).flatten() for name in names])
     if residual_U is not None:
         update_U += residual_U.to(update_U.device)

@@ -1,5 +1,6 @@
 """What travels between server and client."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -27,11 +28,20 @@ class Payload:
     metrics: dict[str, float] = field(default_factory=dict)
     row_bytes: int | None = None
 
-    def num_bytes(self, layout: StateLayout) -> int:
-        """Bytes on the wire: the encoded row, or the state without the row's padding, and the integers."""
-        integers = sum(tensor.numel() * tensor.element_size() for tensor in self.integers.values())
-        row = layout.num_elements * self.row_P.element_size() if self.row_bytes is None else self.row_bytes
-        return row + integers
+    def num_bytes(self, layout: StateLayout, shared: Collection[str] | None = None) -> int:
+        """
+        Bytes on the wire: the encoded row, or the state without the row's padding, and the integers; of the `shared`
+        tensors only, if their names are given.
+        """
+        integers = sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in self.integers.items()
+            if shared is None or name in shared
+        )
+        if self.row_bytes is not None:
+            return self.row_bytes + integers
+        elements = sum(slot.shape.numel() for slot in layout.slots if shared is None or slot.name in shared)
+        return elements * self.row_P.element_size() + integers
 
 
 def payload_fault(payload: Payload, layout: StateLayout) -> str | None:
@@ -48,3 +58,14 @@ def payload_fault(payload: Payload, layout: StateLayout) -> str | None:
         bad = next(name for name, view in layout.views(payload.row_P).items() if not torch.isfinite(view).all())
         return f"`{bad}` holds values that are not finite"
     return None
+
+
+def keep_private_(payload: Payload, known: Payload, layout: StateLayout, shared: Collection[str]) -> None:
+    """All but the `shared` tensors of an upload get the values that the server has already."""
+    before = layout.views(known.row_P)
+    for name, view in layout.views(payload.row_P).items():
+        if name not in shared:
+            view.copy_(before[name])
+    payload.integers = {
+        name: tensor if name in shared else known.integers[name].clone() for name, tensor in payload.integers.items()
+    }
