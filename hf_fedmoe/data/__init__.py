@@ -1,5 +1,6 @@
 """Partitions, the federated dataset, and where data comes from."""
 
+from .client_tests import hold_out_client_tests
 from .federated_dataset import FederatedDataset, Partitioner
 from .images import (
     AUGMENTATIONS,
@@ -26,6 +27,7 @@ __all__ = [
     "decode_images",
     "dirichlet",
     "hold_out",
+    "hold_out_client_tests",
     "hold_out_ids",
     "iid",
     "load_source",

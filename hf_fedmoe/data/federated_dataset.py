@@ -52,10 +52,16 @@ class FederatedDataset:
         label_column (`str`, *optional*, defaults to `"label"`): Column of integer labels from 0.
         num_labels (`int`, *optional*): Number of classes C. By default that of the column's `ClassLabel` feature, or
             else the largest label plus one.
+        unseen_clients (`Sequence[np.ndarray]`, *optional*): Rows of U further clients that take part in no round.
+            They have the numbers M to M + U - 1.
+        client_tests (`Sequence[np.ndarray]`, *optional*): Test rows of each of the M + U clients, see
+            [`hold_out_client_tests`].
 
     Attributes:
         pool (`datasets.Dataset`): All rows.
         client_indices (`list[np.ndarray]`): M int64 arrays.
+        unseen_indices (`list[np.ndarray]`): U int64 arrays, of none unless they were given.
+        client_test_indices (`list[np.ndarray]`): M + U int64 arrays, or none.
         split_indices (`dict[str, np.ndarray]`): Rows of `"reserved"`, `"validation"`, `"test"`, as far as they are
             rows of the pool.
         num_clients (`int`), num_labels (`int`), label_names (`list[str]`), label_column (`str`)
@@ -77,18 +83,30 @@ class FederatedDataset:
         test: np.ndarray | Dataset | None = None,
         label_column: str = "label",
         num_labels: int | None = None,
+        unseen_clients: Sequence[np.ndarray] = (),
+        client_tests: Sequence[np.ndarray] = (),
     ):
         if len(client_indices) == 0:
             raise ValueError("client_indices is empty: there are no clients. Give at least one array of rows.")
+        together = len(client_indices) + len(unseen_clients)
+        if len(client_tests) not in (0, together):
+            raise ValueError(
+                f"client_tests has {len(client_tests)} entries for {together} clients, unseen ones included: give one "
+                "array of test rows for each."
+            )
         check_label_column(pool, label_column, "pool")
         named = {f"client {i}": rows for i, rows in enumerate(client_indices)}
         given = {"reserved": reserved, "validation": validation, "test": None if isinstance(test, Dataset) else test}
         named |= {name: rows for name, rows in given.items() if rows is not None}
+        named |= {f"unseen client {i}": rows for i, rows in enumerate(unseen_clients, len(client_indices))}
+        named |= {f"test of client {i}": rows for i, rows in enumerate(client_tests)}
         arrays = check_indices(named, len(pool))
 
         self.pool = pool
         self.client_indices = [arrays[f"client {i}"] for i in range(len(client_indices))]
         self.split_indices = {name: arrays[name] for name in given if name in arrays}
+        self.unseen_indices = [arrays[f"unseen client {i}"] for i in range(len(client_indices), together)]
+        self.client_test_indices = [arrays[f"test of client {i}"] for i in range(len(client_tests))]
         self.label_column = label_column
         self._test = test if isinstance(test, Dataset) else None
         self._labels = read_labels(pool, label_column, "pool")
@@ -289,13 +307,35 @@ class FederatedDataset:
         The rows of one client, as a view of the pool.
 
         Args:
-            index (`int`): From 0 to `num_clients - 1`.
+            index (`int`): From 0 to `num_clients - 1`, then the unseen clients.
         """
-        if not 0 <= index < self.num_clients:
-            raise IndexError(
-                f"client {index} does not exist: there are {self.num_clients} clients, 0 to {self.num_clients - 1}."
+        return self.pool.select(self.client_rows(index))
+
+    def client_rows(self, index: int) -> np.ndarray:
+        """The rows of the pool that a client, seen or unseen, trains on."""
+        count = self.num_clients + len(self.unseen_indices)
+        if not 0 <= index < count:
+            raise IndexError(f"client {index} does not exist: there are {count} clients, 0 to {count - 1}.")
+        unseen = index - self.num_clients
+        return self.client_indices[index] if unseen < 0 else self.unseen_indices[unseen]
+
+    def client_test(self, index: int) -> Dataset:
+        """
+        The test rows of one client, as a view of the pool.
+
+        Args:
+            index (`int`): From 0 to `num_clients - 1`, then the unseen clients.
+
+        Raises:
+            ValueError: When clients have no test rows.
+        """
+        if not self.client_test_indices:
+            raise ValueError(
+                "client_tests is empty: clients have no test rows of their own. Hold some out, "
+                "`hold_out_client_tests(data, test_share=0.2)`."
             )
-        return self.pool.select(self.client_indices[index])
+        self.client_rows(index)
+        return self.pool.select(self.client_test_indices[index])
 
     def map(self, function: Callable, **kwargs: Any) -> "FederatedDataset":
         """
@@ -367,6 +407,8 @@ class FederatedDataset:
         """
         digest = hashlib.sha256(f"{self.num_labels} {len(self.pool)}".encode())
         named = {f"client {i}": rows for i, rows in enumerate(self.client_indices)} | self.split_indices
+        named |= {f"unseen {i}": rows for i, rows in enumerate(self.unseen_indices)}
+        named |= {f"client test {i}": rows for i, rows in enumerate(self.client_test_indices)}
         for name, rows in named.items():
             digest.update(f"{name} {len(rows)}".encode())
             digest.update(rows.astype("<i8").tobytes())

@@ -101,7 +101,7 @@ class Federation:
         stays: dict[int, dict[str, Tensor]] = {}
         shared = self.strategy.shared(server, round_index)
         for place, client in enumerate(chosen):
-            links = self.strategy.links(client, chosen)
+            links = self.strategy.links(server, client, chosen)
             sent = Payload(server.bank_SP[0], server.integers[0])
             report.bytes_down += links * sent.num_bytes(layout, shared)
             try:

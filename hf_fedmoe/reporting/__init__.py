@@ -1,8 +1,21 @@
 """What a run and its result look like: expert analysis, plots, the model card."""
 
+from .client_metrics import ClientScore, plot_clients, score_client, summarise_clients, write_client_table
 from .expert_analysis import ExpertAnalysis, analyse_experts, scores
 from .gate_heatmap import plot_gate
 from .model_card import RunFacts, write_model_card
 
 
-__all__ = ["ExpertAnalysis", "RunFacts", "analyse_experts", "plot_gate", "scores", "write_model_card"]
+__all__ = [
+    "ClientScore",
+    "ExpertAnalysis",
+    "RunFacts",
+    "analyse_experts",
+    "plot_clients",
+    "plot_gate",
+    "score_client",
+    "scores",
+    "summarise_clients",
+    "write_client_table",
+    "write_model_card",
+]

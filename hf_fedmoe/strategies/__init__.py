@@ -1,20 +1,40 @@
 """One file per published method; `base.py` holds the hooks in which they differ."""
 
+from .afl import AFL
+from .apfl import APFL
 from .base import ClientTask, Server, Strategy, Uploads
+from .clustered import ClusteredFL
+from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
+from .fedavg_plus import FedAvgPlus
 from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
+from .fedrep import FedRep
+from .l2sgd import L2SGD
+from .local import Local
+from .pfedme import PFedMe
+from .qffl import QFFL
 from .relevance import client_mixture, correlate
 
 
 __all__ = [
+    "AFL",
+    "APFL",
+    "L2SGD",
+    "QFFL",
     "ClientTask",
+    "ClusteredFL",
+    "Decentralised",
     "FedAvg",
     "FedAvgMovingAverage",
+    "FedAvgPlus",
     "FedAvgReserved",
     "FedMoE",
     "FedMoESettings",
     "FedProx",
+    "FedRep",
+    "Local",
+    "PFedMe",
     "Server",
     "Strategy",
     "Uploads",

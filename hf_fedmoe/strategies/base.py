@@ -109,6 +109,8 @@ class Strategy:
     """
 
     name: str = "fedavg"
+    # Whether the server knows what each client starts from, which is what an encoded update is measured from.
+    compressible: bool = True
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
@@ -143,7 +145,7 @@ class Strategy:
         """
         return None
 
-    def links(self, client: int, participants: list[int]) -> int:
+    def links(self, server: Server, client: int, participants: list[int]) -> int:
         """With how many others a participant exchanges its model: with the server."""
         return 1
 

@@ -48,6 +48,11 @@ def check_run(
             f"Strategy {strategy.name!r} learns on the server, but `train_dataset.reserved` is None: hold out a small "
             "labelled set, `FederatedDataset.split(..., reserved_size=500)`."
         )
+    if args.upload_compression != "none" and not strategy.compressible:
+        raise ValueError(
+            f"`upload_compression` is {args.upload_compression!r}, but in {strategy.name!r} no receiver knows the "
+            'model that an update starts from: choose "none".'
+        )
     if data.num_labels > model.config.num_labels:
         raise ValueError(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "

@@ -42,10 +42,11 @@ from ..federation import (
     save_federation,
     seed_of,
 )
-from ..reporting import write_model_card
+from ..reporting import ClientScore, summarise_clients, write_client_table, write_model_card
 from ..strategies import FedAvg, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .checks import check_images, check_run
+from .client_evaluation import score_clients
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
 from .run_facts import run_facts
@@ -53,6 +54,7 @@ from .run_facts import run_facts
 
 # The underscore keeps it from the Hub: `push_to_hub` leaves out `_*`, and clients' own models belong to nobody else.
 CLIENTS_FOLDER = "_clients"
+CLIENT_TABLE_NAME = "client_metrics.csv"
 
 
 class FederatedTrainer(Trainer):
@@ -97,7 +99,11 @@ class FederatedTrainer(Trainer):
         self.strategy = strategy or FedAvg()
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
+        self.client_table: list[ClientScore] = []
         self._contribution_SM: np.ndarray | None = None
+        self._active_federation: Federation | None = None
+        # Of the last round: the strategy's tensors, the integer buffers, the manifest of the client store.
+        self._left: tuple[dict, list[dict], dict[int, str]] | None = None
         if isinstance(processing_class, BaseImageProcessor):
             data_collator = data_collator or ImageCollator(processing_class)
         elif data_collator is None:
@@ -175,6 +181,7 @@ class FederatedTrainer(Trainer):
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
+            self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
             release(self.model)
             self._active_federation = None
@@ -218,6 +225,52 @@ class FederatedTrainer(Trainer):
             self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
 
+    # Each client by itself
+
+    def evaluate_clients(self) -> dict[str, float]:
+        """
+        Evaluates each client's personal model ([`~strategies.Strategy.personal_model`]) on its own test rows.
+
+        The scores of the clients, unseen ones included, become `client_table` and `client_metrics.csv` in
+        `args.output_dir`. May be called in a callback during the run, or afterwards; where the best model was loaded
+        at the end, what the clients keep is that of its round.
+
+        Returns:
+            `dict[str, float]`: [`~reporting.summarise_clients`], each name with `clients_` before it.
+
+        Raises:
+            ValueError: When clients have no test rows.
+        """
+        data = self.federated_dataset
+        if data is None or not data.client_test_indices:
+            raise ValueError(
+                "`train_dataset` has no test rows of its clients: hold some out, "
+                "`hold_out_client_tests(data, test_share=0.2)`."
+            )
+        federation = self._active_federation or self._federation_of_the_last_round()
+        try:
+            self.client_table = score_clients(federation, data, self._columns_of_clients(), self.data_collator)
+        finally:
+            if self._active_federation is None:
+                release(self.model)
+                self.accelerator.free_memory()
+        write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
+        metrics = {f"clients_{name}": value for name, value in summarise_clients(self.client_table).items()}
+        self.log(metrics)
+        return metrics
+
+    def _federation_of_the_last_round(self) -> Federation:
+        federation = self._federation()
+        server, store = federation.server, federation.store
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best and not self.args.save_only_model:
+            load_federation(Path(best), server, store)
+        elif self._left is not None:
+            server.tensors, server.integers, store.manifest = self._left
+        else:
+            self.strategy.setup(server, federation.num_clients)
+        return federation
+
     # What a run is made of
 
     def _federation(self) -> Federation:
@@ -235,13 +288,11 @@ class FederatedTrainer(Trainer):
             [layout.read_integers(module) for module in modules],
             weight_decay=args.weight_decay,
         )
-        self._set_signature_columns_if_needed()
-        keep = self._remove_unused_columns if args.remove_unused_columns else lambda dataset, description: dataset
-        pool = keep(data.pool, "client")
+        pool = self._columns_of_clients()
         reserved = None
         if self.strategy.needs_reserved_set():
             reserved = ReservedSet(
-                keep(data.reserved, "reserved"),
+                self._remove_unused_columns(data.reserved, "reserved"),
                 self.data_collator,
                 args.eval_batch_size,
                 self.accelerator.device,
@@ -265,7 +316,7 @@ class FederatedTrainer(Trainer):
             local_trainer,
             data.num_clients,
             # Not `data.client(...)`, which fingerprints its rows: milliseconds for each participant.
-            lambda client: Subset(pool, data.client_indices[client].tolist()),
+            lambda client: Subset(pool, data.client_rows(client).tolist()),
             store,
             reserved,
             args.seed,
@@ -274,6 +325,11 @@ class FederatedTrainer(Trainer):
             args.client_choice,
             make_codec(args.upload_compression, args.top_k_share),
         )
+
+    def _columns_of_clients(self) -> datasets.Dataset:
+        """The pool without the columns that the client model does not take."""
+        self._set_signature_columns_if_needed()
+        return self._remove_unused_columns(self.federated_dataset.pool, "client")
 
     def _make_optimizer(self, worker: nn.Module) -> torch.optim.Optimizer:
         self.optimizer = None
@@ -287,7 +343,9 @@ class FederatedTrainer(Trainer):
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(length), length, args.lr_scheduler_kwargs
         )
         if args.lr_scheduler_scope == "run":
-            factors = [function(self.state.global_step) for function in scheduler.lr_lambdas]
+            # After the run, what clients train to be evaluated has the rate of the last round.
+            round_index = min(self.state.global_step, args.rounds - 1)
+            factors = [function(round_index) for function in scheduler.lr_lambdas]
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, f=f: f for f in factors])
         return scheduler
 

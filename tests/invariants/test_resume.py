@@ -10,7 +10,23 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_fedmoe.strategies import FedAvg, FedAvgMovingAverage, FedAvgReserved, FedProx
+from hf_fedmoe.data import hold_out_client_tests
+from hf_fedmoe.strategies import (
+    AFL,
+    APFL,
+    L2SGD,
+    QFFL,
+    ClusteredFL,
+    Decentralised,
+    FedAvg,
+    FedAvgMovingAverage,
+    FedAvgPlus,
+    FedAvgReserved,
+    FedProx,
+    FedRep,
+    Local,
+    PFedMe,
+)
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import (
     assert_equal_states,
@@ -31,6 +47,16 @@ RUNS = {
     "fedavg_moving_average": (FedAvgMovingAverage, {}),
     "fedavg_top_k": (FedAvg, {"upload_compression": "top_k", "top_k_share": 0.1, "keep_client_optimizer": True}),
     "fedprox": (FedProx, {"lr_scheduler_scope": "run"}),
+    "local": (Local, {"keep_client_optimizer": True}),
+    "fedavg_plus": (FedAvgPlus, {}),
+    "fedrep": (FedRep, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
+    "pfedme": (PFedMe, {}),
+    "apfl": (lambda: APFL(adapt=True), {"upload_compression": "top_k"}),
+    "l2sgd": (L2SGD, {"keep_client_optimizer": True}),
+    "qffl": (QFFL, {}),
+    "afl": (AFL, {}),
+    "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
+    "decentralised": (Decentralised, {}),
     "fedmoe": (None, {}),
     "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
     "fedmoe_paper_top_k": (None, {"preset": "paper", "upload_compression": "top_k"}),
@@ -38,6 +64,7 @@ RUNS = {
     "fedmoe_expert_epochs": (None, {"expert_epochs": 1}),
     "fedmoe_download_epochs": (None, {"download_epochs": 1}),
 }
+PERSONAL_RUNS = ("local", "fedavg_plus", "fedrep", "pfedme", "apfl", "l2sgd", "clustered", "decentralised")
 
 
 def trainer(name, output_dir, **changes):
@@ -48,7 +75,8 @@ def trainer(name, output_dir, **changes):
     )
     if strategy is None:
         return FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
-    return FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy=strategy())
+    data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
+    return FederatedTrainer(tiny_expert(), args, data, strategy=strategy())
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -69,6 +97,17 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(name, tmp_path):
     assert resumed.state.global_step == 4
     assert_equal_states(state(resumed.model), state(whole.model))
     assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]
+    if name in PERSONAL_RUNS:
+        states = [[state(model) for model in personal_models(run)] for run in (resumed, whole)]
+        for mine, theirs in zip(*states, strict=True):
+            assert_equal_states(mine, theirs)
+        assert resumed.evaluate_clients() == whole.evaluate_clients()
+
+
+def personal_models(run):
+    """Each in its turn: they may live in one worker."""
+    federation = run._federation_of_the_last_round()
+    return (federation.personal_model(client) for client in range(federation.num_clients))
 
 
 ROUNDS_TO_BE_KILLED_IN = 1000

@@ -1,0 +1,113 @@
+"""How well each client is served: a table with a row for each client, its summary, its picture.
+
+Shape suffixes: N test examples of one client.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import f1_score
+
+
+@dataclass(frozen=True)
+class ClientScore:
+    """
+    A client's model on the client's own test rows.
+
+    Args:
+        client (`int`): Its number.
+        unseen (`bool`): Whether it belongs to those that take part in no round.
+        train_size (`int`): Its training examples.
+        test_size (`int`): Its test examples.
+        accuracy (`float`): Share of them that is right.
+        macro_f1 (`float`): Mean F1 over the classes among its test examples and predictions.
+    """
+
+    client: int
+    unseen: bool
+    train_size: int
+    test_size: int
+    accuracy: float
+    macro_f1: float
+
+
+def score_client(
+    client: int, unseen: bool, train_size: int, predicted_N: np.ndarray, labels_N: np.ndarray
+) -> ClientScore:
+    """
+    Scores one client.
+
+    Args:
+        client (`int`), unseen (`bool`), train_size (`int`): See [`ClientScore`].
+        predicted_N (`np.ndarray` of shape `[N]`): Predicted classes.
+        labels_N (`np.ndarray` of shape `[N]`): True classes.
+    """
+    # A client has few of the classes; the absent ones say nothing about its model.
+    macro_f1 = float(f1_score(labels_N, predicted_N, average="macro", zero_division=0))
+    return ClientScore(client, unseen, train_size, len(labels_N), float((predicted_N == labels_N).mean()), macro_f1)
+
+
+def summarise_clients(table: Sequence[ClientScore]) -> dict[str, float]:
+    """
+    The figures in which personalised methods are compared, those of unseen clients apart as `unseen_...`.
+
+    Returns:
+        `dict[str, float]`: `accuracy` and `macro_f1` (means weighted by test size), `bottom_decile` (10th percentile
+        of the clients' accuracies, interpolated linearly) and `worst` (the lowest of them).
+    """
+    summary = {}
+    for prefix, unseen in (("", False), ("unseen_", True)):
+        rows = [row for row in table if row.unseen == unseen]
+        if not rows:
+            continue
+        accuracies, sizes = [row.accuracy for row in rows], [row.test_size for row in rows]
+        summary |= {
+            f"{prefix}accuracy": float(np.average(accuracies, weights=sizes)),
+            f"{prefix}macro_f1": float(np.average([row.macro_f1 for row in rows], weights=sizes)),
+            f"{prefix}bottom_decile": float(np.percentile(accuracies, 10)),
+            f"{prefix}worst": min(accuracies),
+        }
+    return summary
+
+
+def write_client_table(table: Sequence[ClientScore], path: str | os.PathLike) -> None:
+    """Writes the table as CSV, a line for each client."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [field.name for field in fields(ClientScore)]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows([vars(row)[name] for name in names] for row in table)
+
+
+def plot_clients(tables: dict[str, Sequence[ClientScore]], path: str | os.PathLike) -> None:
+    """
+    Saves the sorted accuracies of the clients, a curve for each method; those of unseen clients are dashed.
+
+    Args:
+        tables (`dict[str, Sequence[ClientScore]]`): The clients' scores by name of the method.
+        path (`str`): Where the picture goes; its ending chooses the format.
+    """
+    from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, table) in enumerate(tables.items()):
+        for unseen, style in ((False, "-"), (True, "--")):
+            accuracies = sorted(row.accuracy for row in table if row.unseen == unseen)
+            if accuracies:
+                share = (np.arange(len(accuracies)) + 0.5) / len(accuracies)
+                label = f"{name}, unseen" if unseen else name
+                axes.plot(share, accuracies, style, color=f"C{number % 10}", marker=".", label=label)
+    axes.axvline(0.1, color="0.8", linewidth=0.8)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("Share of clients")
+    axes.set_ylabel("Accuracy on own test rows")
+    axes.legend()
+    figure.savefig(path, dpi=150)

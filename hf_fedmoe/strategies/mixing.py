@@ -1,0 +1,30 @@
+"""Weighted sums of rows, as several methods need them.
+
+Shape suffixes: S rows that change, m rows that they take from, P elements of a row.
+"""
+
+import torch
+from torch import Tensor
+
+from ..weights import fuse_, fuse_integers
+from .base import Server, Uploads
+
+
+def mix_(server: Server, rows_SP: Tensor, others_mP: Tensor, weights_Sm: Tensor, keep_S: Tensor | None = None) -> None:
+    """rows <- keep * rows + weights @ others, in place; `keep` completes each row's weights to 1 if left out."""
+    weights_Sm = weights_Sm.to(rows_SP)
+    keep_S = 1 - weights_Sm.sum(1) if keep_S is None else keep_S.to(rows_SP)
+    fuse_(rows_SP, others_mP, weights_Sm, keep_S, server.layout.batchnorm)
+
+
+def move_global_(server: Server, uploads: Uploads, weights_m: Tensor) -> None:
+    """bank[0] <- (1 - sum_c a_c) bank[0] + sum_c a_c M_c."""
+    mix_(server, server.bank_SP[:1], uploads.rows_mP, weights_m[None])
+    server.integers[0] = fuse_integers(uploads.integers, weights_m)
+
+
+def parameter_rows(server: Server, rows_mP: Tensor) -> Tensor:
+    """The rows without the running statistics of normalisation layers, `[m, U]`: what distances are measured on."""
+    names = {name for name, _ in server.worker.named_parameters()}
+    slots = [slot for slot in server.layout.slots if slot.name in names]
+    return torch.cat([rows_mP[:, slot.start : slot.stop] for slot in slots], dim=1)

@@ -1,0 +1,56 @@
+"""q-FFL: Li et al. 2020, "Fair Resource Allocation in Federated Learning", Algorithm 2 (q-FedAvg)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..data import ReservedSet
+from .base import ClientTask, Server, Strategy, Uploads
+from .mixing import move_global_, parameter_rows
+
+
+if TYPE_CHECKING:  # a room above this one
+    from ..federation import LocalTrainer
+    from ..weights import Payload
+
+
+@dataclass
+class QFFL(Strategy):
+    """
+    Clients with a high loss weigh more, and the step adapts to how far they moved: with eta the local learning rate, F
+    a client's loss at the received model w, and w_c its trained model, w <- w - sum_c delta_c / sum_c h_c, where
+    delta_c = F^q (w - w_c) / eta and h_c = q F^(q - 1) ||(w - w_c) / eta||^2 + F^q / eta.
+
+    Args:
+        q (`float`, *optional*, defaults to 1.0): How much fairness counts; 0 is the unweighted mean.
+    """
+
+    q: float = 1.0
+    name = "qffl"
+
+    def __post_init__(self) -> None:
+        if self.q < 0:
+            raise ValueError(f"`q` is {self.q}: give 0 (the mean of the clients) or more.")
+
+    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+        start_loss = local.mean_loss(task.dataset, task.received_P, task.integers, task.seed)
+        payload, kept = super().train_client(local, task)
+        payload.metrics |= {"start_loss": start_loss, "learning_rate": local.args.learning_rate}
+        return payload, kept
+
+    def update(
+        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
+    ) -> dict[str, float]:
+        eta = uploads.metrics[0]["learning_rate"]
+        losses = [metrics["start_loss"] for metrics in uploads.metrics]
+        # A loss of 0 to a negative power would be infinite.
+        F_m = torch.tensor(losses, dtype=torch.float64).clamp_min(1e-10)
+        moved_mU = parameter_rows(server, uploads.rows_mP) - parameter_rows(server, server.bank_SP[:1])
+        square_m = moved_mU.square().sum(1).double().cpu() / eta**2
+        h_m = self.q * F_m ** (self.q - 1) * square_m + F_m**self.q / eta
+        # A weighted mean of w and the w_c: the weights of the w_c sum to at most 1.
+        weights_m = F_m**self.q / eta / h_m.sum()
+        move_global_(server, uploads, weights_m.to(server.bank_SP))
+        return {"qffl_step": weights_m.sum().item(), "worst_start_loss": F_m.max().item()}

@@ -1,0 +1,38 @@
+import csv
+
+import numpy as np
+import pytest
+
+from hf_fedmoe.reporting import ClientScore, plot_clients, score_client, summarise_clients, write_client_table
+
+
+def table():
+    seen = [ClientScore(i, False, 5, size, accuracy, 0.5) for i, (size, accuracy) in enumerate([(10, 0.9), (30, 0.5)])]
+    return [*seen, ClientScore(2, True, 5, 4, 0.25, 0.1)]
+
+
+def test_one_client_by_hand():
+    score = score_client(3, True, 9, np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1]))
+    assert (score.client, score.unseen, score.train_size, score.test_size) == (3, True, 9, 4)
+    assert score.accuracy == 0.5
+    # F1 of class 0: 2 / 3, of 1: 2 * 1 / (2 + 2), of 2: 0.
+    assert score.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+
+
+def test_summary_by_hand():
+    summary = summarise_clients(table())
+    assert summary["accuracy"] == pytest.approx((10 * 0.9 + 30 * 0.5) / 40)
+    assert summary["macro_f1"] == pytest.approx(0.5)
+    assert summary["bottom_decile"] == pytest.approx(0.5 + 0.1 * 0.4) and summary["worst"] == 0.5
+    assert summary["unseen_accuracy"] == summary["unseen_worst"] == summary["unseen_bottom_decile"] == 0.25
+    assert not any(name.startswith("unseen") for name in summarise_clients(table()[:2]))
+
+
+def test_table_as_csv_and_as_picture(tmp_path):
+    write_client_table(table(), tmp_path / "run" / "clients.csv")
+    with (tmp_path / "run" / "clients.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and rows[2]["unseen"] == "True" and float(rows[1]["accuracy"]) == 0.5
+    plot_clients({"fedavg": table(), "local": table()[:2]}, tmp_path / "clients.svg")
+    text = (tmp_path / "clients.svg").read_text()
+    assert text.startswith("<?xml")

@@ -1,0 +1,247 @@
+"""Personalised methods in whole runs: what travels, what survives a failing client, how clients are evaluated."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
+from hf_fedmoe.strategies import (
+    AFL,
+    APFL,
+    L2SGD,
+    QFFL,
+    ClusteredFL,
+    Decentralised,
+    FedAvg,
+    FedAvgPlus,
+    FedRep,
+    Local,
+    PFedMe,
+)
+from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
+from tests.tiny_federation import (
+    assert_equal_states,
+    state,
+    tiny_args,
+    tiny_expert,
+    tiny_federation,
+    tiny_mixture,
+    tiny_rows,
+)
+
+
+METHODS = {
+    "fedavg": FedAvg,
+    "local": Local,
+    "fedavg_plus": FedAvgPlus,
+    "fedrep": FedRep,
+    "pfedme": PFedMe,
+    "apfl": lambda: APFL(adapt=True),
+    "l2sgd": L2SGD,
+    "qffl": QFFL,
+    "afl": AFL,
+    "clustered": lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1),
+    "decentralised": Decentralised,
+}
+
+
+def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
+    """Clients of even number have the labels as they are, those of odd number have 0 and 1 exchanged."""
+    rows = tiny_rows(num_clients * size)
+    clients = np.split(np.arange(len(rows)), num_clients)
+    labels = np.array(rows["label"])
+    odd = np.concatenate(clients[1::2])
+    labels[odd] = np.array([1, 0, 2])[labels[odd]]
+    rows = rows.remove_columns("label").add_column("label", labels.tolist())
+    return hold_out_client_tests(FederatedDataset(rows, clients, num_labels=3), test_share=0.3)
+
+
+def trained(output_dir, method, data=None, model=None, **changes):
+    data = data or hold_out_client_tests(tiny_federation(), test_share=0.25, unseen_share=0.25)
+    strategy = METHODS[method]()
+    trainer = FederatedTrainer(model or tiny_expert(), tiny_args(output_dir, **changes), data, strategy=strategy)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_evaluates_each_client(tmp_path, method):
+    trainer = trained(tmp_path, method)
+    before = state(trainer.model)
+    metrics = trainer.evaluate_clients()
+    assert trainer.evaluate_clients() == metrics  # evaluation changes nothing
+    assert_equal_states(state(trainer.model), before)
+    assert [(row.client, row.unseen, row.test_size) for row in trainer.client_table] == [
+        (0, False, 3),
+        (1, False, 3),
+        (2, False, 3),
+        (3, True, 3),
+    ]
+    seen = [row.accuracy for row in trainer.client_table[:3]]
+    assert metrics["clients_accuracy"] == pytest.approx(np.mean(seen)) and metrics["clients_worst"] == min(seen)
+    assert metrics["clients_unseen_accuracy"] == trainer.client_table[3].accuracy
+    with (tmp_path / "client_metrics.csv").open() as file:
+        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [*seen, trainer.client_table[3].accuracy]
+    assert trainer.state.log_history[-1]["clients_bottom_decile"] == metrics["clients_bottom_decile"]
+
+
+@pytest.mark.parametrize("method", ["local", "fedavg_plus", "fedrep", "pfedme", "apfl", "clustered"])
+def test_personal_models_learn_what_one_global_model_cannot(tmp_path, method):
+    settings = dict(rounds=10, clients_per_round=6, per_device_train_batch_size=7, num_train_epochs=2)
+    strategies = {
+        "pfedme": lambda: PFedMe(penalty=0.5, outer_rate=1.0, inner_steps=2),
+        "apfl": lambda: APFL(alpha=0.9),
+        "clustered": lambda: ClusteredFL(eps1=10.0, eps2=0.1, min_size=3),
+    }
+    accuracy = {}
+    for name, make in (("fedavg", FedAvg), (method, strategies.get(method, METHODS[method]))):
+        args = tiny_args(tmp_path / name, **settings)
+        trainer = FederatedTrainer(tiny_expert(), args, two_kinds(), strategy=make())
+        trainer.train()
+        accuracy[name] = trainer.evaluate_clients()["clients_accuracy"]
+    assert accuracy[method] > accuracy["fedavg"] + 0.1, accuracy
+
+
+def test_a_global_model_is_evaluated_as_it_is(tmp_path):
+    data = hold_out_client_tests(tiny_federation(num_clients=3), test_share=0.5)
+    for trainer in (
+        trained(tmp_path / "fedavg", "fedavg", data),
+        FedMoETrainer(tiny_mixture(), tiny_args(tmp_path / "fedmoe", rounds=1), train_dataset=data),
+    ):
+        trainer.train()
+        metrics = trainer.evaluate_clients()
+        rows = data.pool.select(np.concatenate(data.client_test_indices))
+        assert metrics["clients_accuracy"] == pytest.approx(trainer.evaluate(rows)["eval_accuracy"])
+
+
+def test_clients_may_be_evaluated_before_and_during_the_run(tmp_path):
+    data = hold_out_client_tests(tiny_federation())
+    plain = trained(tmp_path / "plain", "pfedme", data)
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "bytes_up" in logs:
+                found.append(watched.evaluate_clients()["clients_accuracy"])
+
+    found = []
+    watched = FederatedTrainer(tiny_expert(), tiny_args(tmp_path / "watched"), data, strategy=PFedMe())
+    watched.evaluate_clients()
+    watched.add_callback(Watch())
+    watched.train()
+    assert len(found) == 3 and found[-1] == plain.evaluate_clients()["clients_accuracy"]
+    assert_equal_states(state(watched.model), state(plain.model))
+
+
+def test_clients_of_the_best_round_go_with_its_model(tmp_path):
+    data = hold_out_client_tests(tiny_federation())
+    settings = dict(learning_rate=5e-2, eval_strategy="steps", eval_steps=1, save_strategy="steps")
+    best = trained(
+        tmp_path / "best",
+        "apfl",
+        data,
+        rounds=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst one: the first round
+        **settings,
+    )
+    chosen = best.state.best_global_step
+    assert chosen < 4
+    until = trained(tmp_path / "until", "apfl", data, rounds=chosen)
+    assert best.evaluate_clients() == until.evaluate_clients()
+    assert best.client_table == until.client_table
+
+
+def test_clients_without_test_rows(tmp_path):
+    trainer = FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_federation())
+    with pytest.raises(ValueError, match="no test rows of its clients: hold some out"):
+        trainer.evaluate_clients()
+
+
+def test_unseen_clients_take_part_in_no_round(tmp_path):
+    data = hold_out_client_tests(tiny_federation(num_clients=6), unseen_share=0.5)
+    trainer = trained(tmp_path, "local", data, rounds=8)
+    assert {client for report in trainer.rounds for client in report.clients} == {0, 1, 2}
+    with pytest.raises(ValueError, match=r"`clients_per_round` is 4, but there are 3 clients"):
+        trained(tmp_path, "local", data, clients_per_round=4)
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [("local", 0), ("fedavg_plus", 1), ("pfedme", 1), ("apfl", 1), ("qffl", 1), ("afl", 1), ("clustered", 1)],
+)
+def test_what_travels(tmp_path, method, share):
+    (report,) = trained(tmp_path, method, rounds=1).rounds
+    whole = 2 * sum(parameter.numel() for parameter in tiny_expert().parameters()) * 4
+    assert report.bytes_up == report.bytes_down == share * whole
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_of_fedrep_only_the_body_travels(tmp_path, compression):
+    trainer = trained(tmp_path, "fedrep", rounds=1, upload_compression=compression)
+    body = sum(parameter.numel() for name, parameter in tiny_expert().named_parameters() if name.startswith("bert."))
+    head = sum(parameter.numel() for parameter in tiny_expert().classifier.parameters())
+    assert body + head == sum(parameter.numel() for parameter in tiny_expert().parameters())
+    assert trainer.rounds[0].bytes_down == 2 * body * 4
+    assert trainer.rounds[0].bytes_up == 2 * body * (2 if compression == "bf16" else 4)
+    # What nobody sent, nobody changed.
+    start, end = state(tiny_expert()), state(trainer.model)
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed and all(name.startswith("bert.") for name in changed)
+
+
+def test_l2sgd_travels_in_the_rounds_that_mix(tmp_path):
+    trainer = trained(tmp_path, "l2sgd", rounds=6)
+    whole = 2 * sum(parameter.numel() for parameter in tiny_expert().parameters()) * 4
+    mixes = [trainer.strategy.mixes(round_index) for round_index in range(6)]
+    assert 0 < sum(mixes) < 6
+    for report, mixed in zip(trainer.rounds, mixes, strict=True):
+        assert report.bytes_up == report.bytes_down == mixed * whole
+
+
+def test_neighbours_send_to_each_other(tmp_path):
+    data = hold_out_client_tests(tiny_federation(num_clients=5))
+    trainer = trained(tmp_path, "decentralised", data, rounds=1, clients_per_round=5)
+    linked = trainer._federation_of_the_last_round().server.tensors["linked_MM"]
+    one = sum(parameter.numel() for parameter in tiny_expert().parameters()) * 4
+    assert 8 <= int(linked.sum()) < 20
+    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == int(linked.sum()) * one
+
+
+@pytest.mark.parametrize("method", ["l2sgd", "decentralised"])
+def test_updates_from_a_start_that_nobody_knows_are_not_compressed(tmp_path, method):
+    with pytest.raises(ValueError, match=f"`upload_compression` is 'int8', but in '{method}' no receiver knows"):
+        trained(tmp_path, method, upload_compression="int8")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedavg"])
+def test_failing_clients_are_survived(tmp_path, method):
+    data = hold_out_client_tests(tiny_federation(num_clients=4))
+    strategy = METHODS[method]()
+    train_client = strategy.train_client
+
+    def broken(local, task):
+        payload, kept = train_client(local, task)
+        if task.client == 0:
+            raise OSError("battery empty")
+        if task.client == 1:
+            payload.row_P[0] = float("nan")
+            kept = {name: tensor * float("nan") for name, tensor in kept.items()}
+        return payload, kept
+
+    strategy.train_client = broken
+    args = tiny_args(tmp_path, rounds=2, clients_per_round=4)
+    trainer = FederatedTrainer(tiny_expert(), args, data, strategy=strategy)
+    trainer.train()
+    # Local sends nothing that could be refused; it keeps nothing of such a training either.
+    for report in trainer.rounds:
+        assert "battery empty" in report.refused[0] and "not finite" in report.refused[1]
+        assert not {2, 3} & report.refused.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in state(trainer.model).values())
+    store = trainer._federation_of_the_last_round().store
+    assert store.get(0) == store.get(1) == {}
+    strategy.train_client = train_client
+    assert np.isfinite(list(trainer.evaluate_clients().values())).all()
