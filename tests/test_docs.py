@@ -72,13 +72,17 @@ def test_readme_names_files_that_exist():
 
 
 def test_method_of_the_docs(newcomer, tmp_path):
-    method, use = blocks("docs/strategies.md")
+    method, use, by_client = blocks("docs/strategies.md")
     names = run(method)
     momentum = names["FedAvgMomentum"]
     run(use, names)
     assert [entry["velocity_norm"] > 0 for entry in names["trainer"].state.log_history if "loss" in entry] == [
         True
     ] * 2
+
+    run(by_client, names)
+    assert {"clients_worst", "clients_unseen_accuracy"} <= names["metrics"].keys()
+    assert Path("runs/fedrep/clients.svg").is_file() and len(names["trainer"].client_table) == 3
 
     def trained(strategy, folder, resume=None):
         args = tiny_args(tmp_path / folder, save_strategy="steps")

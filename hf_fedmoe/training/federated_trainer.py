@@ -256,7 +256,7 @@ class FederatedTrainer(Trainer):
                 self.accelerator.free_memory()
         write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
         metrics = {f"clients_{name}": value for name, value in summarise_clients(self.client_table).items()}
-        self.log(metrics)
+        self.log(dict(metrics))  # which adds the epoch
         return metrics
 
     def _federation_of_the_last_round(self) -> Federation:

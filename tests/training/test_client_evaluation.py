@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
+from hf_fedmoe.data import AUGMENTATIONS, FederatedDataset, ImageCollator, hold_out_client_tests
 from hf_fedmoe.strategies import (
     AFL,
     APFL,
@@ -31,6 +31,7 @@ from tests.tiny_federation import (
     tiny_mixture,
     tiny_rows,
 )
+from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
 
 
 METHODS = {
@@ -49,12 +50,12 @@ METHODS = {
 
 
 def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
-    """Clients of even number have the labels as they are, those of odd number have 0 and 1 exchanged."""
+    """Clients of even number have the labels as they are, those of odd number each the next one."""
     rows = tiny_rows(num_clients * size)
     clients = np.split(np.arange(len(rows)), num_clients)
     labels = np.array(rows["label"])
     odd = np.concatenate(clients[1::2])
-    labels[odd] = np.array([1, 0, 2])[labels[odd]]
+    labels[odd] = (labels[odd] + 1) % 3
     rows = rows.remove_columns("label").add_column("label", labels.tolist())
     return hold_out_client_tests(FederatedDataset(rows, clients, num_labels=3), test_share=0.3)
 
@@ -94,7 +95,7 @@ def test_personal_models_learn_what_one_global_model_cannot(tmp_path, method):
     strategies = {
         "pfedme": lambda: PFedMe(penalty=0.5, outer_rate=1.0, inner_steps=2),
         "apfl": lambda: APFL(alpha=0.9),
-        "clustered": lambda: ClusteredFL(eps1=10.0, eps2=0.1, min_size=3),
+        "clustered": lambda: ClusteredFL(eps1=0.6, eps2=0.8, min_size=3),
     }
     accuracy = {}
     for name, make in (("fedavg", FedAvg), (method, strategies.get(method, METHODS[method]))):
@@ -103,6 +104,9 @@ def test_personal_models_learn_what_one_global_model_cannot(tmp_path, method):
         trainer.train()
         accuracy[name] = trainer.evaluate_clients()["clients_accuracy"]
     assert accuracy[method] > accuracy["fedavg"] + 0.1, accuracy
+    if method == "clustered":
+        found = trainer._federation_of_the_last_round().server.tensors["cluster_M"]
+        assert found.tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_a_global_model_is_evaluated_as_it_is(tmp_path):
@@ -145,14 +149,19 @@ def test_clients_of_the_best_round_go_with_its_model(tmp_path):
         rounds=4,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the worst one: the first round
         **settings,
     )
     chosen = best.state.best_global_step
     assert chosen < 4
-    until = trained(tmp_path / "until", "apfl", data, rounds=chosen)
+    until = trained(tmp_path / "until", "apfl", data, rounds=chosen, learning_rate=5e-2)
     assert best.evaluate_clients() == until.evaluate_clients()
     assert best.client_table == until.client_table
+    models = [
+        [state(model) for model in map(run._federation_of_the_last_round().personal_model, range(4))]
+        for run in (best, until)
+    ]
+    for mine, theirs in zip(*models, strict=True):
+        assert_equal_states(mine, theirs)
 
 
 def test_clients_without_test_rows(tmp_path):
@@ -245,3 +254,33 @@ def test_failing_clients_are_survived(tmp_path, method):
     assert store.get(0) == store.get(1) == {}
     strategy.train_client = train_client
     assert np.isfinite(list(trainer.evaluate_clients().values())).all()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedavg"])
+def test_normalisation_layers_and_augmentation(tmp_path, method):
+    data = hold_out_client_tests(tiny_image_federation(), unseen_share=0.25)
+    evaluated, models = [], []
+    for folder in ("first", "second"):
+        trainer = FederatedTrainer(
+            tiny_resnet_of_seed(5),
+            tiny_args(tmp_path / folder, rounds=2),
+            data,
+            strategy=METHODS[method](),
+            processing_class=tiny_processor(),
+            train_data_collator=ImageCollator(tiny_processor(), AUGMENTATIONS["photographs"]),
+        )
+        trainer.train()
+        assert not any(report.refused for report in trainer.rounds)
+        evaluated.append(trainer.evaluate_clients())
+        federation = trainer._federation_of_the_last_round()
+        models.append([state(trainer.model), *(state(federation.personal_model(client)) for client in range(4))])
+    assert evaluated[0] == evaluated[1]
+    for first, second in zip(*models, strict=True):
+        assert_equal_states(first, second)
+        variances = [tensor for name, tensor in first.items() if name.endswith("running_var")]
+        assert variances and all((variance > 0).all() for variance in variances)
+
+
+def tiny_resnet_of_seed(seed: int):
+    torch.manual_seed(seed)
+    return tiny_resnet()
