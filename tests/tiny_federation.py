@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.models import FedMoEForSequenceClassification
+from hf_fedmoe.models import EnsembleForSequenceClassification, FedMoEForSequenceClassification
 from hf_fedmoe.training import FederatedTrainingArguments
 from tests.tiny_models import VOCAB_SIZE, tiny_bert
 
@@ -51,6 +51,10 @@ def tiny_expert(**config):
 
 def tiny_mixture(num_routed_experts: int = 2, **config) -> FedMoEForSequenceClassification:
     return FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=num_routed_experts, **config)
+
+
+def tiny_ensemble(num_models: int = 2) -> EnsembleForSequenceClassification:
+    return EnsembleForSequenceClassification.from_classifier(tiny_expert(), num_models)
 
 
 def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:

@@ -189,14 +189,18 @@ class LocalTrainer:
     @torch.no_grad()
     def mean_loss(self, dataset: Dataset, row_P: Tensor, integers: dict[str, Tensor], seed: int) -> float:
         """The model's own mean loss on a client's examples, without dropout."""
-        torch.manual_seed(seed)
         model = self.load(row_P, integers).eval()
         total = torch.zeros((), device=self.accelerator.device)
-        places = torch.arange(len(dataset)).split(self.args.eval_batch_size)
-        for indices, batch in zip(places, self._batches(dataset, [p.tolist() for p in places]), strict=True):
+        for batch in self.in_order(dataset, seed):
             with self.accelerator.autocast():
-                total += model(**batch).loss * len(indices)
+                total += model(**batch).loss * len(next(iter(batch.values())))
         return (total / len(dataset)).item()
+
+    def in_order(self, dataset: Dataset, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of a client's examples in their order; `seed` is that of augmentation."""
+        torch.manual_seed(seed)
+        places = torch.arange(len(dataset)).split(self.args.eval_batch_size)
+        yield from self._batches(dataset, [indices.tolist() for indices in places])
 
     def twins(self, count: int) -> list["LocalTrainer"]:
         """Further trainers, each with a worker and an optimizer of its own: for clients that train several models."""

@@ -8,6 +8,12 @@ from transformers import (
 )
 
 from .configuration_fedmoe import FedMoEConfig
+from .ensemble import (
+    EnsembleConfig,
+    EnsembleForImageClassification,
+    EnsembleForSequenceClassification,
+    EnsemblePreTrainedModel,
+)
 from .image_processing_small_image import SmallImageProcessor
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
@@ -29,6 +35,10 @@ FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceCla
 SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "EnsembleConfig",
+    "EnsembleForImageClassification",
+    "EnsembleForSequenceClassification",
+    "EnsemblePreTrainedModel",
     "FedMoEConfig",
     "FedMoEForImageClassification",
     "FedMoEForSequenceClassification",

@@ -7,6 +7,7 @@ from .clustered import ClusteredFL
 from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
 from .fedavg_plus import FedAvgPlus
+from .fedem import FedEM
 from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
 from .fedrep import FedRep
@@ -29,6 +30,7 @@ __all__ = [
     "FedAvgMovingAverage",
     "FedAvgPlus",
     "FedAvgReserved",
+    "FedEM",
     "FedMoE",
     "FedMoESettings",
     "FedProx",

@@ -13,12 +13,13 @@ from hf_fedmoe.strategies import (
     Decentralised,
     FedAvg,
     FedAvgPlus,
+    FedEM,
     FedRep,
     Local,
     PFedMe,
 )
 from hf_fedmoe.training import FederatedTrainer
-from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
+from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_ensemble, tiny_expert, tiny_federation
 
 
 def run(output_dir, strategy, data=None, **changes):
@@ -87,6 +88,15 @@ def test_local_is_fedavg_of_one_client(tmp_path):
     fedavg, local = (run(tmp_path, strategy, data, clients_per_round=1) for strategy in (FedAvg(), Local()))
     assert_rows_are(local, [kept(local)[0]["row_P"]], fedavg.model)
     assert_equal_states(state(local.model), state(tiny_expert()))
+
+
+def test_fedem_of_one_model_is_fedavg(tmp_path):
+    settings = dict(optim="sgd", learning_rate=0.1)
+    args = tiny_args(tmp_path / "fedem", **settings)
+    fedem = FederatedTrainer(tiny_ensemble(num_models=1), args, tiny_federation(), strategy=FedEM())
+    fedem.train()
+    fedavg = run(tmp_path / "fedavg", FedAvg(), **settings)
+    assert_equal_states(state(fedem.model.models[0]), state(fedavg.model), atol=1e-6, rtol=0)
 
 
 def test_apfl_of_share_one_is_local_and_of_share_zero_has_no_model_but_w(tmp_path):

@@ -22,6 +22,7 @@ from hf_fedmoe.strategies import (
     FedAvgMovingAverage,
     FedAvgPlus,
     FedAvgReserved,
+    FedEM,
     FedProx,
     FedRep,
     Local,
@@ -33,6 +34,7 @@ from tests.tiny_federation import (
     state,
     timeless,
     tiny_args,
+    tiny_ensemble,
     tiny_expert,
     tiny_federation,
     tiny_mixture,
@@ -53,6 +55,7 @@ RUNS = {
     "pfedme": (PFedMe, {}),
     "apfl": (lambda: APFL(adapt=True), {"upload_compression": "top_k"}),
     "l2sgd": (L2SGD, {"keep_client_optimizer": True}),
+    "fedem": (FedEM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "qffl": (QFFL, {}),
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
@@ -64,7 +67,7 @@ RUNS = {
     "fedmoe_expert_epochs": (None, {"expert_epochs": 1}),
     "fedmoe_download_epochs": (None, {"download_epochs": 1}),
 }
-PERSONAL_RUNS = ("local", "fedavg_plus", "fedrep", "pfedme", "apfl", "l2sgd", "clustered", "decentralised")
+PERSONAL_RUNS = ("local", "fedem", "fedavg_plus", "fedrep", "pfedme", "apfl", "l2sgd", "clustered", "decentralised")
 
 
 def trainer(name, output_dir, **changes):
@@ -76,7 +79,8 @@ def trainer(name, output_dir, **changes):
     if strategy is None:
         return FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
     data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
-    return FederatedTrainer(tiny_expert(), args, data, strategy=strategy())
+    model = tiny_ensemble() if name == "fedem" else tiny_expert()
+    return FederatedTrainer(model, args, data, strategy=strategy())
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,17 +1,33 @@
 """One step of each personalised method, by hand or from the worked example."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hf_fedmoe.strategies import AFL, APFL, L2SGD, QFFL, ClusteredFL, Decentralised, FedAvg, FedAvgPlus, Local, PFedMe
+from hf_fedmoe.models.ensemble.modeling_ensemble import mix_models
+from hf_fedmoe.strategies import (
+    AFL,
+    APFL,
+    L2SGD,
+    QFFL,
+    ClusteredFL,
+    Decentralised,
+    FedAvg,
+    FedAvgPlus,
+    FedEM,
+    Local,
+    PFedMe,
+)
 from hf_fedmoe.strategies.afl import project_to_simplex
 from hf_fedmoe.strategies.clustered import smaller_part
 from hf_fedmoe.strategies.decentralised import connected_graph, metropolis_weights
+from hf_fedmoe.strategies.fedem import expectation
 from tests.strategies.test_fedavg import server_and_uploads
-from tests.tiny_client import row, tiny_local, tiny_server, tiny_task
+from tests.tiny_client import Slope, row, tiny_local, tiny_server, tiny_task
 
 
 def expected(data, name):
@@ -244,6 +260,20 @@ def test_neighbours_are_averaged():
     close(server.bank_SP[0, :7], clients[[0, 1, 3]].mean(0))
 
 
+def test_fedem_matches_the_worked_example():
+    data = json.loads((Path(__file__).parents[1] / "data" / "pfedmm.json").read_text())
+    losses_NM, pi_M = expected(data, "losses_NM"), expected(data, "pi_0")
+    q_NM, pi_M = expectation(losses_NM, pi_M)
+    close(q_NM, expected(data, "q_1_NM"))
+    close(pi_M, expected(data, "pi_1"))
+    close((q_NM * losses_NM).sum(1).mean(), expected(data, "m_step_loss"))
+    mixed_NC = mix_models(expected(data, "head_probs_NMC").log(), pi_M)
+    close(mixed_NC.exp(), expected(data, "prediction_NC"))
+    q_NM, pi_M = expectation(losses_NM, pi_M)
+    close(q_NM, expected(data, "q_2_NM"))
+    close(pi_M, expected(data, "pi_2"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -260,6 +290,8 @@ def test_neighbours_are_averaged():
         (lambda: AFL(lambda_rate=-1), "`lambda_rate` is -1"),
         (lambda: ClusteredFL(eps1=-1), "`eps1` is -1"),
         (lambda: ClusteredFL(min_size=0), "`min_size` is 0"),
+        (lambda: FedEM(num_em_steps=0), "`num_em_steps` is 0"),
+        (lambda: FedEM().server_models(Slope()), "`model` is a Slope: build an ensemble around it with"),
         (lambda: Decentralised(edge_probability=0), "`edge_probability` is 0"),
         (lambda: connected_graph(30, 0.001, 0), "none of 1000 graphs of 30 clients was connected"),
     ],

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_fedmoe.data import AUGMENTATIONS, FederatedDataset, ImageCollator, hold_out_client_tests
+from hf_fedmoe.models import EnsembleForImageClassification, EnsembleForSequenceClassification
 from hf_fedmoe.strategies import (
     AFL,
     APFL,
@@ -17,6 +18,7 @@ from hf_fedmoe.strategies import (
     Decentralised,
     FedAvg,
     FedAvgPlus,
+    FedEM,
     FedRep,
     Local,
     PFedMe,
@@ -26,6 +28,7 @@ from tests.tiny_federation import (
     assert_equal_states,
     state,
     tiny_args,
+    tiny_ensemble,
     tiny_expert,
     tiny_federation,
     tiny_mixture,
@@ -38,6 +41,7 @@ METHODS = {
     "fedavg": FedAvg,
     "local": Local,
     "fedavg_plus": FedAvgPlus,
+    "fedem": FedEM,
     "fedrep": FedRep,
     "pfedme": PFedMe,
     "apfl": lambda: APFL(adapt=True),
@@ -60,10 +64,14 @@ def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
     return hold_out_client_tests(FederatedDataset(rows, clients, num_labels=3), test_share=0.3)
 
 
-def trained(output_dir, method, data=None, model=None, **changes):
+def start(method):
+    return tiny_ensemble() if method == "fedem" else tiny_expert()
+
+
+def trained(output_dir, method, data=None, **changes):
     data = data or hold_out_client_tests(tiny_federation(), test_share=0.25, unseen_share=0.25)
     strategy = METHODS[method]()
-    trainer = FederatedTrainer(model or tiny_expert(), tiny_args(output_dir, **changes), data, strategy=strategy)
+    trainer = FederatedTrainer(start(method), tiny_args(output_dir, **changes), data, strategy=strategy)
     trainer.train()
     return trainer
 
@@ -100,13 +108,34 @@ def test_personal_models_learn_what_one_global_model_cannot(tmp_path, method):
     accuracy = {}
     for name, make in (("fedavg", FedAvg), (method, strategies.get(method, METHODS[method]))):
         args = tiny_args(tmp_path / name, **settings)
-        trainer = FederatedTrainer(tiny_expert(), args, two_kinds(), strategy=make())
+        trainer = FederatedTrainer(start(name), args, two_kinds(), strategy=make())
         trainer.train()
         accuracy[name] = trainer.evaluate_clients()["clients_accuracy"]
     assert accuracy[method] > accuracy["fedavg"] + 0.1, accuracy
     if method == "clustered":
         found = trainer._federation_of_the_last_round().server.tensors["cluster_M"]
         assert found.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_fedem_finds_which_client_has_which_labels(tmp_path):
+    data, settings = two_kinds(), dict(per_device_train_batch_size=7, learning_rate=5e-3)
+    even = FederatedDataset(data.pool, data.client_indices[::2], num_labels=3)
+    first = FederatedTrainer(tiny_expert(), tiny_args(tmp_path / "first", rounds=10, **settings), even)
+    first.train()
+    # From equal models EM may stay where it is: one leans to either kind.
+    ensemble = EnsembleForSequenceClassification.from_classifier(first.model, num_models=2)
+    with torch.no_grad():
+        ensemble.models[1].load_state_dict(ensemble.models[0].state_dict())
+        ensemble.models[1].classifier.weight.copy_(ensemble.models[0].classifier.weight.roll(1, dims=0))
+        ensemble.models[1].classifier.bias.copy_(ensemble.models[0].classifier.bias.roll(1, dims=0))
+    args = tiny_args(tmp_path / "fedem", rounds=6, clients_per_round=6, **settings)
+    trainer = FederatedTrainer(ensemble, args, data, strategy=FedEM())
+    trainer.train()
+    store = trainer._federation_of_the_last_round().store
+    share = [store.get(client)["pi_M"][0].item() for client in range(6)]
+    assert min(share[::2]) > 0.8 and max(share[1::2]) < 0.4, share
+    # No single model is right on much more than half of the rows.
+    assert trainer.evaluate_clients()["clients_accuracy"] > 0.65
 
 
 def test_a_global_model_is_evaluated_as_it_is(tmp_path):
@@ -188,6 +217,18 @@ def test_what_travels(tmp_path, method, share):
     assert report.bytes_up == report.bytes_down == share * whole
 
 
+def test_of_fedem_all_models_travel_and_the_mixture_does_not(tmp_path):
+    trainer = trained(tmp_path, "fedem", rounds=1)
+    models = 2 * sum(parameter.numel() for parameter in tiny_expert().parameters())
+    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == 2 * models * 4
+    assert trainer.model.mixture_M.tolist() == [0.5, 0.5]
+    federation = trainer._federation_of_the_last_round()
+    kept = [federation.store.get(client) for client in trainer.rounds[0].clients]
+    for client, tensors in zip(trainer.rounds[0].clients, kept, strict=True):
+        assert tensors["pi_M"].sum().item() == pytest.approx(1) and (tensors["pi_M"] != 0.5).all()
+        assert torch.equal(federation.personal_model(client).mixture_M, tensors["pi_M"])
+
+
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_of_fedrep_only_the_body_travels(tmp_path, compression):
     trainer = trained(tmp_path, "fedrep", rounds=1, upload_compression=compression)
@@ -243,7 +284,7 @@ def test_failing_clients_are_survived(tmp_path, method):
 
     strategy.train_client = broken
     args = tiny_args(tmp_path, rounds=2, clients_per_round=4)
-    trainer = FederatedTrainer(tiny_expert(), args, data, strategy=strategy)
+    trainer = FederatedTrainer(start(method), args, data, strategy=strategy)
     trainer.train()
     # Local sends nothing that could be refused; it keeps nothing of such a training either.
     for report in trainer.rounds:
@@ -262,7 +303,7 @@ def test_normalisation_layers_and_augmentation(tmp_path, method):
     evaluated, models = [], []
     for folder in ("first", "second"):
         trainer = FederatedTrainer(
-            tiny_resnet_of_seed(5),
+            image_model(method),
             tiny_args(tmp_path / folder, rounds=2),
             data,
             strategy=METHODS[method](),
@@ -281,6 +322,8 @@ def test_normalisation_layers_and_augmentation(tmp_path, method):
         assert variances and all((variance > 0).all() for variance in variances)
 
 
-def tiny_resnet_of_seed(seed: int):
-    torch.manual_seed(seed)
+def image_model(method):
+    torch.manual_seed(5)
+    if method == "fedem":
+        return EnsembleForImageClassification.from_classifier(tiny_resnet(), num_models=2)
     return tiny_resnet()

@@ -1,0 +1,49 @@
+"""Configuration of an ensemble of classifiers. Flat: the file travels to the Hub as it is."""
+
+import copy
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class EnsembleConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`EnsembleForSequenceClassification`] or [`EnsembleForImageClassification`]: `num_models`
+    classifiers of one architecture. Labels and padding token are theirs. An architecture that transformers does not
+    know has to be registered before such a checkpoint is loaded.
+
+    Args:
+        expert_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of each classifier; a `dict` needs a `model_type`. Defaults to a `BertConfig`.
+        num_models (`int`, *optional*, defaults to 3):
+            Number M of classifiers.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config
+    >>> EnsembleConfig(expert_config=GPT2Config(n_layer=2, num_labels=4)).num_labels
+    4
+    ```
+    """
+
+    model_type = "classifier_ensemble"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["model_logits"]
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "expert_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    expert_config: dict | PreTrainedConfig | None = None
+    num_models: int = 3
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.expert_config = copy.deepcopy(self.expert_config)
+        super().__post_init__(**kwargs)
+        if isinstance(self.num_models, bool) or not isinstance(self.num_models, int) or self.num_models < 1:
+            raise ValueError(f"`num_models` is {self.num_models!r}: pass an integer of at least 1.")
+        self.id2label = dict(self.expert_config.id2label)
+        self.label2id = dict(self.expert_config.label2id)
+        # Of texts only.
+        self.pad_token_id = getattr(self.expert_config.get_text_config(), "pad_token_id", None)
