@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import ReservedSet
 from ..strategies import Server, Strategy, Uploads
-from ..weights import Codec, Payload, compress_upload, payload_fault
+from ..weights import Codec, Payload, bytes_at_rank, compress_upload, fit_rank_, payload_fault
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .local_training import LocalTrainer
@@ -69,6 +69,8 @@ class Federation:
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
         codec ([`~weights.Codec`], *optional*): How uploads are compressed.
+        client_ranks (`list[int]`, *optional*): Ranks of the clients' LoRA adapters, over and over; all that of the
+            server's if left out.
     """
 
     server: Server
@@ -83,6 +85,7 @@ class Federation:
     keep_optimizer: bool = False
     client_choice: str = "uniform"
     codec: Codec | None = None
+    client_ranks: list[int] | None = None
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -100,7 +103,8 @@ class Federation:
         accepted: dict[int, tuple[int, dict[str, Tensor], int, float]] = {}
         stays: dict[int, dict[str, Tensor]] = {}
         for place, client in enumerate(chosen):
-            report.bytes_down += Payload(server.bank_SP[0], server.integers[0]).num_bytes(layout)
+            sent = Payload(server.bank_SP[0], server.integers[0], row_bytes=self._row_bytes(client))
+            report.bytes_down += sent.num_bytes(layout)
             try:
                 payload, stays[client] = self._train_client(client, round_index, rows_mP[place])
                 fault = payload_fault(payload, layout)
@@ -150,6 +154,10 @@ class Federation:
         kept = self.store.get(client)
         kept_P, residual_U = kept.pop("row_P", None), kept.pop("residual_U", None)
         received_P = self.strategy.download(self.server, client, kept_P).to(out_P.device)
+        if self.server.layout.lora:
+            received_P = received_P.clone()
+            seed = seed_of(self.seed, Stream.ADAPTER_START, round_index, client)
+            fit_rank_(received_P, self.server.layout, self._rank(client), seed)
         payload = self.local_trainer.train(
             self.client_data(client),
             received_P,
@@ -158,6 +166,7 @@ class Federation:
             seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client),
             kept or None,
         )
+        payload.row_bytes = self._row_bytes(client)
         stays = self.local_trainer.optimizer_tensors() if self.keep_optimizer else {}
         if self.codec is not None:
             payload.row_bytes, residual_U = compress_upload(
@@ -166,3 +175,12 @@ class Federation:
             if residual_U is not None:
                 stays["residual_U"] = residual_U
         return payload, stays
+
+    def _rank(self, client: int) -> int | None:
+        """The rank of a client's adapters, `None` for that of the server's."""
+        return None if self.client_ranks is None else self.client_ranks[client % len(self.client_ranks)]
+
+    def _row_bytes(self, client: int) -> int | None:
+        """Bytes of a row to or from a client of a smaller rank."""
+        rank = self._rank(client)
+        return None if rank is None else bytes_at_rank(self.server.layout, rank)

@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .adapters_fedmoe import AdapterExpert, as_expert
 from .configuration_fedmoe import FedMoEConfig
 from .image_processing_small_image import SmallImageProcessor
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
@@ -29,6 +30,7 @@ FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceCla
 SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "AdapterExpert",
     "FedMoEConfig",
     "FedMoEForImageClassification",
     "FedMoEForSequenceClassification",
@@ -40,6 +42,7 @@ __all__ = [
     "SmallImageProcessor",
     "SmallImageResNetConfig",
     "SmallImageResNetForImageClassification",
+    "as_expert",
     "dense_mixture",
     "gating_entropy",
     "load_imbalance",

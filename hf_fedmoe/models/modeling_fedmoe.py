@@ -4,17 +4,34 @@ The server Mixture-of-Experts of Fed-MoE (IJCAI 2025) as a Hugging Face model. F
 Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main + routed experts, H hidden, T tokens.
 """
 
+import copy
 import inspect
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import can_return_tuple
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, can_return_tuple
 
+from .adapters_fedmoe import (
+    BASE_ARGUMENTS,
+    SOURCE_ARGUMENTS,
+    AdapterExpert,
+    activate,
+    adapter_submodule,
+    adapter_tensors,
+    load_adapter,
+    load_base,
+    merged_expert,
+    peft_config_dict,
+    read_adapter_configs,
+    with_adapters,
+)
 from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_configs, check_equal_states
 from .mixture_fedmoe import (
     FedMoEOutput,
@@ -26,20 +43,40 @@ from .mixture_fedmoe import (
 )
 
 
+# What a mixture keeps besides its size when its adapters are merged.
+KEPT_WHEN_MERGED = (
+    "id2label",
+    "label2id",
+    "pad_token_id",
+    "top_l",
+    "top_l_weighting",
+    "mix",
+    "initial_alpha",
+    "entropy_weight",
+    "balance_weight",
+)
+
+
 def _forward_names(module: nn.Module) -> frozenset[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
 
 
-def _classification_head(expert: PreTrainedModel) -> nn.Linear:
-    """The linear layer that gives the class scores: the last one with `num_labels` outputs."""
-    heads = [m for m in expert.modules() if isinstance(m, nn.Linear) and m.out_features == expert.config.num_labels]
+def _classification_head(expert: PreTrainedModel, gate: str) -> str:
+    """Name of the linear layer that gives the class scores: the last one with `num_labels` outputs."""
+    count = expert.config.num_labels
+    heads = [name for name, m in expert.named_modules() if isinstance(m, nn.Linear) and m.out_features == count]
     if not heads:
         raise ValueError(
-            f"`gate` is 'main_features', but {type(expert).__name__} has no linear layer with `num_labels` = "
+            f"`gate` is {gate!r}, but {type(expert).__name__} has no linear layer with `num_labels` = "
             f"{expert.config.num_labels} outputs to read features from: pass `gate='model'` and a `gate_config`."
         )
     return heads[-1]
+
+
+def _keep_inputs_of(head: nn.Linear) -> None:
+    head.keeps_input = False
+    head.register_forward_pre_hook(_keep_input)
 
 
 def _keep_input(head: nn.Linear, args: tuple[Tensor]) -> None:
@@ -56,6 +93,16 @@ def _last_token(features_BTH: Tensor, input_ids_BT: Tensor | None, pad_token_id:
     positions_T = torch.arange(input_ids_BT.shape[1], device=features_BTH.device)
     last_B = (positions_T * (input_ids_BT != pad_token_id).to(features_BTH.device)).argmax(dim=-1)
     return features_BTH[torch.arange(len(last_B), device=features_BTH.device), last_B]
+
+
+def _rows(batch: dict[str, Any], size: int, rows_N: Tensor) -> dict[str, Any]:
+    """The examples `rows_N` of a batch of `size`; what is not given by example stays as it is."""
+    return {
+        name: value.index_select(0, rows_N.to(value.device))
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+        else value
+        for name, value in batch.items()
+    }
 
 
 class FedMoEPreTrainedModel(PreTrainedModel):
@@ -85,7 +132,7 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
 
     expert_auto_class = AutoModelForSequenceClassification
 
-    def __init__(self, config: FedMoEConfig) -> None:
+    def __init__(self, config: FedMoEConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         config.validate()
         if type(config.expert_config) not in self.expert_auto_class._model_mapping:
@@ -94,28 +141,43 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
                 "does not know: pass the configuration of a classifier for this kind of input."
             )
         make = self.expert_auto_class.from_config
-        self.main_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_main_experts))
-        self.routed_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_routed_experts))
-        sub_models = [(f"main_experts.{i}", m) for i, m in enumerate(self.main_experts)]
-        sub_models += [(f"routed_experts.{k}", m) for k, m in enumerate(self.routed_experts)]
+        if config.peft_config is None:
+            self.main_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_main_experts))
+            self.routed_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_routed_experts))
+            sub_models = [(f"main_experts.{i}", m) for i, m in enumerate(self.main_experts)]
+            sub_models += [(f"routed_experts.{k}", m) for k, m in enumerate(self.routed_experts)]
+        else:
+            base = make(config.expert_config) if base is None else base
+            sub_models = [("base", base)]
+        self._expert_names = _forward_names(sub_models[0][1])
         if config.gate == "model":
             self.gate = make(config.gate_config)
             self._gate_names = _forward_names(self.gate)
             sub_models.append(("gate", self.gate))
         else:
-            head = _classification_head(self.main_experts[0])
-            head.keeps_input = False
-            head.register_forward_pre_hook(_keep_input)
+            self._head_name = _classification_head(sub_models[0][1], config.gate)
+            head = sub_models[0][1].get_submodule(self._head_name)
             self.gate = nn.Linear(head.in_features, config.num_routed_experts)
-        self._expert_names = _forward_names(self.experts[0])
+        if config.peft_config is not None:
+            self.base = with_adapters(base, config.peft_config, self.adapter_names)
+        if config.gate != "model":
+            _keep_inputs_of(self._features_head())
         self.alpha_logit = nn.Parameter(torch.empty(1, dtype=torch.float32))
-        self.supports_gradient_checkpointing = all(m.supports_gradient_checkpointing for _, m in sub_models)
+        # Adapters share a base: by the time that a checkpointed layer runs again, another one may be active.
+        self.supports_gradient_checkpointing = config.peft_config is None and all(
+            m.supports_gradient_checkpointing for _, m in sub_models
+        )
         self._gather_from_sub_models(sub_models)
         self.post_init()
-        self.all_tied_weights_keys.update(self.get_expanded_tied_weights_keys(all_submodels=True))
-        # The method fuses by averaging, which needs one common start: different random starts average to chance.
-        for expert in self.experts[1:]:
-            expert.load_state_dict(self.experts[0].state_dict())
+        if config.peft_config is None:
+            self.all_tied_weights_keys.update(self.get_expanded_tied_weights_keys(all_submodels=True))
+            # The method fuses by averaging, which needs one common start: random starts average to chance.
+            for expert in self.experts[1:]:
+                expert.load_state_dict(self.experts[0].state_dict())
+        elif config.peft_config.get("base_model_name_or_path"):
+            own = {id(tensor) for name in self.adapter_names for tensor in adapter_tensors(self.base, name).values()}
+            state = self.base.state_dict(keep_vars=True)
+            self._keys_to_ignore_on_save = {f"base.{key}" for key, tensor in state.items() if id(tensor) not in own}
 
     def _gather_from_sub_models(self, sub_models: list[tuple[str, PreTrainedModel]]) -> None:
         # `post_init` gathers these from direct children only, and does not look into a ModuleList.
@@ -131,9 +193,27 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
         self._keys_to_ignore_on_save = {f"{p}.{key}" for p, m in sub_models for key in m._keys_to_ignore_on_save or []}
 
     @property
-    def experts(self) -> list[PreTrainedModel]:
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters of the S experts, main ones first, and of the gate if it is one."""
+        main = [f"main_{i}" for i in range(self.config.num_main_experts)]
+        routed = [f"routed_{k}" for k in range(self.config.num_routed_experts)]
+        return [*main, *routed, *(["gate"] if self.config.gate == "adapter" else [])]
+
+    @property
+    def experts(self) -> list[PreTrainedModel] | list[AdapterExpert]:
         """The S experts, main ones first."""
-        return [*self.main_experts, *self.routed_experts]
+        if self.config.peft_config is None:
+            return [*self.main_experts, *self.routed_experts]
+        count = self.config.num_main_experts + self.config.num_routed_experts
+        return [AdapterExpert(self.base, name) for name in self.adapter_names[:count]]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training the gate changes, without alpha."""
+        own = list(self.gate.parameters())
+        if self.config.gate == "adapter":
+            unused = set(adapter_submodule(self.base, self._head_name, "gate").parameters())
+            own += [p for p in AdapterExpert(self.base, "gate").parameters() if p not in unused]
+        return own
 
     @property
     def alpha(self) -> Tensor:
@@ -143,28 +223,49 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The experts' type: the first parameter, which transformers would look at, is `alpha_logit` in float32."""
-        return self.experts[0].dtype
+        return self._first_sub_model().dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        """Input embeddings of the first expert (each expert has its own)."""
-        return self.experts[0].get_input_embeddings()
+        """Input embeddings of the first expert (each expert has its own), or of the base of all."""
+        return self._first_sub_model().get_input_embeddings()
+
+    def _first_sub_model(self) -> PreTrainedModel:
+        if self.config.peft_config is not None:
+            return self.base.get_base_model()
+        return self.main_experts[0] if len(self.main_experts) else self.routed_experts[0]
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """Resizes the embeddings of every expert, and of a gate that reads tokens; arguments as in transformers."""
+        if self.config.peft_config is not None:
+            raise ValueError("Adapters belong to their base as it is: resize its embeddings, then build the mixture.")
         readers = [*self.experts, self.gate] if self.config.gate == "model" else self.experts
         for module in readers:
             module.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         return self.get_input_embeddings()
 
-    def _run(self, module: PreTrainedModel, names: frozenset[str], batch: dict[str, Any]) -> Tensor:
+    def _run_expert(self, index: int, batch: dict[str, Any]) -> Tensor:
+        """Logits of one of the S experts."""
+        if self.config.peft_config is not None:
+            return self._run_adapter(self.adapter_names[index], batch)
+        n_main = len(self.main_experts)
+        expert = self.main_experts[index] if index < n_main else self.routed_experts[index - n_main]
+        return self._run(expert, self._expert_names, batch)
+
+    def _run_adapter(self, name: str, batch: dict[str, Any]) -> Tensor:
+        activate(self.base, name)
+        return self._run(self.base.get_base_model(), self._expert_names, batch)
+
+    def _run(
+        self, module: PreTrainedModel, names: frozenset[str], batch: dict[str, Any], **adapters: list[str]
+    ) -> Tensor:
         """Logits of one sub-model, which is given only the inputs that its `forward` names."""
         inputs = {name: value for name, value in batch.items() if name in names and isinstance(value, Tensor)}
         if "use_cache" in names:
             inputs["use_cache"] = False
         try:
-            return module(**inputs, return_dict=True).logits
+            return module(**inputs, **adapters, return_dict=True).logits
         except ValueError as error:
             if self.config.pad_token_id is None and "padding token" in str(error):
                 raise ValueError(
@@ -192,13 +293,21 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             `torch.Tensor` of shape `(B, H)`: pooled features (the input of the classification head) of the first
             main expert, or `None` with `gate="model"`, which reads the inputs themselves.
         """
-        return None if self.config.gate == "model" else self._first_main_outputs(batch)[1]
+        return self._main_features(batch)[1] if self.config.gate == "main_features" else None
 
-    def _first_main_outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        head = _classification_head(self.main_experts[0])
+    def _features_head(self) -> nn.Linear:
+        """The head whose input the gate reads."""
+        if self.config.peft_config is None:
+            return self.main_experts[0].get_submodule(self._head_name)
+        name = "gate" if self.config.gate == "adapter" else "main_0"
+        return adapter_submodule(self.base, self._head_name, name)
+
+    def _with_features(self, run: Callable[[], Tensor], batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The result of `run` and the features that the head read meanwhile."""
+        head = self._features_head()
         head.keeps_input = True
         try:
-            logits_BC = self._run(self.main_experts[0], self._expert_names, batch)
+            logits_BC = run()
         finally:
             head.keeps_input = False
         features, head.kept_input = head.kept_input, None
@@ -206,12 +315,15 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             features = _last_token(features, batch.get("input_ids"), self.config.pad_token_id)
         return logits_BC, features
 
+    def _main_features(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return self._with_features(lambda: self._run_expert(0, batch), batch)
+
     def _main_outputs(self, batch: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
-        if self.config.gate == "model":
-            return [self._run(expert, self._expert_names, batch) for expert in self.main_experts], None
-        first_BC, features_BH = self._first_main_outputs(batch)
-        others = [self._run(expert, self._expert_names, batch) for expert in self.main_experts[1:]]
-        return [first_BC, *others], features_BH
+        mains = range(self.config.num_main_experts)
+        if self.config.gate != "main_features":
+            return [self._run_expert(index, batch) for index in mains], None
+        first_BC, features_BH = self._main_features(batch)
+        return [first_BC, *(self._run_expert(index, batch) for index in mains[1:])], features_BH
 
     def expert_outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """
@@ -226,7 +338,8 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             [`~FedMoEForSequenceClassification.gate_features`].
         """
         main, features_BH = self._main_outputs(batch)
-        routed = [self._run(expert, self._expert_names, batch) for expert in self.routed_experts]
+        n_main = self.config.num_main_experts
+        routed = [self._run_expert(n_main + k, batch) for k in range(self.config.num_routed_experts)]
         return self._stack(main + routed), features_BH
 
     def _stack(self, logits: list[Tensor]) -> Tensor:
@@ -241,7 +354,7 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             features_BH (`torch.Tensor` of shape `(B, H)`, *optional*):
                 Features from [`~FedMoEForSequenceClassification.expert_outputs`]; read with `gate="main_features"`.
             batch (`dict[str, torch.Tensor]`):
-                The model's inputs; read with `gate="model"`.
+                The model's inputs; read with `gate="model"` and `gate="adapter"`.
 
         Returns:
             `torch.Tensor` of shape `(B, K)`: scores of the routed experts, in float32 at least.
@@ -249,25 +362,38 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
         if self.config.gate == "model":
             scores_BK = self._run(self.gate, self._gate_names, batch)
         else:
+            if self.config.gate == "adapter":
+                _, features_BH = self._with_features(lambda: self._run_adapter("gate", batch), batch)
             scores_BK = self.gate(features_BH)
         return at_least_float32(scores_BK).to(self.alpha_logit.device)
 
     def _dispatch(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
         """Logits `(B, L, C)` of the chosen experts, each run once, on its own examples only."""
+        # PEFT mixes LoRA adapters in one batch, outside of training.
+        if (
+            self.config.peft_config is not None
+            and self.config.peft_config["peft_type"] == "LORA"
+            and not self.training
+        ):
+            return self._dispatch_at_once(batch, size, experts_BL)
         selected_BLC = torch.zeros(*experts_BL.shape, self.config.num_labels, device=experts_BL.device)
-        for k, expert in enumerate(self.routed_experts):
+        for k in range(self.config.num_routed_experts):
             rows_N, slots_N = (experts_BL == k).nonzero(as_tuple=True)
             if len(rows_N) == 0:
                 continue
-            share = {
-                name: value.index_select(0, rows_N.to(value.device))
-                if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
-                else value
-                for name, value in batch.items()
-            }
-            logits_NC = at_least_float32(self._run(expert, self._expert_names, share)).to(experts_BL.device)
+            logits_NC = self._run_expert(self.config.num_main_experts + k, _rows(batch, size, rows_N))
+            logits_NC = at_least_float32(logits_NC).to(experts_BL.device)
             selected_BLC = selected_BLC.to(logits_NC.dtype).index_put((rows_N, slots_N), logits_NC)
         return selected_BLC
+
+    def _dispatch_at_once(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
+        """The same in one forward of the base over all pairs of an example and an expert, sorted by expert."""
+        order_N = experts_BL.flatten().argsort()
+        names = [f"routed_{k}" for k in experts_BL.flatten()[order_N].tolist()]
+        share = _rows(batch, size, order_N // experts_BL.shape[1])
+        logits_NC = at_least_float32(self._run(self.base, self._expert_names, share, adapter_names=names))
+        restored_NC = torch.empty_like(logits_NC).index_copy(0, order_N.to(logits_NC.device), logits_NC)
+        return restored_NC.view(*experts_BL.shape, -1).to(experts_BL.device)
 
     def _forward(
         self,
@@ -341,10 +467,12 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             num_labels (`int`, *optional*):
                 Number of classes for an expert given by name. Defaults to the expert's.
             config_kwargs:
-                Further fields of [`FedMoEConfig`], e.g. `num_main_experts`, `top_l`, `id2label`, `label2id`.
+                Further fields of [`FedMoEConfig`], e.g. `num_main_experts`, `top_l`, `id2label`, `label2id`. With a
+                `peft_config` the experts are adapters of `expert`, which is then frozen and used, not copied; given
+                by name, it is saved by that name only.
 
         Returns:
-            The model, in evaluation mode, nothing frozen.
+            The model, in evaluation mode, nothing frozen but a base of adapters.
 
         Raises:
             `ValueError`: If the expert is no classifier, or its labels or vocabulary contradict the other arguments.
@@ -355,9 +483,19 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             sizes["num_labels"] = num_labels
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The arguments disagree on the number of classes, {sizes}: make them equal.")
+        peft_config = config_kwargs.pop("peft_config", None)
+        if peft_config is not None:
+            peft_config = peft_config_dict(peft_config)
         if isinstance(expert, (str, os.PathLike)):
             count = {"num_labels": max(sizes.values())} if sizes else {}
-            expert = cls.expert_auto_class.from_pretrained(expert, **count)
+            name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count)
+            if peft_config is not None and not peft_config.get("base_model_name_or_path"):
+                commit = getattr(expert.config, "_commit_hash", None)
+                peft_config |= {"base_model_name_or_path": name, "revision": peft_config.get("revision") or commit}
+        if peft_config is not None:
+            if num_labels is not None:
+                config_kwargs["num_labels"] = num_labels
+            return cls._from_base(expert, gate, num_routed_experts, peft_config=peft_config, **config_kwargs)
         main = [expert] * config_kwargs.pop("num_main_experts", 1)
         if num_labels is not None:
             config_kwargs["num_labels"] = num_labels
@@ -390,6 +528,11 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
         Raises:
             `ValueError`: If the experts are no classifiers or unequal (the message names the first difference).
         """
+        if config_kwargs.get("peft_config") is not None:
+            raise ValueError(
+                "`peft_config` cannot turn whole models into adapters: pass their common base to `from_expert`, or "
+                "trained adapters to `from_adapters`."
+            )
         places = [f"main[{i}]" for i in range(len(main))] + [f"routed[{k}]" for k in range(len(routed))]
         experts = dict(zip(places, [*main, *routed], strict=True))
         if not routed:
@@ -398,38 +541,195 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             check_classifier(place, expert, cls.expert_auto_class)
             check_equal_configs(places[0], experts[places[0]], place, expert)
         first = experts[places[0]]
-        if isinstance(gate, (str, os.PathLike)) and gate != "main_features":
-            gate = cls.expert_auto_class.from_pretrained(gate, num_labels=len(routed))
-        if gate != "main_features":
-            check_classifier("gate", gate, cls.expert_auto_class)
-            if gate.config.num_labels != len(routed):
-                raise ValueError(
-                    f"`gate` has {gate.config.num_labels} labels, but there are {len(routed)} routed experts: load "
-                    f"it with `num_labels={len(routed)}`."
-                )
-            config_kwargs.update(gate="model", gate_config=gate.config)
-        config = FedMoEConfig(
-            expert_config=first.config, num_routed_experts=len(routed), num_main_experts=len(main), **config_kwargs
-        )
-        if config.num_labels != first.config.num_labels:
-            raise ValueError(
-                f"`num_labels` is {config.num_labels}, but the expert's head has {first.config.num_labels} outputs: "
-                "load the expert with the number of classes that you want."
-            )
-
+        gate, config = cls._gate_and_config(gate, first, len(routed), num_main_experts=len(main), **config_kwargs)
         with init.no_init_weights():
             model = cls._from_config(config, dtype=first.dtype)
         for place, target in zip(places, model.experts, strict=True):
             check_equal_states(place, experts[place], target)
             target.load_state_dict(experts[place].state_dict())
-        if gate == "main_features":
-            model._init_weights(model.gate)
-        else:
-            check_equal_states("gate", gate, model.gate)
-            model.gate.load_state_dict(gate.state_dict())
-        model._init_weights(model)
+        model._start_gate(gate)
         model.tie_weights()
         return model.to(first.device).eval()
+
+    @classmethod
+    def _gate_and_config(
+        cls, gate: str | os.PathLike | PreTrainedModel, expert: PreTrainedModel, num_routed_experts: int, **fields: Any
+    ) -> tuple[str | PreTrainedModel, FedMoEConfig]:
+        """The gate, loaded if it was a name, and the configuration of a mixture of such experts."""
+        if isinstance(gate, (str, os.PathLike)) and gate not in ("main_features", "adapter"):
+            gate = cls.expert_auto_class.from_pretrained(gate, num_labels=num_routed_experts)
+        if isinstance(gate, str):
+            fields["gate"] = gate
+        else:
+            check_classifier("gate", gate, cls.expert_auto_class)
+            if gate.config.num_labels != num_routed_experts:
+                raise ValueError(
+                    f"`gate` has {gate.config.num_labels} labels, but there are {num_routed_experts} routed experts: "
+                    f"load it with `num_labels={num_routed_experts}`."
+                )
+            fields.update(gate="model", gate_config=gate.config)
+        config = FedMoEConfig(expert_config=expert.config, num_routed_experts=num_routed_experts, **fields)
+        if config.num_labels != expert.config.num_labels:
+            raise ValueError(
+                f"`num_labels` is {config.num_labels}, but the expert's head has {expert.config.num_labels} outputs: "
+                "load the expert with the number of classes that you want."
+            )
+        return gate, config
+
+    def _start_gate(self, gate: str | PreTrainedModel) -> None:
+        if isinstance(gate, str):
+            self._init_weights(self.gate)
+        else:
+            check_equal_states("gate", gate, self.gate)
+            self.gate.load_state_dict(gate.state_dict())
+        self._init_weights(self)
+
+    # Experts that are adapters
+
+    @classmethod
+    def _from_base(
+        cls,
+        base: PreTrainedModel,
+        gate: str | os.PathLike | PreTrainedModel,
+        num_routed_experts: int,
+        **config_kwargs: Any,
+    ) -> "_FedMoEForClassification":
+        """A mixture of new adapters of `base`, all with one start."""
+        check_classifier("expert", base, cls.expert_auto_class)
+        gate, config = cls._gate_and_config(gate, base, num_routed_experts, **config_kwargs)
+        model = cls._around(config, base)
+        model._start_gate(gate)
+        return model
+
+    @classmethod
+    def _around(cls, config: FedMoEConfig, base: PreTrainedModel) -> "_FedMoEForClassification":
+        for module in base.modules():
+            module._is_hf_initialized = True  # its weights are there
+        model = cls(config, base)
+        model.gate.to(base.device, base.dtype)
+        model.alpha_logit.data = model.alpha_logit.data.to(base.device)
+        return model.eval()
+
+    @classmethod
+    def from_adapters(
+        cls,
+        main: list[str | os.PathLike],
+        routed: list[str | os.PathLike],
+        base: str | os.PathLike | PreTrainedModel | None = None,
+        gate: str | os.PathLike | PreTrainedModel = "main_features",
+        **config_kwargs: Any,
+    ) -> "_FedMoEForClassification":
+        """
+        Builds a mixture from PEFT adapters of one base that were trained apart.
+
+        Args:
+            main (`list[str]`):
+                Folders or Hub names of the main experts' adapters.
+            routed (`list[str]`):
+                Those of the routed experts, at least one.
+            base (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
+                The base. Defaults to the one that the adapters name.
+            gate (`str`, `os.PathLike` or `PreTrainedModel`, *optional*, defaults to `"main_features"`):
+                As in [`~FedMoEForSequenceClassification.from_expert`], or `"adapter"`.
+            config_kwargs:
+                Further fields of [`FedMoEConfig`]; `num_labels` (or `id2label`) where the base has other classes.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            `ValueError`: If the adapters differ in base, rank or target modules, or do not fit the base.
+        """
+        sources = [*main, *routed]
+        if not routed:
+            raise ValueError("`routed` is empty: pass at least one routed expert.")
+        peft_config = read_adapter_configs(sources) | {"inference_mode": False}
+        base = peft_config.get("base_model_name_or_path") if base is None else base
+        if base is None:
+            raise ValueError("`base` is None, and the adapters name none: pass the model that they were trained on.")
+        peft_config["base_model_name_or_path"] = None if isinstance(base, PreTrainedModel) else str(base)
+        model = cls.from_expert(
+            base, gate, len(routed), peft_config=peft_config, num_main_experts=len(main), **config_kwargs
+        )
+        for source, expert in zip(sources, model.experts, strict=True):
+            load_adapter(expert, source)
+        return model
+
+    def save_adapters(self, save_directory: str | os.PathLike) -> None:
+        """
+        Writes every expert as a plain PEFT adapter, into `main_0`, `routed_0`, ... of a folder. Each loads with
+        `PeftModel.from_pretrained(base, folder, subfolder="routed_0")`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, made if needed.
+        """
+        if self.config.peft_config is None:
+            raise ValueError("`peft_config` is None: the experts are whole models, save them with `save_pretrained`.")
+        names = [expert.name for expert in self.experts]
+        self.base.save_pretrained(save_directory, selected_adapters=names)
+
+    def merge_adapters(self) -> "_FedMoEForClassification":
+        """
+        The same mixture with whole experts: each adapter merged into a base of its own. For machines without PEFT; as
+        large as S bases.
+        """
+        if self.config.peft_config is None:
+            raise ValueError("`peft_config` is None: the experts are whole models already.")
+        n_main = self.config.num_main_experts
+        merged = [merged_expert(self.base, expert.name) for expert in self.experts]
+        gate = "main_features"
+        if self.config.gate == "model":
+            gate = self.gate
+        elif self.config.gate == "adapter":
+            gate = merged_expert(self.base, "gate")
+            gate.set_submodule(self._head_name, copy.deepcopy(self.gate))
+            gate.config.num_labels = self.config.num_routed_experts
+        fields = {name: vars(self.config)[name] for name in KEPT_WHEN_MERGED}
+        model = type(self).from_experts(merged[:n_main], merged[n_main:], gate=gate, **fields)
+        if gate == "main_features":
+            model.gate.load_state_dict(self.gate.state_dict())
+        model.alpha_logit.data.copy_(self.alpha_logit.data)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: FedMoEConfig | None = None,
+        **kwargs: Any,
+    ) -> "_FedMoEForClassification":
+        """
+        As in `PreTrainedModel`. Where a checkpoint holds adapters and the name of their base, the base is loaded by
+        that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...).
+        """
+        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+        if config is None:
+            probed = cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
+        else:
+            probed = config
+        if not (probed.peft_config or {}).get("base_model_name_or_path"):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        for name in ("output_loading_info", "state_dict"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` does not go with adapters whose base is loaded by its name: leave it out.")
+        file = cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **source)
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
+        for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
+        base = load_base(cls.expert_auto_class, config, **for_base)
+        model = cls._around(config, base)
+        result = model.load_state_dict(load_file(file), strict=False)
+        missing = sorted(set(result.missing_keys) - model._keys_to_ignore_on_save)
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint and the base {config.peft_config['base_model_name_or_path']!r} do not fit: missing "
+                f"{missing[:3]}, not expected {result.unexpected_keys[:3]}. Has the base changed since?"
+            )
+        return model
 
 
 class FedMoEForSequenceClassification(_FedMoEForClassification):

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from peft import PeftConfig
 from torch import nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
@@ -42,9 +43,11 @@ from ..federation import (
     save_federation,
     seed_of,
 )
+from ..models import AdapterExpert
 from ..reporting import write_model_card
 from ..strategies import FedAvg, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
+from .adapters import add_adapter, check_adapters, freeze_lora_a
 from .checks import check_images, check_run
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
@@ -62,8 +65,9 @@ class FederatedTrainer(Trainer):
     the place of steps: `state.global_step` and `state.epoch` count rounds.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The server model: for FedAvg the clients' classifier, for Fed-MoE a mixture of such classifiers.
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
+            The server model: for FedAvg the clients' classifier, for Fed-MoE a mixture of such classifiers. Of a
+            `PeftModel`, and of a mixture of adapters, clients train and send adapters and heads only.
         args ([`FederatedTrainingArguments`]):
             What clients and server do.
         train_dataset ([`~data.FederatedDataset`]):
@@ -75,6 +79,8 @@ class FederatedTrainer(Trainer):
         data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
             As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy and macro-F1; with an image
             processor `data_collator` defaults to [`~data.ImageCollator`].
+        peft_config (`peft.PeftConfig`, *optional*):
+            Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
         train_data_collator (`Callable`, *optional*):
             The collator of whatever is trained on, clients' examples and the reserved set, when it is another than
             that of evaluation: one that augments. `data_collator` if left out.
@@ -93,8 +99,11 @@ class FederatedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
         train_data_collator: Callable | None = None,
+        peft_config: PeftConfig | None = None,
     ):
         self.strategy = strategy or FedAvg()
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
         self._contribution_SM: np.ndarray | None = None
@@ -105,6 +114,7 @@ class FederatedTrainer(Trainer):
         self.train_data_collator = train_data_collator or data_collator
         if train_dataset is not None:
             check_run(model, args, train_dataset, self.strategy, processing_class)
+            check_adapters(self.strategy.server_models(model), args)
             check_images(self.strategy.server_models(model)[0], train_dataset, self.train_data_collator)
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
@@ -176,7 +186,8 @@ class FederatedTrainer(Trainer):
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
-            release(self.model)
+            for module in self.strategy.server_models(self.model):
+                release(module)
             self._active_federation = None
         return output
 
@@ -224,8 +235,7 @@ class FederatedTrainer(Trainer):
         args, data = self.args, self.federated_dataset
         # Evaluating before training may have wrapped `forward` for mixed precision; the worker must not inherit that.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        modules = self.strategy.server_models(self.model)
-        layout = StateLayout.of(modules[0])
+        modules, layout = self._server_models()
         worker = copy_module(modules[0])
         server = Server(
             self.model,
@@ -274,7 +284,15 @@ class FederatedTrainer(Trainer):
             args.keep_client_optimizer,
             args.client_choice,
             make_codec(args.upload_compression, args.top_k_share),
+            args.client_ranks,
         )
+
+    def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
+        """What becomes the rows of the server, and their layout."""
+        modules = self.strategy.server_models(self.model)
+        if self.args.lora_fusion == "ffa":
+            freeze_lora_a(modules)
+        return modules, StateLayout.of(modules[0], lora_products=self.args.lora_fusion == "svd")
 
     def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
         """The learning-rate schedule of one client's local steps in the current round."""
@@ -294,20 +312,21 @@ class FederatedTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             expert = self.strategy.server_models(self.model)[0]
             if expert is not self.model:
-                self._signature_columns += list(inspect.signature(expert.forward).parameters)
+                client_model = expert.base if isinstance(expert, AdapterExpert) else expert
+                self._signature_columns += list(inspect.signature(client_model.forward).parameters)
 
     # Checkpoints
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to resume the other."""
         args = self.args
-        modules = self.strategy.server_models(self.model)
+        modules, layout = self._server_models()
         settings = self.strategy.settings if self.strategy.name == "fedmoe" else self.strategy
         return {
             "strategy": self.strategy.name,
             "strategy_settings": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {},
             "server_models": len(modules),
-            "parameters": StateLayout.of(modules[0]).num_elements,
+            "parameters": layout.num_elements,
             "data": self.federated_dataset.state_fingerprint(),
             **{
                 name: vars(args)[name]
@@ -317,6 +336,8 @@ class FederatedTrainer(Trainer):
                     "client_choice",
                     "upload_compression",
                     "top_k_share",
+                    "lora_fusion",
+                    "client_ranks",
                     "clients_per_round",
                     "num_train_epochs",
                     "per_device_train_batch_size",

@@ -252,6 +252,7 @@ def test_save_and_load_are_bit_equal(tmp_path, family, gate):
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json",
         "model.safetensors",
+        "adapters_fedmoe.py",
         "configuration_fedmoe.py",
         "mixture_fedmoe.py",
         "modeling_fedmoe.py",
