@@ -21,6 +21,7 @@ from text_federation import TextRecipe
 from transformers.utils import logging
 
 from hf_fedmoe.data import ReservedSet
+from hf_fedmoe.models import as_expert
 from hf_fedmoe.strategies import FedAvgMovingAverage, Server
 
 
@@ -78,7 +79,7 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
         trainer.strategy = end = OneTrajectory(args.fusion_rate)
         trainer.train()
         score("fedavg, moving average of the server")
-        end.layout.write(end.last_mean_P, trainer.model)
+        end.layout.write(end.last_mean_P, as_expert(trainer.model))
         score("fedavg")
         tuned = averaging_strategies(args)["fedavg_tuned_at_end"]
         tuned.fine_tune(trainer.model, end.reserved, args.weight_decay, end.seed)
