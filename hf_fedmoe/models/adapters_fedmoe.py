@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import is_peft_available, logging
+from transformers.utils import cached_file, is_peft_available, logging
 
 
 if is_peft_available():
@@ -21,11 +22,10 @@ if is_peft_available():
         PeftModel,
         get_peft_config,
         get_peft_model_state_dict,
-        load_peft_weights,
         set_peft_model_state_dict,
     )
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils.other import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 
 # What decides which version of a checkpoint's files is read, and what concerns a base that is loaded by its name.
@@ -280,6 +280,7 @@ def load_base(auto_class: type, config: PreTrainedConfig, **arguments: Any) -> P
             config.peft_config["base_model_name_or_path"],
             config=config.expert_config,
             ignore_mismatched_sizes=True,
+            use_safetensors=True,
             **source,
             **arguments,
         )
@@ -303,7 +304,8 @@ def read_adapter_configs(sources: list[str | os.PathLike]) -> dict[str, Any]:
 
 def load_adapter(expert: AdapterExpert, source: str | os.PathLike) -> None:
     """Loads a saved PEFT adapter into an expert; raises `ValueError` when it is an adapter of something else."""
-    tensors = load_peft_weights(source, device=str(expert.device))
+    # Not PEFT's own loader: it takes pickles too.
+    tensors = load_file(cached_file(source, SAFETENSORS_WEIGHTS_NAME), device=str(expert.device))
     own = get_peft_model_state_dict(expert.peft_model, adapter_name=expert.name)
     for key in sorted(own.keys() | tensors.keys()):
         found, expected = (tuple(state[key].shape) if key in state else "nothing" for state in (tensors, own))

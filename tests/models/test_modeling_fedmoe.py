@@ -253,6 +253,7 @@ def test_save_and_load_are_bit_equal(tmp_path, family, gate):
         "config.json",
         "model.safetensors",
         "adapters_fedmoe.py",
+        "building_fedmoe.py",
         "configuration_fedmoe.py",
         "mixture_fedmoe.py",
         "modeling_fedmoe.py",
