@@ -52,7 +52,7 @@ class OneTrajectory(FedAvgMovingAverage):
 
 def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: int) -> dict[str, dict[str, float]]:
     """
-    One method on one seed: {row of the table: scores on the test set}.
+    One method on one seed: {row of the table: scores on the test set, and the bytes that clients send in a round}.
 
     Fed-MoE has a row for each of its parts. "fedavg" gives three rows from one training: the last mean, the moving
     average of all means, and the last mean fine-tuned on the reserved set.
@@ -74,6 +74,7 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
     def score(row: str) -> None:
         scores = trainer.evaluate(data.test, metric_key_prefix="test")
         results[row] = {name: scores[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+        results[row]["bytes_up"] = float(np.mean([report.bytes_up for report in trainer.rounds]))
 
     if method == "fedavg":
         trainer.strategy = end = OneTrajectory(args.fusion_rate)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -161,6 +162,9 @@ class RecipeArguments(ABC):
         if name not in presets:
             raise ValueError(f"`--preset` is {name!r}: {settings_file.name} has {', '.join(presets)}.")
         settings = {"preset_name": name, "output_dir": f"runs/{settings_file.stem}", **presets[name]}
+        with_lora = settings.pop("with_lora", {})
+        if "lora" in (settings.get("peft"), *(word for flag, word in pairwise(rest) if flag == "--peft")):
+            settings |= with_lora  # adapters learn at other rates than whole models
         given = {argument[2:].split("=")[0].replace("-", "_") for argument in rest if argument.startswith("--")}
         defaults = []
         for key, value in settings.items():

@@ -4,12 +4,14 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from hf_fedmoe.federation import Stream, seed_of
-from hf_fedmoe.models import FedMoEForSequenceClassification
+from hf_fedmoe.models import FedMoEForSequenceClassification, as_expert
 from hf_fedmoe.strategies import FedAvg
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
+from hf_fedmoe.training.adapters import add_adapter
+from hf_fedmoe.weights import StateLayout
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation, tiny_mixture
 
 
@@ -213,3 +215,13 @@ def test_bad_settings(tmp_path):
         next(p for name, p in mixture.experts[1].named_parameters() if ".lora_A." in name).add_(1.0)
     with pytest.raises(ValueError, match="A of the adapter 'routed_0' is another than that of 'main_0'"):
         FedMoETrainer(mixture, tiny_args(tmp_path, lora_fusion="ffa"), train_dataset=data)
+
+
+def test_a_thousand_clients_of_gpt2_fit_on_a_small_disk():
+    with torch.device("meta"):
+        base = GPT2ForSequenceClassification(GPT2Config(num_labels=5))
+    expert = as_expert(add_adapter(base, LoraConfig(r=8, fan_in_fan_out=True)))
+    layout = StateLayout.of(expert, lora_products=True)
+    assert layout.num_elements == 12 * 8 * (768 + 3 * 768) + 5 * 768
+    # Row, and both moments of Adam when clients keep their optimizer.
+    assert 1000 * 3 * layout.size * 4 < 4e9
