@@ -7,8 +7,10 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .char_lstm import CharLSTMConfig, CharLSTMForSequenceClassification, CharLSTMModel
 from .configuration_fedmoe import FedMoEConfig
 from .image_processing_small_image import SmallImageProcessor
+from .linear import LinearConfig, LinearForClassification
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
 from .modeling_fedmoe_vision import FedMoEForImageClassification
@@ -29,11 +31,16 @@ FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceCla
 SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "CharLSTMConfig",
+    "CharLSTMForSequenceClassification",
+    "CharLSTMModel",
     "FedMoEConfig",
     "FedMoEForImageClassification",
     "FedMoEForSequenceClassification",
     "FedMoEOutput",
     "FedMoEPreTrainedModel",
+    "LinearConfig",
+    "LinearForClassification",
     "SmallCNNConfig",
     "SmallCNNForImageClassification",
     "SmallCNNModel",
