@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 
 class CharLSTMConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`CharLSTMForSequenceClassification`]: an embedding, LSTM layers and a linear head that reads the
-    state after the last character.
+    Configuration of a [`CharLSTMForSequenceClassification`]: an embedding, LSTM layers and a linear head that reads
+    the state after the last character.
 
     The defaults are the network that is usual on Shakespeare. With `num_labels=100`, where the class is the next
     character, it has 825,220 parameters.
