@@ -3,7 +3,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from hf_fedmoe.models import CharLSTMConfig, CharLSTMForSequenceClassification, CharLSTMModel
-from hf_fedmoe.weights.layout import StateLayout
+from hf_fedmoe.training import FederatedTrainer
+from hf_fedmoe.weights.layout import StateLayout, copy_module
+from tests.tiny_federation import state, tiny_args, tiny_federation
 from tests.tiny_models import VOCAB_SIZE, make_different, text_batch, tiny_char_lstm
 
 
@@ -120,9 +122,28 @@ def test_a_row_of_a_bank_is_the_model():
     layout = StateLayout.of(model)
     assert (layout.batchnorm, layout.integers, layout.num_elements) == ((), (), model.num_parameters())
     expected = other(**text_batch()).logits
+    before = model(**text_batch()).logits
     bank_SP = layout.bank([model])
+    copied = copy_module(model)
     layout.read(other, out=bank_SP[0])
     assert torch.equal(model(**text_batch()).logits, expected)
+    assert torch.equal(copied(**text_batch()).logits, before)
+    layout.write(bank_SP[0], copied)
+    bank_SP.zero_()
+    assert torch.equal(copied(**text_batch()).logits, expected)
+    assert not model(**text_batch()).logits.any()
+
+
+def test_a_copy_trains(tmp_path):
+    """A federation trains a copy of a model bound to a bank: its steps must reach what the layers compute."""
+    model = tiny_char_lstm(3)
+    before = {name: tensor.clone() for name, tensor in state(model).items()}
+    args = tiny_args(tmp_path, rounds=4, clients_per_round=4, learning_rate=0.03, num_train_epochs=3)
+    trainer = FederatedTrainer(model, args, tiny_federation())
+    trainer.train()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in state(model).items())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0] < 1.0
 
 
 def test_the_embedding_is_resized():
