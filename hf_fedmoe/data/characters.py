@@ -108,7 +108,7 @@ def next_character_windows(
 
     Returns:
         `datasets.DatasetDict`: `train` and `test` with the columns `input_ids` (T bytes), `label` (a `ClassLabel` of
-        100 characters) and `role_column`, for the partition [`natural`].
+        100 characters) and `role_column` (a `ClassLabel` of all roles), for the partition [`natural`].
 
     Raises:
         ValueError: When a column or a value in it is missing, a number is out of its range, a text has other
@@ -132,8 +132,8 @@ def next_character_windows(
     for role, speech in zip(roles, speeches, strict=True):
         lines_by_role.setdefault(role, []).extend(line for line in speech.splitlines() if line.strip())
 
-    parts: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
-    for role, lines in lines_by_role.items():
+    parts: dict[str, dict[int, np.ndarray]] = {"train": {}, "test": {}}
+    for role, lines in enumerate(lines_by_role.values()):
         num_train = min(round(train_share * len(lines)), len(lines) - 1)
         for part, chosen in (("train", lines[:num_train]), ("test", lines[num_train:])):
             numbers = encode_characters(" ".join(" ".join(chosen).split()))
@@ -145,23 +145,23 @@ def next_character_windows(
                 f"None of the {len(lines_by_role)} roles in {role_column!r} says more than length = {length} "
                 f"characters in its lines for {part}. Lower length, or change train_share = {train_share}."
             )
-    return DatasetDict({part: _as_dataset(windows, length, role_column) for part, windows in parts.items()})
-
-
-def _as_dataset(windows_by_role: dict[str, np.ndarray], length: int, role_column: str) -> Dataset:
-    windows_NT = np.concatenate(list(windows_by_role.values()))
     features = Features(
         {
             "input_ids": List(Value("uint8"), length=length),
             "label": ClassLabel(names=CHARACTER_NAMES),
-            role_column: Value("string"),
+            role_column: ClassLabel(names=[str(role) for role in lines_by_role]),
         }
     )
-    owner_N = np.repeat(np.arange(len(windows_by_role)), [len(windows) for windows in windows_by_role.values()])
+    return DatasetDict({part: _as_dataset(windows, features, length) for part, windows in parts.items()})
+
+
+def _as_dataset(windows_by_role: dict[int, np.ndarray], features: Features, length: int) -> Dataset:
+    windows_NT = np.concatenate(list(windows_by_role.values()))
+    role_N = np.repeat(list(windows_by_role), [len(windows) for windows in windows_by_role.values()])
     # Straight into Arrow's memory: millions of windows would take minutes as Python lists.
     columns = [
         pa.FixedSizeListArray.from_arrays(pa.array(windows_NT[:, :length].ravel()), length),
         pa.array(windows_NT[:, length].astype(np.int64)),
-        pa.array(list(windows_by_role)).take(pa.array(owner_N)),
+        pa.array(role_N),
     ]
     return Dataset(pa.table(columns, schema=features.arrow_schema))
