@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from character_federation import CharacterRecipe
 from federated_recipe import RecipeArguments, analyse, averaging_strategies, majority_scores, make_trainer
 from image_federation import ImageRecipe
 from text_federation import TextRecipe
@@ -31,6 +32,7 @@ RECIPES: dict[str, type[RecipeArguments]] = {
     "sent140_bert": TextRecipe,
     "femnist_cnn": ImageRecipe,
     "cifar10_resnet18": ImageRecipe,
+    "shakespeare_lstm": CharacterRecipe,
 }
 NAMES_IN_TABLE = {
     "reserved_only": "the reserved set alone",

@@ -107,12 +107,14 @@ class RecipeArguments(ABC):
         problems = []
         for name in self.dataset:
             try:
-                return name, load_source(
-                    name, **{argument: vars(self)[argument] for argument in self.source_arguments}
-                )
+                return name, self.load(name)
             except (FileNotFoundError, ValueError) as error:
                 problems.append(str(error))
         raise ValueError("None of the data sets could be loaded. " + " ".join(problems))
+
+    def load(self, name: str) -> datasets.DatasetDict:
+        """Rows with labels for training and test; raises a `ValueError` when there is no such data set."""
+        return load_source(name, **{argument: vars(self)[argument] for argument in self.source_arguments})
 
     def split(self, source: datasets.DatasetDict, seed: int) -> FederatedDataset:
         """Clients, reserved set, validation and test."""

@@ -8,8 +8,10 @@ from transformers import (
 )
 
 from .adapters_fedmoe import AdapterExpert, as_expert
+from .char_lstm import CharLSTMConfig, CharLSTMForSequenceClassification, CharLSTMModel
 from .configuration_fedmoe import FedMoEConfig
 from .image_processing_small_image import SmallImageProcessor
+from .linear import LinearConfig, LinearForClassification
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
 from .modeling_fedmoe_vision import FedMoEForImageClassification
@@ -31,11 +33,16 @@ SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
     "AdapterExpert",
+    "CharLSTMConfig",
+    "CharLSTMForSequenceClassification",
+    "CharLSTMModel",
     "FedMoEConfig",
     "FedMoEForImageClassification",
     "FedMoEForSequenceClassification",
     "FedMoEOutput",
     "FedMoEPreTrainedModel",
+    "LinearConfig",
+    "LinearForClassification",
     "SmallCNNConfig",
     "SmallCNNForImageClassification",
     "SmallCNNModel",

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_fedmoe.models import FedMoEForImageClassification
+from hf_fedmoe.models import (
+    CharLSTMConfig,
+    CharLSTMForSequenceClassification,
+    FedMoEForImageClassification,
+    FedMoEForSequenceClassification,
+    LinearConfig,
+    LinearForClassification,
+)
 from hf_fedmoe.reporting import RunFacts, write_model_card
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import tiny_args, tiny_expert, tiny_federation, tiny_mixture
@@ -227,3 +234,36 @@ def test_a_resumed_run_counts_the_rounds_before(tmp_path):
 
 def test_the_template_is_part_of_the_package():
     assert (files("hf_fedmoe") / "reporting" / "model_card_template.md").is_file()
+
+
+@pytest.mark.parametrize("kind", ["mixture", "characters", "vectors"])
+def test_models_without_a_pipeline_are_shown_as_they_are_used(kind, tmp_path, capsys):
+    sizes = {"hidden_size": 8, "num_labels": 100}
+    model = LinearForClassification(LinearConfig(num_features=7))
+    if kind != "vectors":
+        model = CharLSTMForSequenceClassification(CharLSTMConfig(**sizes)).eval()
+    if kind == "mixture":
+        model = FedMoEForSequenceClassification.from_expert(model, num_routed_experts=2)
+    model.save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, model, model_id=str(tmp_path))
+    task, reads = ("tabular", "vector") if kind == "vectors" else ("text", "character")
+    assert card.data.pipeline_tag == f"{task}-classification" and f"{reads} classifi" in card.text
+    with_package, without = code_blocks(card)
+    assert "pipeline(" not in card.text and "trust_remote_code=True" in without
+    assert ("`model.config.top_l` changes L" in card.text) == (kind == "mixture")
+    names = {}
+    exec(with_package, names)
+    assert type(names["model"]) is type(model)
+    # The package is here: what is registered comes before a checkpoint's own files.
+    exec(without.replace(", trust_remote_code=True", ""), {})
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith("tensor([[") if kind == "vectors" else printed in model.config.label2id
+
+
+def test_classes_without_examples_are_left_out(tmp_path):
+    model = tiny_mixture(num_routed_experts=2)
+    share_KC = np.array([[0.25, np.nan, 0.5], [0.75, np.nan, 0.5]])
+    card = write_model_card(tmp_path, model, gate_share_KC=share_KC)
+    names = [model.config.id2label[label] for label in (0, 2)]
+    assert f"|  | {names[0]} | {names[1]} |" in card.text
+    assert row(card, "routed expert 1") == ["0.75", "0.50"]
