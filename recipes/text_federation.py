@@ -33,7 +33,9 @@ class TextRecipe(RecipeArguments):
     max_length: int = field(default=64, metadata={"help": "Tokens of a text."})
     peft: str = field(default="none", metadata={"help": "Experts as adapters of one base: 'lora', or 'none'."})
     rank: int = field(default=8, metadata={"help": "Of the LoRA adapters; lora_alpha is twice as much."})
-    target_modules: list[str] | None = field(default=None, metadata={"help": "Layers with adapters (PEFT's choice)."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers with adapters, or all-linear."}
+    )
 
     mixture_class = FedMoEForSequenceClassification
     source_arguments = ("text_column", "label_column")
@@ -66,7 +68,7 @@ class TextRecipe(RecipeArguments):
         return LoraConfig(
             r=self.rank,
             lora_alpha=2 * self.rank,
-            target_modules=self.target_modules,
+            target_modules="all-linear" if self.target_modules == ["all-linear"] else self.target_modules,
             base_model_name_or_path=find_model(self.model),
         )
 

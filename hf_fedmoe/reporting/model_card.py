@@ -13,9 +13,10 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..models import FedMoEPreTrainedModel
+from ..models import AdapterExpert, FedMoEPreTrainedModel
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -166,11 +167,12 @@ def write_model_card(
     )
     evaluations = {} if run is None else run.evaluations
     kind = _kind(model.main_input_name, config.expert_config.model_type if is_mixture else config.model_type)
-    task = USAGES[kind].task
+    usage = _adapter_usage(model, kind) if isinstance(model, PeftModel) else USAGES[kind]
+    task = usage.task
     results = _eval_results(task, evaluations, dataset, dataset_id) if dataset or dataset_id else []
     data = ModelCardData(
         model_name=model_name,
-        library_name="transformers",
+        library_name="peft" if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,
         tags=[*(MIXTURE_TAGS if is_mixture else ()), *TAGS, task, *([tags] if isinstance(tags, str) else tags)],
         language=language,
@@ -189,7 +191,8 @@ def write_model_card(
         is_mixture=is_mixture,
         own_code=is_mixture or config.is_remote_code(),
         kind=kind,
-        usage=USAGES[kind],
+        usage=usage,
+        needs_peft=is_mixture and config.peft_config is not None,
         dataset_text=dataset or dataset_id,
         labels=label_names,
         mixture=_table(_mixture_rows(model), ["", ""]) if is_mixture else "",
@@ -210,6 +213,20 @@ def _kind(main_input_name: str, model_type: str) -> str:
     if main_input_name == "input_ids":
         return "character" if model_type == "char_lstm" else "text"
     return "image" if main_input_name == "pixel_values" else "vector"
+
+
+def _adapter_usage(model: PeftModel, kind: str) -> Usage:
+    """An adapter does not know the labels of its head: the base has to be told."""
+    auto_class = "AutoModelForImageClassification" if kind == "image" else "AutoModelForSequenceClassification"
+    base = _hub_id(model.config) or "<base>"
+    return Usage(
+        USAGES[kind].task,
+        f"from peft import PeftModel\nfrom transformers import {auto_class}",
+        f'base = {auto_class}.from_pretrained("{base}", id2label={model.config.id2label})\n'
+        "model = PeftModel.from_pretrained(base, ",
+        "model",
+        "print(model)",
+    )
 
 
 def _hub_id(config: Any) -> str | None:
@@ -249,13 +266,21 @@ def _expert_names(model: FedMoEPreTrainedModel) -> list[str]:
 
 def _mixture_rows(model: FedMoEPreTrainedModel) -> list[tuple[str, Any]]:
     config, expert = model.config, model.experts[0]
+    architecture, base = type(expert).__name__, []
+    if isinstance(expert, AdapterExpert):
+        architecture = f"{config.peft_config['peft_type']} adapter of one {type(expert.base).__name__}, with a head"
+        named = config.peft_config.get("base_model_name_or_path")
+        base = [("Base of the adapters", "loaded by its name" if named else "saved with them")]
     gate = "linear, on the main expert's pooled features"
+    if config.gate == "adapter":
+        gate = "an adapter of the same base and a linear layer on its pooled features"
     if config.gate == "model":
         gate = f"{type(model.gate).__name__}, {_count(model.gate)} parameters"
     return [
         ("Main experts", config.num_main_experts),
         ("Routed experts (K)", config.num_routed_experts),
-        ("Each expert", f"{type(expert).__name__}, {_count(expert)} parameters"),
+        ("Each expert", f"{architecture}, {_count(expert)} parameters"),
+        *base,
         ("Gate", gate),
         ("Weight of the routed part (alpha)", f"{model.alpha.item():.3f}" if config.num_main_experts else "all"),
         ("Routed experts run per example (top-L)", config.top_l),

@@ -1,8 +1,10 @@
+import re
 from importlib.resources import files
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
 from hf_fedmoe.models import (
     CharLSTMConfig,
@@ -14,6 +16,7 @@ from hf_fedmoe.models import (
 )
 from hf_fedmoe.reporting import RunFacts, write_model_card
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
+from hf_fedmoe.training.adapters import add_adapter
 from tests.tiny_federation import tiny_args, tiny_expert, tiny_federation, tiny_mixture
 from tests.tiny_images import tiny_cnn, tiny_resnet
 
@@ -267,3 +270,27 @@ def test_classes_without_examples_are_left_out(tmp_path):
     names = [model.config.id2label[label] for label in (0, 2)]
     assert f"|  | {names[0]} | {names[1]} |" in card.text
     assert row(card, "routed expert 1") == ["0.75", "0.50"]
+
+
+@pytest.mark.parametrize("gate", ["main_features", "adapter"])
+def test_a_mixture_of_adapters_says_so(tmp_path, gate):
+    model = tiny_mixture(gate=gate, peft_config=LoraConfig(r=4))
+    card = str(write_model_card(tmp_path, model))
+    assert "loading it needs the package `peft`" in card
+    assert "LORA adapter of one BertForSequenceClassification, with a head, 563 parameters" in card
+    assert "| Base of the adapters | saved with them |" in card
+    assert ("an adapter of the same base" in card) == (gate == "adapter")
+    assert "peft" not in str(write_model_card(tmp_path, tiny_mixture()))
+
+
+def test_the_card_of_an_adapter_tells_its_base_the_labels(tmp_path):
+    model = add_adapter(tiny_expert(id2label={0: "bad", 1: "fair", 2: "good"}), LoraConfig(r=4))
+    model.save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, model)
+    assert card.data.library_name == "peft"
+    [code] = re.findall(r"```python\n(.*?)```", str(card), re.DOTALL)
+    assert "id2label={0: 'bad', 1: 'fair', 2: 'good'}" in code
+    tiny_expert().save_pretrained(tmp_path / "base")
+    names = {}
+    exec(code.replace("<base>", str(tmp_path / "base")).replace(f"<user>/{tmp_path.name}", str(tmp_path)), names)
+    assert names["model"].config.id2label[1] == "fair"
