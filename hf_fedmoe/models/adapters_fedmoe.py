@@ -5,6 +5,7 @@ file travels to the Hub as it is, and PEFT is needed for checkpoints with adapte
 
 import copy
 import enum
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,15 @@ if is_peft_available():
     )
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    class _HeadsBySlices(ModulesToSaveWrapper):
+        """Heads of any kind in a batch that is sorted by adapter: PEFT mixes heads of a single layer only."""
+
+        def _mixed_batch_forward(self, input: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+            runs = [(name, len(list(run))) for name, run in itertools.groupby(adapter_names)]
+            shares = input.split([size for _, size in runs])
+            heads = [self.modules_to_save[name] for name, _ in runs]
+            return torch.cat([head(share, *args, **kwargs) for head, share in zip(heads, shares, strict=True)])
 
 
 # What decides which version of a checkpoint's files is read, and what concerns a base that is loaded by its name.
@@ -121,9 +131,17 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
         for name, child in base.named_children()
         if name != base.base_model_prefix and any(True for _ in child.parameters())
     ]
+    for name, parameter in base.named_parameters():
+        if name.split(".")[0] in heads and not parameter.is_floating_point():
+            raise ValueError(
+                f"`{name}` of the {type(base).__name__} is quantized, but every expert trains a head of its own: pass "
+                f"`llm_int8_skip_modules={heads}` in the `quantization_config`."
+            )
     config = {**config, "modules_to_save": sorted({*(config.get("modules_to_save") or []), *heads})}
     # The plain class passes every input on; those for tasks know texts only.
     peft_model = PeftModel(base, get_peft_config(config), names[0])
+    if "fan_in_fan_out" in config:  # PEFT corrects it for `Conv1D`, in the first adapter's configuration only
+        config["fan_in_fan_out"] = peft_model.peft_config[names[0]].fan_in_fan_out
     start = adapter_tensors(peft_model, names[0])
     for name in names[1:]:
         peft_model.add_adapter(name, get_peft_config(config))
@@ -131,14 +149,20 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
         with torch.no_grad():
             for key, tensor in adapter_tensors(peft_model, name).items():
                 tensor.copy_(start[key])
-    own = {id(tensor) for name in names for tensor in adapter_tensors(peft_model, name).values()}
+    train_adapters_only(peft_model, names)
     for module in peft_model.modules():
-        tensors = [tensor for tensor in module.parameters(recurse=False) if id(tensor) in own]
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        if tensors:
+        if any(tensor.requires_grad for tensor in module.parameters(recurse=False)):
             module._is_hf_initialized = True  # or `post_init` draws each of them anew
+        if isinstance(module, ModulesToSaveWrapper):
+            module.__class__ = _HeadsBySlices
     return peft_model
+
+
+def train_adapters_only(peft_model: "PeftModel", names: list[str]) -> None:
+    """Freezes all but the adapters `names` and their heads. Loading needs it too: it makes every parameter anew."""
+    own = {id(tensor) for name in names for tensor in adapter_tensors(peft_model, name).values()}
+    for parameter in peft_model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
 
 
 def adapter_tensors(peft_model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -323,4 +347,8 @@ def merged_expert(peft_model: "PeftModel", name: str) -> PreTrainedModel:
     tree.set_adapter(name)
     for other in [other for other in tree.peft_config if other != name]:
         tree.delete_adapter(other)
+    base = tree.get_base_model()
+    for path, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # IA3 merges heads of a single layer only
+            base.set_submodule(path, module.modules_to_save[name])
     return tree.merge_and_unload()

@@ -20,6 +20,7 @@ from .adapters_fedmoe import (
     merged_expert,
     peft_config_dict,
     read_adapter_configs,
+    train_adapters_only,
 )
 from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_configs, check_equal_states
 
@@ -252,6 +253,12 @@ class FedMoEBuilding:
             load_adapter(expert, source)
         return model
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`; adapters whose base is saved by its name keep their own names of tensors."""
+        if (self.config.peft_config or {}).get("base_model_name_or_path"):
+            kwargs["save_original_format"] = False  # would rename some for the way back through the base's class
+        super().save_pretrained(save_directory, **kwargs)
+
     def save_adapters(self, save_directory: str | os.PathLike) -> None:
         """
         Writes every expert as a plain PEFT adapter, into `main_0`, `routed_0`, ... of a folder. Each loads with
@@ -306,7 +313,11 @@ class FedMoEBuilding:
         else:
             probed = config
         if not (probed.peft_config or {}).get("base_model_name_or_path"):
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if model.config.peft_config is not None:
+                train_adapters_only(model.base, model.adapter_names)
+            return loaded
         for name in ("output_loading_info", "state_dict"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` does not go with adapters whose base is loaded by its name: leave it out.")

@@ -128,7 +128,9 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         else:
             self._head_name = _classification_head(sub_models[0][1], config.gate)
             head = sub_models[0][1].get_submodule(self._head_name)
-            self.gate = nn.Linear(head.in_features, config.num_routed_experts)
+            # Without a bias where the head has none: merged, the gate's adapter is a classifier of the same kind.
+            bias = config.gate != "adapter" or head.bias is not None
+            self.gate = nn.Linear(head.in_features, config.num_routed_experts, bias=bias)
         if config.peft_config is not None:
             self.base = with_adapters(base, config.peft_config, self.adapter_names)
         if config.gate != "model":
