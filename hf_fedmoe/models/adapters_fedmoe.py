@@ -137,6 +137,7 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
                 f"`{name}` of the {type(base).__name__} is quantized, but every expert trains a head of its own: pass "
                 f"`llm_int8_skip_modules={heads}` in the `quantization_config`."
             )
+    _check_target_modules(base, config.get("target_modules"))
     config = {**config, "modules_to_save": sorted({*(config.get("modules_to_save") or []), *heads})}
     # The plain class passes every input on; those for tasks know texts only.
     peft_model = PeftModel(base, get_peft_config(config), names[0])
@@ -156,6 +157,22 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
         if isinstance(module, ModulesToSaveWrapper):
             module.__class__ = _HeadsBySlices
     return peft_model
+
+
+def _check_target_modules(base: PreTrainedModel, targets: list[str] | str | None) -> None:
+    # PEFT says nothing of names that are missing beside others, and does not name them when all are.
+    if not isinstance(targets, list):
+        return
+    names = [name for name, _ in base.named_modules()]
+    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if missing:
+        layers = sorted(
+            {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        )
+        raise ValueError(
+            f"`peft_config.target_modules` has {missing}, and the {type(base).__name__} has no such layers; among its "
+            f"linear layers are {layers[:8]}. Name layers of this base, or leave `target_modules` to PEFT."
+        )
 
 
 def train_adapters_only(peft_model: "PeftModel", names: list[str]) -> None:

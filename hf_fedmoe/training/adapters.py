@@ -1,5 +1,7 @@
 """Adapters in a federated run: putting one into a classifier, and what must hold before rounds start."""
 
+import zlib
+
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -57,6 +59,27 @@ def check_adapters(experts: list[nn.Module], args: FederatedTrainingArguments) -
                     f"`lora_fusion` is 'ffa', but A of the adapter {expert.name!r} is another than that of "
                     f"{first.name!r}: FFA-LoRA needs one common A, so build the mixture anew, or take 'svd'."
                 )
+
+
+def base_fingerprint(expert: nn.Module) -> int | None:
+    """
+    A checksum of the frozen base under an adapter, `None` for a whole model. Checkpoints hold adapters only, and those
+    of one base are worth nothing on another of the same shape.
+    """
+    if not isinstance(expert, AdapterExpert):
+        return None
+    checksum = 0
+    own = {id(tensor) for tensor in expert.parameters()}
+    for name, tensor in expert.peft_model.named_parameters():
+        # Other adapters are in the checkpoint, and PEFT's copies of the base's head are never used.
+        if (
+            not tensor.requires_grad
+            and id(tensor) not in own
+            and "original_module" not in name
+            and "lora_" not in name
+        ):
+            checksum = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy(), checksum)
+    return checksum
 
 
 def freeze_lora_a(experts: list[nn.Module]) -> None:

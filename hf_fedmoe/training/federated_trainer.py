@@ -5,6 +5,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from ..models import AdapterExpert
 from ..reporting import write_model_card
 from ..strategies import FedAvg, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
-from .adapters import add_adapter, check_adapters, freeze_lora_a
+from .adapters import add_adapter, base_fingerprint, check_adapters, freeze_lora_a
 from .checks import check_images, check_run
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
@@ -317,6 +318,10 @@ class FederatedTrainer(Trainer):
 
     # Checkpoints
 
+    @cached_property
+    def _base_fingerprint(self) -> int | None:
+        return base_fingerprint(self.strategy.server_models(self.model)[0])
+
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to resume the other."""
         args = self.args
@@ -327,6 +332,7 @@ class FederatedTrainer(Trainer):
             "strategy_settings": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {},
             "server_models": len(modules),
             "parameters": layout.num_elements,
+            "base": self._base_fingerprint,
             "data": self.federated_dataset.state_fingerprint(),
             **{
                 name: vars(args)[name]

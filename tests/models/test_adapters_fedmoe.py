@@ -271,7 +271,7 @@ def test_copy_of_an_expert_shares_the_frozen_tensors_and_owns_its_adapter(family
         (VeraConfig(), r"`peft_config.peft_type` is 'VERA': .* types LORA, IA3"),
         (PrefixTuningConfig(num_virtual_tokens=2), r"`peft_config.peft_type` is 'PREFIX_TUNING'"),
         ({"r": 4}, r"`peft_config.peft_type` is None: .* pass a `LoraConfig` or an `IA3Config`"),
-        (LoraConfig(target_modules=["nowhere"]), "No modules were targeted for adaptation"),
+        (LoraConfig(target_modules=["nowhere"]), r"`peft_config.target_modules` has \['nowhere'\]"),
     ],
 )
 def test_configurations_that_are_refused(config, message):

@@ -190,6 +190,21 @@ def test_the_server_and_its_clients_share_one_base(tmp_path):
     assert not any(p.data_ptr() in theirs for p in server.worker.parameters())
 
 
+@pytest.mark.parametrize("peft_config", [LORA, IA3Config()])
+def test_adapters_are_not_resumed_on_another_base(tmp_path, peft_config):
+    def trainer(base):
+        args = tiny_args(tmp_path, save_strategy="steps", rounds=2)
+        return FederatedTrainer(base, args, tiny_federation(), peft_config=peft_config)
+
+    trainer(tiny_expert()).train()
+    trainer(tiny_expert()).train(resume_from_checkpoint=True)
+    other = tiny_expert()
+    with torch.no_grad():
+        other.bert.embeddings.word_embeddings.weight[5, 3] += 1e-6
+    with pytest.raises(ValueError, match=r"was written with base = .*, this run has .*resume with the settings"):
+        trainer(other).train(resume_from_checkpoint=True)
+
+
 def test_bad_settings(tmp_path):
     data = tiny_federation()
 
@@ -207,7 +222,12 @@ def test_bad_settings(tmp_path):
     refused("`lora_fusion` is 'ffa', but the adapters are no LoRA", tiny_expert(), IA3Config(), lora_fusion="ffa")
     refused("`model` is a mixture: build it with `from_expert", tiny_mixture(), LORA)
     refused("`peft_config.use_dora` is True", tiny_expert(), LoraConfig(use_dora=True))
-    refused("check your `target_modules`", tiny_expert(), LoraConfig(target_modules=["nowhere"]))
+    refused(
+        r"`peft_config.target_modules` has \['nowhere'\], and the BertForSequenceClassification has no such layers; "
+        "among its linear layers are .*'query'",
+        tiny_expert(),
+        LoraConfig(target_modules=["query", "nowhere"]),
+    )
     adapted = fedavg(tmp_path / "run", rounds=1).model
     refused("which has its adapter: leave `peft_config` out", adapted, LORA)
     mixture = tiny_mixture(peft_config=LORA)
