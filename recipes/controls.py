@@ -15,12 +15,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from character_federation import CharacterRecipe
 from federated_recipe import RecipeArguments, analyse, averaging_strategies, majority_scores, make_trainer
 from image_federation import ImageRecipe
 from text_federation import TextRecipe
 from transformers.utils import logging
 
 from hf_fedmoe.data import ReservedSet
+from hf_fedmoe.models import as_expert
 from hf_fedmoe.strategies import FedAvgMovingAverage, Server
 
 
@@ -30,6 +32,7 @@ RECIPES: dict[str, type[RecipeArguments]] = {
     "sent140_bert": TextRecipe,
     "femnist_cnn": ImageRecipe,
     "cifar10_resnet18": ImageRecipe,
+    "shakespeare_lstm": CharacterRecipe,
 }
 NAMES_IN_TABLE = {
     "reserved_only": "the reserved set alone",
@@ -51,7 +54,7 @@ class OneTrajectory(FedAvgMovingAverage):
 
 def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: int) -> dict[str, dict[str, float]]:
     """
-    One method on one seed: {row of the table: scores on the test set}.
+    One method on one seed: {row of the table: scores on the test set, and the bytes that clients send in a round}.
 
     Fed-MoE has a row for each of its parts. "fedavg" gives three rows from one training: the last mean, the moving
     average of all means, and the last mean fine-tuned on the reserved set.
@@ -73,12 +76,13 @@ def run(recipe_name: str, settings: list[str], method: str, seed: int, threads: 
     def score(row: str) -> None:
         scores = trainer.evaluate(data.test, metric_key_prefix="test")
         results[row] = {name: scores[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+        results[row]["bytes_up"] = float(np.mean([report.bytes_up for report in trainer.rounds]))
 
     if method == "fedavg":
         trainer.strategy = end = OneTrajectory(args.fusion_rate)
         trainer.train()
         score("fedavg, moving average of the server")
-        end.layout.write(end.last_mean_P, trainer.model)
+        end.layout.write(end.last_mean_P, as_expert(trainer.model))
         score("fedavg")
         tuned = averaging_strategies(args)["fedavg_tuned_at_end"]
         tuned.fine_tune(trainer.model, end.reserved, args.weight_decay, end.seed)

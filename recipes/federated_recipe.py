@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ import datasets
 import numpy as np
 import torch
 import yaml
+from peft import PeftConfig
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -50,7 +52,7 @@ class RecipeArguments(ABC):
     model: list[str] = field(metadata={"help": "A shipped one, a folder, a name in $HF_FEDMOE_MODELS, or a Hub id."})
     preset_name: str = field(default="quick", metadata={"help": "The block of the YAML that settings came from."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels, when it is not obvious."})
-    gate: str = field(default="main_features", metadata={"help": "'main_features' or a model."})
+    gate: str = field(default="main_features", metadata={"help": "'main_features', 'adapter' or a model."})
     num_routed_experts: int = field(default=3, metadata={"help": "K."})
     top_l: int = field(default=1, metadata={"help": "L, routed experts per example at inference."})
     partition: str = field(default="predominant", metadata={"help": "Who holds what."})
@@ -84,6 +86,10 @@ class RecipeArguments(ABC):
     def make_expert(self, data: FederatedDataset, processor: Any) -> PreTrainedModel:
         """A client model. Called after seeding."""
 
+    def peft_config(self) -> PeftConfig | None:
+        """The adapters that experts are, `None` for whole models."""
+        return None
+
     def make_gate(self) -> str | PreTrainedModel:
         """The gate named `gate`, when it is a model."""
         return find_model([self.gate])
@@ -101,12 +107,14 @@ class RecipeArguments(ABC):
         problems = []
         for name in self.dataset:
             try:
-                return name, load_source(
-                    name, **{argument: vars(self)[argument] for argument in self.source_arguments}
-                )
+                return name, self.load(name)
             except (FileNotFoundError, ValueError) as error:
                 problems.append(str(error))
         raise ValueError("None of the data sets could be loaded. " + " ".join(problems))
+
+    def load(self, name: str) -> datasets.DatasetDict:
+        """Rows with labels for training and test; raises a `ValueError` when there is no such data set."""
+        return load_source(name, **{argument: vars(self)[argument] for argument in self.source_arguments})
 
     def split(self, source: datasets.DatasetDict, seed: int) -> FederatedDataset:
         """Clients, reserved set, validation and test."""
@@ -156,6 +164,9 @@ class RecipeArguments(ABC):
         if name not in presets:
             raise ValueError(f"`--preset` is {name!r}: {settings_file.name} has {', '.join(presets)}.")
         settings = {"preset_name": name, "output_dir": f"runs/{settings_file.stem}", **presets[name]}
+        with_lora = settings.pop("with_lora", {})
+        if "lora" in (settings.get("peft"), *(word for flag, word in pairwise(rest) if flag == "--peft")):
+            settings |= with_lora  # adapters learn at other rates than whole models
         given = {argument[2:].split("=")[0].replace("-", "_") for argument in rest if argument.startswith("--")}
         defaults = []
         for key, value in settings.items():
@@ -197,15 +208,20 @@ def make_trainer(
     expert = recipe.make_expert(data, processor)
     shared = dict(args=args, train_dataset=data, processing_class=processor, **recipe.collators(processor))
     if method in ("fedmoe", "cent_moe"):
-        gate = "main_features" if recipe.gate == "main_features" else recipe.make_gate()
+        gate = recipe.gate if recipe.gate in ("main_features", "adapter") else recipe.make_gate()
         mixture = recipe.mixture_class.from_expert(
-            expert, gate=gate, num_routed_experts=recipe.num_routed_experts, top_l=recipe.top_l
+            expert,
+            gate=gate,
+            num_routed_experts=recipe.num_routed_experts,
+            top_l=recipe.top_l,
+            peft_config=recipe.peft_config(),
         )
         if method == "fedmoe":
             return FedMoETrainer(mixture, **shared)
         # Cent-MoE: experts, gate and alpha together, by the loss of the mixture, on the reserved set alone.
         mixture.config.entropy_weight = args.entropy_weight
         return FederatedTrainer(mixture, **shared | centralised(args, data))
+    shared["peft_config"] = recipe.peft_config()
     if method == "reserved_only":
         return FederatedTrainer(expert, **shared | centralised(args, data))
     strategies = averaging_strategies(args)

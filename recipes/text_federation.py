@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from federated_recipe import RecipeArguments, find_model, label_maps
+from peft import LoraConfig, PeftConfig
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,6 +31,11 @@ class TextRecipe(RecipeArguments):
 
     text_column: str | None = field(default=None, metadata={"help": "Column of texts, when it is not obvious."})
     max_length: int = field(default=64, metadata={"help": "Tokens of a text."})
+    peft: str = field(default="none", metadata={"help": "Experts as adapters of one base: 'lora', or 'none'."})
+    rank: int = field(default=8, metadata={"help": "Of the LoRA adapters; lora_alpha is twice as much."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers with adapters, or all-linear."}
+    )
 
     mixture_class = FedMoEForSequenceClassification
     source_arguments = ("text_column", "label_column")
@@ -53,6 +59,18 @@ class TextRecipe(RecipeArguments):
         if expert.config.pad_token_id is None:
             expert.config.pad_token_id = processor.pad_token_id
         return expert
+
+    def peft_config(self) -> PeftConfig | None:
+        if self.peft == "none":
+            return None
+        if self.peft != "lora":
+            raise ValueError(f"`peft` is {self.peft!r}: choose 'lora' or 'none'.")
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank,
+            target_modules="all-linear" if self.target_modules == ["all-linear"] else self.target_modules,
+            base_model_name_or_path=find_model(self.model),
+        )
 
     def show(self, folder: Path, data: FederatedDataset, processor: PreTrainedTokenizerBase) -> None:
         classifier = pipeline("text-classification", model=str(folder))

@@ -36,7 +36,7 @@ def newcomer(tmp_path, monkeypatch):
 
 
 def run_readme(rounds: int) -> dict:
-    train, load, images, own_clients = blocks("README.md")
+    train, load, images, adapters, own_clients = blocks("README.md")
     assert "rounds=5" in train
     names = run(train.replace("rounds=5", f"rounds={rounds}"))
     assert names["trainer"].state.global_step == rounds
@@ -46,6 +46,12 @@ def run_readme(rounds: int) -> dict:
     assert classify(load_source("digits")["test"][0]["image"])[0]["label"] in of_images["images"].label_names
     loaded = run(load)
     assert_equal_states(state(loaded["classify"].model), state(names["trainer"].model))
+    of_adapters = run(adapters.replace("rounds=2", f"rounds={rounds}"), {**names, "pipeline": pipeline})
+    assert Path("runs/adapters/model/model.safetensors").stat().st_size < 400_000
+    mixture, inputs = of_adapters["classify"].model, names["tokenizer"]("A fine dress.", return_tensors="pt")
+    with torch.no_grad():
+        expert_logits = mixture(**inputs, output_expert_logits=True).expert_logits
+        torch.testing.assert_close(of_adapters["first"].eval()(**inputs).logits, expert_logits[:, 1])
     assert Path("runs/example/model/README.md").read_text().startswith("---\nlibrary_name: transformers")
     assert run(own_clients)["data"].num_clients == 2
     return names

@@ -15,6 +15,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from hf_fedmoe.models import CharLSTMConfig, CharLSTMForSequenceClassification
+
 
 VOCAB_SIZE = 40
 PAD_TOKEN_ID = 1
@@ -49,6 +51,11 @@ def tiny_distilbert(num_labels: int = 4, **config) -> DistilBertForSequenceClass
     return DistilBertForSequenceClassification(DistilBertConfig(**defaults | config)).eval()
 
 
+def tiny_char_lstm(num_labels: int = 4, **config) -> CharLSTMForSequenceClassification:
+    defaults = {"vocab_size": VOCAB_SIZE, "embedding_size": 4, "hidden_size": 16, "pad_token_id": PAD_TOKEN_ID}
+    return CharLSTMForSequenceClassification(CharLSTMConfig(**defaults | {"num_labels": num_labels} | config)).eval()
+
+
 def _encoder_config(num_labels: int) -> dict:
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     tokens = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 40, "pad_token_id": PAD_TOKEN_ID}
@@ -61,6 +68,7 @@ TEXT_FAMILIES = {
     "bert": tiny_bert,
     "roberta": tiny_roberta,
     "distilbert": tiny_distilbert,
+    "char_lstm": tiny_char_lstm,
 }
 
 

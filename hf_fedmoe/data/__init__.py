@@ -1,5 +1,13 @@
 """Partitions, the federated dataset, and where data comes from."""
 
+from .characters import (
+    CHARACTER_NAMES,
+    CHARACTERS,
+    character_inputs,
+    decode_characters,
+    encode_characters,
+    next_character_windows,
+)
 from .client_tests import hold_out_client_tests
 from .federated_dataset import FederatedDataset, Partitioner
 from .images import (
@@ -14,28 +22,38 @@ from .images import (
 from .label_group_partitions import pachinko
 from .partitions import dirichlet, hold_out, hold_out_ids, iid, natural, predominant, shards
 from .reserved_set import ReservedSet
-from .sources import load_source
+from .sources import load_rows, load_source
+from .synthetic_mixture import SyntheticMixture, synthetic_mixture
 
 
 __all__ = [
     "AUGMENTATIONS",
+    "CHARACTERS",
+    "CHARACTER_NAMES",
     "FederatedDataset",
     "ImageCollator",
     "Partitioner",
     "ReservedSet",
+    "SyntheticMixture",
+    "character_inputs",
     "cutout",
+    "decode_characters",
     "decode_images",
     "dirichlet",
+    "encode_characters",
     "hold_out",
     "hold_out_client_tests",
     "hold_out_ids",
     "iid",
+    "load_rows",
     "load_source",
     "natural",
+    "next_character_windows",
     "pachinko",
     "predominant",
     "random_crop",
     "random_flip",
     "random_resized_crop",
     "shards",
+    "synthetic_mixture",
 ]

@@ -161,18 +161,27 @@ class LocalTrainer:
 
     def step(self, batches: StepBatches | Sequence[dict[str, Tensor]], loss: Loss) -> Tensor:
         """One optimizer step on the accumulated batches; returns their mean loss."""
+        total = self.backward(batches, loss)
+        self.apply_gradients()
+        return total
+
+    def backward(self, batches: StepBatches | Sequence[dict[str, Tensor]], loss: Loss) -> Tensor:
+        """The gradients of a step, left in the worker's parameters; returns the mean loss."""
         total = torch.zeros((), device=self.accelerator.device)
         for batch in batches:
             with self.accelerator.autocast():
                 value = loss(self.worker, batch)
             self.accelerator.backward(value / len(batches))
             total += value.detach() / len(batches)
+        return total
+
+    def apply_gradients(self) -> None:
+        """Clips the gradients, if asked, and lets the optimizer take its step."""
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
         self.optimizer.step()
         self._scheduler.step()
         self.optimizer.zero_grad()
-        return total
 
     def payload(self, out_P: Tensor, num_examples: int, total_loss: Tensor, num_steps: int) -> Payload:
         """The worker as an upload, its row written to `out_P`."""

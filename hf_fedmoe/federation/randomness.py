@@ -15,6 +15,7 @@ class Stream(IntEnum):
     CLIENT_DRAW = 0
     LOCAL_TRAINING = 1
     SERVER = 2
+    ADAPTER_START = 3
     CLIENT_EVALUATION = 4
 
 

@@ -4,7 +4,7 @@ Shape suffixes: m participants, P elements of a model's row.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import ReservedSet
 from ..strategies import ClientTask, Server, Strategy, Uploads
-from ..weights import Codec, Payload, compress_upload, keep_private_, payload_fault
+from ..weights import Codec, Payload, bytes_at_rank, compress_upload, fit_rank_, keep_private_, payload_fault
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
@@ -69,6 +69,8 @@ class Federation:
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
         codec ([`~weights.Codec`], *optional*): How uploads are compressed.
+        client_ranks (`list[int]`, *optional*): Ranks of the clients' LoRA adapters, over and over; all that of the
+            server's if left out.
     """
 
     server: Server
@@ -83,6 +85,7 @@ class Federation:
     keep_optimizer: bool = False
     client_choice: str = "uniform"
     codec: Codec | None = None
+    client_ranks: list[int] | None = None
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -102,7 +105,7 @@ class Federation:
         shared = self.strategy.shared(server, round_index)
         for place, client in enumerate(chosen):
             links = self.strategy.links(server, client, chosen)
-            sent = Payload(server.bank_SP[0], server.integers[0])
+            sent = Payload(server.bank_SP[0], server.integers[0], row_bytes=self._row_bytes(client, shared))
             report.bytes_down += links * sent.num_bytes(layout, shared)
             try:
                 payload, stays[client] = self._train_client(client, round_index, rows_mP[place])
@@ -154,12 +157,13 @@ class Federation:
         """The upload, its row written to `out_P`, and what stays with the client if the upload is accepted."""
         task = self.task(client, round_index, out_P)
         payload, stays = self.strategy.train_client(self.local_trainer, task)
+        shared = self.strategy.shared(self.server, round_index)
+        payload.row_bytes = self._row_bytes(client, shared)
         for name, tensor in stays.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"`{name}`, which it would keep, holds values that are not finite")
         if self.keep_optimizer:
             stays |= self.local_trainer.optimizer_tensors()
-        shared = self.strategy.shared(self.server, round_index)
         if shared is not None:
             known = Payload(self.server.bank_SP[0], self.server.integers[0])
             keep_private_(payload, known, self.server.layout, shared)
@@ -175,12 +179,17 @@ class Federation:
     def task(self, client: int, round_index: int, out_P: Tensor) -> ClientTask:
         """What a client has at hand in a round, for an upload to `out_P`."""
         kept = self.store.get(client)
+        received_P = self.strategy.download(self.server, client, kept.get("row_P")).to(out_P.device)
+        if self.server.layout.lora:
+            received_P = received_P.clone()
+            seed = seed_of(self.seed, Stream.ADAPTER_START, round_index, client)
+            fit_rank_(received_P, self.server.layout, self._rank(client), seed)
         optimizer = {name: kept.pop(name) for name in list(kept) if name.startswith(OPTIMIZER_PREFIX)}
         return ClientTask(
             client,
             round_index,
             self.client_data(client),
-            self.strategy.download(self.server, client, kept.get("row_P")).to(out_P.device),
+            received_P,
             self.server.integers[0],
             out_P,
             seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client),
@@ -196,3 +205,12 @@ class Federation:
         data = self.client_data(client)
         task = ClientTask(client, 0, data, row_P, server.integers[0], torch.zeros_like(row_P), seed, kept)
         return self.strategy.personal_model(server, self.local_trainer, task)
+
+    def _rank(self, client: int) -> int | None:
+        """The rank of a client's adapters, `None` for that of the server's."""
+        return None if self.client_ranks is None else self.client_ranks[client % len(self.client_ranks)]
+
+    def _row_bytes(self, client: int, shared: Collection[str] | None) -> int | None:
+        """Bytes of a row to or from a client of a smaller rank."""
+        rank = self._rank(client)
+        return None if rank is None else bytes_at_rank(self.server.layout, rank, shared)

@@ -7,6 +7,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .adapters_fedmoe import AdapterExpert, as_expert
+from .char_lstm import CharLSTMConfig, CharLSTMForSequenceClassification, CharLSTMModel
 from .configuration_fedmoe import FedMoEConfig
 from .ensemble import (
     EnsembleConfig,
@@ -15,6 +17,7 @@ from .ensemble import (
     EnsemblePreTrainedModel,
 )
 from .image_processing_small_image import SmallImageProcessor
+from .linear import LinearConfig, LinearForClassification
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
 from .modeling_fedmoe_vision import FedMoEForImageClassification
@@ -35,6 +38,10 @@ FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceCla
 SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "AdapterExpert",
+    "CharLSTMConfig",
+    "CharLSTMForSequenceClassification",
+    "CharLSTMModel",
     "EnsembleConfig",
     "EnsembleForImageClassification",
     "EnsembleForSequenceClassification",
@@ -44,12 +51,15 @@ __all__ = [
     "FedMoEForSequenceClassification",
     "FedMoEOutput",
     "FedMoEPreTrainedModel",
+    "LinearConfig",
+    "LinearForClassification",
     "SmallCNNConfig",
     "SmallCNNForImageClassification",
     "SmallCNNModel",
     "SmallImageProcessor",
     "SmallImageResNetConfig",
     "SmallImageResNetForImageClassification",
+    "as_expert",
     "dense_mixture",
     "gating_entropy",
     "load_imbalance",

@@ -10,19 +10,18 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.utils import logging
 
+from .adapters_fedmoe import SOURCE_ARGUMENTS, peft_config_dict
+
 
 logger = logging.get_logger(__name__)
 
-GATES = ("main_features", "model")
+GATES = ("main_features", "model", "adapter")
 TOP_L_WEIGHTINGS = ("softmax", "renormalize")
 MIXES = ("probabilities", "logits")
 
 # Held in the sub-configurations too: a later change at the top has to reach the sub-models.
 _SHARED_FIELDS = frozenset({"id2label", "label2id", "pad_token_id", "num_routed_experts"})
 
-
-# What decides which version of a checkpoint's files is read.
-_SOURCE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 # Facts about where a configuration came from, or that `FedMoEConfig` sets: experts may differ in them.
 _IGNORED_CONFIG_KEYS = frozenset(
@@ -46,7 +45,8 @@ class FedMoEConfig(PreTrainedConfig):
             Configuration of the gate, a classifier with `num_routed_experts` labels. Only with `gate="model"`.
         gate (`str`, *optional*, defaults to `"main_features"`):
             `"model"` for a gate that is a classifier of its own, `"main_features"` for a linear layer on the pooled
-            features of the first main expert.
+            features of the first main expert, `"adapter"` for one on the features of the base with an adapter of the
+            gate's own (only with `peft_config`).
         num_routed_experts (`int`, *optional*, defaults to 3):
             Number K of routed experts.
         num_main_experts (`int`, *optional*, defaults to 1):
@@ -64,6 +64,10 @@ class FedMoEConfig(PreTrainedConfig):
             Weight (beta) of the gating entropy in the training loss (Eq. 9).
         balance_weight (`float`, *optional*, defaults to 0.0):
             Weight of the load imbalance, KL(mean gate || uniform), in the training loss.
+        peft_config (`dict` or `PeftConfig`, *optional*):
+            A `LoraConfig` or `IA3Config` of PEFT: experts are then adapters of one frozen base of `expert_config`,
+            with a classification head each. With its `base_model_name_or_path` (and `revision`) set, saved files hold
+            the base by that name only.
         pad_token_id (`int`, *optional*):
             Padding token. Defaults to the expert's, then to its end-of-sequence token.
         num_labels (`int`, *optional*), id2label, label2id:
@@ -100,12 +104,15 @@ class FedMoEConfig(PreTrainedConfig):
     initial_alpha: float = 0.5
     entropy_weight: float = 1e-3
     balance_weight: float = 0.0
+    peft_config: dict | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # One object given twice (expert and gate), or kept by the caller, must not be changed from here.
         self.expert_config = copy.deepcopy(self.expert_config)
         self.gate_config = copy.deepcopy(self.gate_config)
+        if self.peft_config is not None:
+            self.peft_config = peft_config_dict(self.peft_config)
         if self.id2label is None and self.label2id is not None:
             self.id2label = {index: label for label, index in self.label2id.items()}
         given_labels = self.id2label is not None or kwargs.get("num_labels") is not None
@@ -151,7 +158,7 @@ class FedMoEConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in `PreTrainedConfig`; as remote code, also fetches the code of experts that transformers lacks."""
-        source = {name: kwargs[name] for name in _SOURCE_ARGUMENTS if name in kwargs}
+        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # Running from a checkpoint's own files, this code was trusted together with its neighbours. An installed
         # package was not asked to trust anything, and must not run them.
@@ -234,10 +241,15 @@ class FedMoEConfig(PreTrainedConfig):
                 "`gate` is 'main_features', which reads a main expert, but `num_main_experts` is 0: pass "
                 "`gate='model'` with a `gate_config`, or have a main expert."
             )
-        if self.gate == "main_features" and self.gate_config is not None:
+        if self.gate != "model" and self.gate_config is not None:
             raise ValueError(
-                f"`gate_config` is a {self.gate_config.model_type} configuration, but `gate` is 'main_features', "
+                f"`gate_config` is a {self.gate_config.model_type} configuration, but `gate` is {self.gate!r}, "
                 "which is a linear layer without one: pass `gate='model'`, or leave `gate_config` out."
+            )
+        if self.gate == "adapter" and self.peft_config is None:
+            raise ValueError(
+                "`gate` is 'adapter', but `peft_config` is None: pass the configuration of the adapters as "
+                "`peft_config`, or `gate='main_features'`."
             )
         if self.gate == "model" and self.gate_config is None:
             raise ValueError(

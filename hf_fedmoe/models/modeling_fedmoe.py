@@ -6,7 +6,7 @@ Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main
 
 import inspect
 import math
-import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_configs, check_equal_states
+from .adapters_fedmoe import AdapterExpert, activate, adapter_submodule, adapter_tensors, with_adapters
+from .building_fedmoe import FedMoEBuilding
+from .configuration_fedmoe import FedMoEConfig
 from .mixture_fedmoe import (
     FedMoEOutput,
     at_least_float32,
@@ -31,15 +33,21 @@ def _forward_names(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
 
 
-def _classification_head(expert: PreTrainedModel) -> nn.Linear:
-    """The linear layer that gives the class scores: the last one with `num_labels` outputs."""
-    heads = [m for m in expert.modules() if isinstance(m, nn.Linear) and m.out_features == expert.config.num_labels]
+def _classification_head(expert: PreTrainedModel, gate: str) -> str:
+    """Name of the linear layer that gives the class scores: the last one with `num_labels` outputs."""
+    count = expert.config.num_labels
+    heads = [name for name, m in expert.named_modules() if isinstance(m, nn.Linear) and m.out_features == count]
     if not heads:
         raise ValueError(
-            f"`gate` is 'main_features', but {type(expert).__name__} has no linear layer with `num_labels` = "
+            f"`gate` is {gate!r}, but {type(expert).__name__} has no linear layer with `num_labels` = "
             f"{expert.config.num_labels} outputs to read features from: pass `gate='model'` and a `gate_config`."
         )
     return heads[-1]
+
+
+def _keep_inputs_of(head: nn.Linear) -> None:
+    head.keeps_input = False
+    head.register_forward_pre_hook(_keep_input)
 
 
 def _keep_input(head: nn.Linear, args: tuple[Tensor]) -> None:
@@ -56,6 +64,16 @@ def _last_token(features_BTH: Tensor, input_ids_BT: Tensor | None, pad_token_id:
     positions_T = torch.arange(input_ids_BT.shape[1], device=features_BTH.device)
     last_B = (positions_T * (input_ids_BT != pad_token_id).to(features_BTH.device)).argmax(dim=-1)
     return features_BTH[torch.arange(len(last_B), device=features_BTH.device), last_B]
+
+
+def _rows(batch: dict[str, Any], size: int, rows_N: Tensor) -> dict[str, Any]:
+    """The examples `rows_N` of a batch of `size`; what is not given by example stays as it is."""
+    return {
+        name: value.index_select(0, rows_N.to(value.device))
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+        else value
+        for name, value in batch.items()
+    }
 
 
 class FedMoEPreTrainedModel(PreTrainedModel):
@@ -80,12 +98,12 @@ class FedMoEPreTrainedModel(PreTrainedModel):
             init.constant_(module.alpha_logit, math.log(self.config.initial_alpha / (1 - self.config.initial_alpha)))
 
 
-class _FedMoEForClassification(FedMoEPreTrainedModel):
+class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
     """Everything about the mixture that does not depend on what the experts read."""
 
     expert_auto_class = AutoModelForSequenceClassification
 
-    def __init__(self, config: FedMoEConfig) -> None:
+    def __init__(self, config: FedMoEConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         config.validate()
         if type(config.expert_config) not in self.expert_auto_class._model_mapping:
@@ -94,28 +112,45 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
                 "does not know: pass the configuration of a classifier for this kind of input."
             )
         make = self.expert_auto_class.from_config
-        self.main_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_main_experts))
-        self.routed_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_routed_experts))
-        sub_models = [(f"main_experts.{i}", m) for i, m in enumerate(self.main_experts)]
-        sub_models += [(f"routed_experts.{k}", m) for k, m in enumerate(self.routed_experts)]
+        if config.peft_config is None:
+            self.main_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_main_experts))
+            self.routed_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_routed_experts))
+            sub_models = [(f"main_experts.{i}", m) for i, m in enumerate(self.main_experts)]
+            sub_models += [(f"routed_experts.{k}", m) for k, m in enumerate(self.routed_experts)]
+        else:
+            base = make(config.expert_config) if base is None else base
+            sub_models = [("base", base)]
+        self._expert_names = _forward_names(sub_models[0][1])
         if config.gate == "model":
             self.gate = make(config.gate_config)
             self._gate_names = _forward_names(self.gate)
             sub_models.append(("gate", self.gate))
         else:
-            head = _classification_head(self.main_experts[0])
-            head.keeps_input = False
-            head.register_forward_pre_hook(_keep_input)
-            self.gate = nn.Linear(head.in_features, config.num_routed_experts)
-        self._expert_names = _forward_names(self.experts[0])
+            self._head_name = _classification_head(sub_models[0][1], config.gate)
+            head = sub_models[0][1].get_submodule(self._head_name)
+            # Without a bias where the head has none: merged, the gate's adapter is a classifier of the same kind.
+            bias = config.gate != "adapter" or head.bias is not None
+            self.gate = nn.Linear(head.in_features, config.num_routed_experts, bias=bias)
+        if config.peft_config is not None:
+            self.base = with_adapters(base, config.peft_config, self.adapter_names)
+        if config.gate != "model":
+            _keep_inputs_of(self._features_head())
         self.alpha_logit = nn.Parameter(torch.empty(1, dtype=torch.float32))
-        self.supports_gradient_checkpointing = all(m.supports_gradient_checkpointing for _, m in sub_models)
+        # Adapters share a base: by the time that a checkpointed layer runs again, another one may be active.
+        self.supports_gradient_checkpointing = config.peft_config is None and all(
+            m.supports_gradient_checkpointing for _, m in sub_models
+        )
         self._gather_from_sub_models(sub_models)
         self.post_init()
-        self.all_tied_weights_keys.update(self.get_expanded_tied_weights_keys(all_submodels=True))
-        # The method fuses by averaging, which needs one common start: different random starts average to chance.
-        for expert in self.experts[1:]:
-            expert.load_state_dict(self.experts[0].state_dict())
+        if config.peft_config is None:
+            self.all_tied_weights_keys.update(self.get_expanded_tied_weights_keys(all_submodels=True))
+            # The method fuses by averaging, which needs one common start: random starts average to chance.
+            for expert in self.experts[1:]:
+                expert.load_state_dict(self.experts[0].state_dict())
+        elif config.peft_config.get("base_model_name_or_path"):
+            own = {id(tensor) for name in self.adapter_names for tensor in adapter_tensors(self.base, name).values()}
+            state = self.base.state_dict(keep_vars=True)
+            self._keys_to_ignore_on_save = {f"base.{key}" for key, tensor in state.items() if id(tensor) not in own}
 
     def _gather_from_sub_models(self, sub_models: list[tuple[str, PreTrainedModel]]) -> None:
         # `post_init` gathers these from direct children only, and does not look into a ModuleList.
@@ -131,9 +166,27 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
         self._keys_to_ignore_on_save = {f"{p}.{key}" for p, m in sub_models for key in m._keys_to_ignore_on_save or []}
 
     @property
-    def experts(self) -> list[PreTrainedModel]:
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters of the S experts, main ones first, and of the gate if it is one."""
+        main = [f"main_{i}" for i in range(self.config.num_main_experts)]
+        routed = [f"routed_{k}" for k in range(self.config.num_routed_experts)]
+        return [*main, *routed, *(["gate"] if self.config.gate == "adapter" else [])]
+
+    @property
+    def experts(self) -> list[PreTrainedModel] | list[AdapterExpert]:
         """The S experts, main ones first."""
-        return [*self.main_experts, *self.routed_experts]
+        if self.config.peft_config is None:
+            return [*self.main_experts, *self.routed_experts]
+        count = self.config.num_main_experts + self.config.num_routed_experts
+        return [AdapterExpert(self.base, name) for name in self.adapter_names[:count]]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training the gate changes, without alpha."""
+        own = list(self.gate.parameters())
+        if self.config.gate == "adapter":
+            unused = set(adapter_submodule(self.base, self._head_name, "gate").parameters())
+            own += [p for p in AdapterExpert(self.base, "gate").parameters() if p not in unused]
+        return own
 
     @property
     def alpha(self) -> Tensor:
@@ -143,28 +196,49 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The experts' type: the first parameter, which transformers would look at, is `alpha_logit` in float32."""
-        return self.experts[0].dtype
+        return self._first_sub_model().dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        """Input embeddings of the first expert (each expert has its own)."""
-        return self.experts[0].get_input_embeddings()
+        """Input embeddings of the first expert (each expert has its own), or of the base of all."""
+        return self._first_sub_model().get_input_embeddings()
+
+    def _first_sub_model(self) -> PreTrainedModel:
+        if self.config.peft_config is not None:
+            return self.base.get_base_model()
+        return self.main_experts[0] if len(self.main_experts) else self.routed_experts[0]
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """Resizes the embeddings of every expert, and of a gate that reads tokens; arguments as in transformers."""
+        if self.config.peft_config is not None:
+            raise ValueError("Adapters belong to their base as it is: resize its embeddings, then build the mixture.")
         readers = [*self.experts, self.gate] if self.config.gate == "model" else self.experts
         for module in readers:
             module.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         return self.get_input_embeddings()
 
-    def _run(self, module: PreTrainedModel, names: frozenset[str], batch: dict[str, Any]) -> Tensor:
+    def _run_expert(self, index: int, batch: dict[str, Any]) -> Tensor:
+        """Logits of one of the S experts."""
+        if self.config.peft_config is not None:
+            return self._run_adapter(self.adapter_names[index], batch)
+        n_main = len(self.main_experts)
+        expert = self.main_experts[index] if index < n_main else self.routed_experts[index - n_main]
+        return self._run(expert, self._expert_names, batch)
+
+    def _run_adapter(self, name: str, batch: dict[str, Any]) -> Tensor:
+        activate(self.base, name)
+        return self._run(self.base.get_base_model(), self._expert_names, batch)
+
+    def _run(
+        self, module: PreTrainedModel, names: frozenset[str], batch: dict[str, Any], **adapters: list[str]
+    ) -> Tensor:
         """Logits of one sub-model, which is given only the inputs that its `forward` names."""
         inputs = {name: value for name, value in batch.items() if name in names and isinstance(value, Tensor)}
         if "use_cache" in names:
             inputs["use_cache"] = False
         try:
-            return module(**inputs, return_dict=True).logits
+            return module(**inputs, **adapters, return_dict=True).logits
         except ValueError as error:
             if self.config.pad_token_id is None and "padding token" in str(error):
                 raise ValueError(
@@ -192,13 +266,21 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             `torch.Tensor` of shape `(B, H)`: pooled features (the input of the classification head) of the first
             main expert, or `None` with `gate="model"`, which reads the inputs themselves.
         """
-        return None if self.config.gate == "model" else self._first_main_outputs(batch)[1]
+        return self._main_features(batch)[1] if self.config.gate == "main_features" else None
 
-    def _first_main_outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        head = _classification_head(self.main_experts[0])
+    def _features_head(self) -> nn.Linear:
+        """The head whose input the gate reads."""
+        if self.config.peft_config is None:
+            return self.main_experts[0].get_submodule(self._head_name)
+        name = "gate" if self.config.gate == "adapter" else "main_0"
+        return adapter_submodule(self.base, self._head_name, name)
+
+    def _with_features(self, run: Callable[[], Tensor], batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The result of `run` and the features that the head read meanwhile."""
+        head = self._features_head()
         head.keeps_input = True
         try:
-            logits_BC = self._run(self.main_experts[0], self._expert_names, batch)
+            logits_BC = run()
         finally:
             head.keeps_input = False
         features, head.kept_input = head.kept_input, None
@@ -206,12 +288,15 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             features = _last_token(features, batch.get("input_ids"), self.config.pad_token_id)
         return logits_BC, features
 
+    def _main_features(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return self._with_features(lambda: self._run_expert(0, batch), batch)
+
     def _main_outputs(self, batch: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
-        if self.config.gate == "model":
-            return [self._run(expert, self._expert_names, batch) for expert in self.main_experts], None
-        first_BC, features_BH = self._first_main_outputs(batch)
-        others = [self._run(expert, self._expert_names, batch) for expert in self.main_experts[1:]]
-        return [first_BC, *others], features_BH
+        mains = range(self.config.num_main_experts)
+        if self.config.gate != "main_features":
+            return [self._run_expert(index, batch) for index in mains], None
+        first_BC, features_BH = self._main_features(batch)
+        return [first_BC, *(self._run_expert(index, batch) for index in mains[1:])], features_BH
 
     def expert_outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """
@@ -226,7 +311,8 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             [`~FedMoEForSequenceClassification.gate_features`].
         """
         main, features_BH = self._main_outputs(batch)
-        routed = [self._run(expert, self._expert_names, batch) for expert in self.routed_experts]
+        n_main = self.config.num_main_experts
+        routed = [self._run_expert(n_main + k, batch) for k in range(self.config.num_routed_experts)]
         return self._stack(main + routed), features_BH
 
     def _stack(self, logits: list[Tensor]) -> Tensor:
@@ -241,7 +327,7 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             features_BH (`torch.Tensor` of shape `(B, H)`, *optional*):
                 Features from [`~FedMoEForSequenceClassification.expert_outputs`]; read with `gate="main_features"`.
             batch (`dict[str, torch.Tensor]`):
-                The model's inputs; read with `gate="model"`.
+                The model's inputs; read with `gate="model"` and `gate="adapter"`.
 
         Returns:
             `torch.Tensor` of shape `(B, K)`: scores of the routed experts, in float32 at least.
@@ -249,25 +335,38 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
         if self.config.gate == "model":
             scores_BK = self._run(self.gate, self._gate_names, batch)
         else:
+            if self.config.gate == "adapter":
+                _, features_BH = self._with_features(lambda: self._run_adapter("gate", batch), batch)
             scores_BK = self.gate(features_BH)
         return at_least_float32(scores_BK).to(self.alpha_logit.device)
 
     def _dispatch(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
         """Logits `(B, L, C)` of the chosen experts, each run once, on its own examples only."""
+        # PEFT mixes LoRA adapters in one batch, outside of training.
+        if (
+            self.config.peft_config is not None
+            and self.config.peft_config["peft_type"] == "LORA"
+            and not self.training
+        ):
+            return self._dispatch_at_once(batch, size, experts_BL)
         selected_BLC = torch.zeros(*experts_BL.shape, self.config.num_labels, device=experts_BL.device)
-        for k, expert in enumerate(self.routed_experts):
+        for k in range(self.config.num_routed_experts):
             rows_N, slots_N = (experts_BL == k).nonzero(as_tuple=True)
             if len(rows_N) == 0:
                 continue
-            share = {
-                name: value.index_select(0, rows_N.to(value.device))
-                if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
-                else value
-                for name, value in batch.items()
-            }
-            logits_NC = at_least_float32(self._run(expert, self._expert_names, share)).to(experts_BL.device)
+            logits_NC = self._run_expert(self.config.num_main_experts + k, _rows(batch, size, rows_N))
+            logits_NC = at_least_float32(logits_NC).to(experts_BL.device)
             selected_BLC = selected_BLC.to(logits_NC.dtype).index_put((rows_N, slots_N), logits_NC)
         return selected_BLC
+
+    def _dispatch_at_once(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
+        """The same in one forward of the base over all pairs of an example and an expert, sorted by expert."""
+        order_N = experts_BL.flatten().argsort()
+        names = [f"routed_{k}" for k in experts_BL.flatten()[order_N].tolist()]
+        share = _rows(batch, size, order_N // experts_BL.shape[1])
+        logits_NC = at_least_float32(self._run(self.base, self._expert_names, share, adapter_names=names))
+        restored_NC = torch.empty_like(logits_NC).index_copy(0, order_N.to(logits_NC.device), logits_NC)
+        return restored_NC.view(*experts_BL.shape, -1).to(experts_BL.device)
 
     def _forward(
         self,
@@ -318,118 +417,6 @@ class _FedMoEForClassification(FedMoEPreTrainedModel):
             selected_experts=selected_BL,
             expert_logits=expert_logits_BSC if output_expert_logits else None,
         )
-
-    @classmethod
-    def from_expert(
-        cls,
-        expert: str | os.PathLike | PreTrainedModel,
-        gate: str | os.PathLike | PreTrainedModel = "main_features",
-        num_routed_experts: int = 3,
-        num_labels: int | None = None,
-        **config_kwargs: Any,
-    ) -> "_FedMoEForClassification":
-        """
-        Builds a mixture whose main and routed experts all start as bit-equal copies of one classifier.
-
-        Args:
-            expert (`str`, `os.PathLike` or `PreTrainedModel`):
-                Name or path of a checkpoint, or a classifier.
-            gate (`str`, `os.PathLike` or `PreTrainedModel`, *optional*, defaults to `"main_features"`):
-                `"main_features"`, or name or path of a checkpoint, or a classifier with `num_routed_experts` labels.
-            num_routed_experts (`int`, *optional*, defaults to 3):
-                Number K of routed experts.
-            num_labels (`int`, *optional*):
-                Number of classes for an expert given by name. Defaults to the expert's.
-            config_kwargs:
-                Further fields of [`FedMoEConfig`], e.g. `num_main_experts`, `top_l`, `id2label`, `label2id`.
-
-        Returns:
-            The model, in evaluation mode, nothing frozen.
-
-        Raises:
-            `ValueError`: If the expert is no classifier, or its labels or vocabulary contradict the other arguments.
-        """
-        names = {key: config_kwargs[key] for key in ("id2label", "label2id") if config_kwargs.get(key)}
-        sizes = {key: len(value) for key, value in names.items()}
-        if num_labels is not None:
-            sizes["num_labels"] = num_labels
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"The arguments disagree on the number of classes, {sizes}: make them equal.")
-        if isinstance(expert, (str, os.PathLike)):
-            count = {"num_labels": max(sizes.values())} if sizes else {}
-            expert = cls.expert_auto_class.from_pretrained(expert, **count)
-        main = [expert] * config_kwargs.pop("num_main_experts", 1)
-        if num_labels is not None:
-            config_kwargs["num_labels"] = num_labels
-        return cls.from_experts(main, [expert] * num_routed_experts, gate=gate, **config_kwargs)
-
-    @classmethod
-    def from_experts(
-        cls,
-        main: list[PreTrainedModel],
-        routed: list[PreTrainedModel],
-        gate: str | os.PathLike | PreTrainedModel = "main_features",
-        **config_kwargs: Any,
-    ) -> "_FedMoEForClassification":
-        """
-        Builds a mixture from trained experts, which are copied.
-
-        Args:
-            main (`list[PreTrainedModel]`):
-                The main experts, 0 to 3 classifiers.
-            routed (`list[PreTrainedModel]`):
-                The routed experts, at least one classifier; all experts have one architecture.
-            gate (`str`, `os.PathLike` or `PreTrainedModel`, *optional*, defaults to `"main_features"`):
-                As in [`~FedMoEForSequenceClassification.from_expert`].
-            config_kwargs:
-                Further fields of [`FedMoEConfig`].
-
-        Returns:
-            The model, in evaluation mode, nothing frozen.
-
-        Raises:
-            `ValueError`: If the experts are no classifiers or unequal (the message names the first difference).
-        """
-        places = [f"main[{i}]" for i in range(len(main))] + [f"routed[{k}]" for k in range(len(routed))]
-        experts = dict(zip(places, [*main, *routed], strict=True))
-        if not routed:
-            raise ValueError("`routed` is empty: pass at least one routed expert.")
-        for place, expert in experts.items():
-            check_classifier(place, expert, cls.expert_auto_class)
-            check_equal_configs(places[0], experts[places[0]], place, expert)
-        first = experts[places[0]]
-        if isinstance(gate, (str, os.PathLike)) and gate != "main_features":
-            gate = cls.expert_auto_class.from_pretrained(gate, num_labels=len(routed))
-        if gate != "main_features":
-            check_classifier("gate", gate, cls.expert_auto_class)
-            if gate.config.num_labels != len(routed):
-                raise ValueError(
-                    f"`gate` has {gate.config.num_labels} labels, but there are {len(routed)} routed experts: load "
-                    f"it with `num_labels={len(routed)}`."
-                )
-            config_kwargs.update(gate="model", gate_config=gate.config)
-        config = FedMoEConfig(
-            expert_config=first.config, num_routed_experts=len(routed), num_main_experts=len(main), **config_kwargs
-        )
-        if config.num_labels != first.config.num_labels:
-            raise ValueError(
-                f"`num_labels` is {config.num_labels}, but the expert's head has {first.config.num_labels} outputs: "
-                "load the expert with the number of classes that you want."
-            )
-
-        with init.no_init_weights():
-            model = cls._from_config(config, dtype=first.dtype)
-        for place, target in zip(places, model.experts, strict=True):
-            check_equal_states(place, experts[place], target)
-            target.load_state_dict(experts[place].state_dict())
-        if gate == "main_features":
-            model._init_weights(model.gate)
-        else:
-            check_equal_states("gate", gate, model.gate)
-            model.gate.load_state_dict(gate.state_dict())
-        model._init_weights(model)
-        model.tie_weights()
-        return model.to(first.device).eval()
 
 
 class FedMoEForSequenceClassification(_FedMoEForClassification):

@@ -7,7 +7,7 @@ Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_fedmoe import FedMoEConfig
@@ -35,7 +35,7 @@ class FedMoEForImageClassification(_FedMoEForClassification):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
-    def __init__(self, config: FedMoEConfig) -> None:
+    def __init__(self, config: FedMoEConfig, base: PreTrainedModel | None = None) -> None:
         if config.gate_config is not None:
             # `image_size` binds some architectures (ViT) and is a mere note in others (MobileNet).
             same = config.gate_config.model_type == config.expert_config.model_type
@@ -47,7 +47,7 @@ class FedMoEForImageClassification(_FedMoEForClassification):
                         f"experts read the same images, so build the gate with `{field}={expert}`, or take "
                         "`gate='main_features'`."
                     )
-        super().__init__(config)
+        super().__init__(config, base)
 
     def _check_images(self, pixel_values: Tensor | None) -> None:
         if pixel_values is None:

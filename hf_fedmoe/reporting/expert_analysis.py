@@ -37,7 +37,8 @@ class ExpertAnalysis:
             *on these examples*, main or routed), `uniform_ensemble` (mean of all experts' probabilities),
             `weight_average` (the mean of all experts' weights as one model), `top_l` for L = 1 to K, `dense`, and
             `oracle_expert` (right whenever any expert is: no gate can do better by choosing one).
-        share_KC (`np.ndarray` of shape `[K, C]`): Mean gate probability of expert k on examples of class c.
+        share_KC (`np.ndarray` of shape `[K, C]`): Mean gate probability of expert k on examples of class c, NaN for a
+            class without examples.
         disagreement_SS (`np.ndarray` of shape `[S, S]`): Share of examples on which two experts differ.
     """
 

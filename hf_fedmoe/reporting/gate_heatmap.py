@@ -10,12 +10,15 @@ def plot_gate(share_KC: np.ndarray, label_names: list[str], path: str | os.PathL
     Saves a heat map of gate probabilities, experts by classes.
 
     Args:
-        share_KC (`np.ndarray` of shape `[K, C]`): Mean gate probability of expert k on examples of class c.
+        share_KC (`np.ndarray` of shape `[K, C]`): Mean gate probability of expert k on examples of class c; classes of
+            NaN, without examples, are left out.
         label_names (`list[str]`): The C classes.
         path (`str`): Where the picture goes; its ending chooses the format.
     """
     from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
 
+    found = np.flatnonzero(~np.isnan(share_KC).any(axis=0))
+    share_KC, label_names = share_KC[:, found], [label_names[label] for label in found]
     num_experts, num_classes = share_KC.shape
     figure = Figure(figsize=(1.6 + 0.9 * num_classes, 1.4 + 0.5 * num_experts), layout="constrained")
     axes = figure.subplots()

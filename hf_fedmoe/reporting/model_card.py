@@ -13,20 +13,60 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..models import FedMoEPreTrainedModel
+from ..models import AdapterExpert, FedMoEPreTrainedModel
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ("federated-learning",)
 MIXTURE_TAGS = ("fedmoe", "mixture-of-experts")
-# What a classifier reads, and how the card shows it.
-EXAMPLES = {"image": "image.png", "text": "A sentence to classify."}
 # Name in the card, metric type of the Hub.
 METRICS = {"accuracy": ("Accuracy", "accuracy"), "macro_f1": ("Macro-F1", "f1"), "loss": ("Loss", "loss")}
 SPLITS = {"eval": "validation", "test": "test"}
 MAX_LISTED_CLIENTS = 30
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How the card shows a model in use: lines of Python, in which the model's id goes behind `load`."""
+
+    task: str
+    imports: str
+    load: str
+    model: str
+    use: str
+    imports_of_use: str = ""
+
+
+def _pipeline(task: str, example: str) -> Usage:
+    load, use = f'classify = pipeline("{task}", model=', f'print(classify("{example}"))'
+    return Usage(task, "from transformers import pipeline", load, "classify.model", use)
+
+
+# By what a classifier reads. Characters have no tokenizer and vectors no pipeline.
+USAGES = {
+    "image": _pipeline("image-classification", "image.png"),
+    "text": _pipeline("text-classification", "A sentence to classify."),
+    "character": Usage(
+        "text-classification",
+        "from transformers import AutoModelForSequenceClassification",
+        "model = AutoModelForSequenceClassification.from_pretrained(",
+        "model",
+        'input_ids = torch.tensor([[string.printable.index(character) for character in "To be, or not to b"]])\n'
+        "print(model.config.id2label[model(input_ids).logits.argmax().item()])",
+        "import string\n\nimport torch\n",
+    ),
+    "vector": Usage(
+        "tabular-classification",
+        "from transformers import AutoModel",
+        "model = AutoModel.from_pretrained(",
+        "model",
+        "print(model(torch.zeros(1, model.config.num_features)).logits.softmax(-1))",
+        "import torch\n",
+    ),
+}
 
 
 @dataclass
@@ -101,7 +141,8 @@ def write_model_card(
         dataset (`str`, *optional*): What the data is called. With it, evaluations become the `model-index`.
         dataset_id (`str`, *optional*): Its Hub id.
         comparison (`dict[str, dict[str, float]]`, *optional*): Metrics of other methods on the same test set.
-        gate_share_KC (`np.ndarray` of shape `[K, C]`, *optional*): Mean gate probability by expert and true class.
+        gate_share_KC (`np.ndarray` of shape `[K, C]`, *optional*): Mean gate probability by expert and true class;
+            classes of NaN, without examples, are left out.
 
     Returns:
         `huggingface_hub.ModelCard`
@@ -125,12 +166,13 @@ def write_model_card(
         "contribution_SM", contribution_SM, (len(expert_names), 0 if run is None else len(run.client_sizes_M))
     )
     evaluations = {} if run is None else run.evaluations
-    kind = "image" if model.main_input_name == "pixel_values" else "text"
-    task = f"{kind}-classification"
+    kind = _kind(model.main_input_name, config.expert_config.model_type if is_mixture else config.model_type)
+    usage = _adapter_usage(model, kind) if isinstance(model, PeftModel) else USAGES[kind]
+    task = usage.task
     results = _eval_results(task, evaluations, dataset, dataset_id) if dataset or dataset_id else []
     data = ModelCardData(
         model_name=model_name,
-        library_name="transformers",
+        library_name="peft" if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,
         tags=[*(MIXTURE_TAGS if is_mixture else ()), *TAGS, task, *([tags] if isinstance(tags, str) else tags)],
         language=language,
@@ -149,7 +191,8 @@ def write_model_card(
         is_mixture=is_mixture,
         own_code=is_mixture or config.is_remote_code(),
         kind=kind,
-        example=EXAMPLES[kind],
+        usage=usage,
+        needs_peft=is_mixture and config.peft_config is not None,
         dataset_text=dataset or dataset_id,
         labels=label_names,
         mixture=_table(_mixture_rows(model), ["", ""]) if is_mixture else "",
@@ -157,14 +200,33 @@ def write_model_card(
         settings=_table(list(run.settings.items()), ["setting", "value"]) if run and run.settings else "",
         results=_metrics_table({SPLITS.get(name, name): found for name, found in evaluations.items()}),
         comparison=_metrics_table(comparison or {}),
-        gate=_array_table(gate_share_KC, expert_names[-len(gate_share_KC) :], label_names)
-        if gate_share_KC is not None
-        else "",
+        gate=_gate_table(gate_share_KC, expert_names, label_names) if gate_share_KC is not None else "",
         participations=_participations(run) if run and run.participations_M is not None else "",
         contributions=_contributions(contribution_SM, expert_names) if contribution_SM is not None else "",
     )
     card.save(folder / "README.md")
     return card
+
+
+def _kind(main_input_name: str, model_type: str) -> str:
+    """What the model reads, as in `USAGES`."""
+    if main_input_name == "input_ids":
+        return "character" if model_type == "char_lstm" else "text"
+    return "image" if main_input_name == "pixel_values" else "vector"
+
+
+def _adapter_usage(model: PeftModel, kind: str) -> Usage:
+    """An adapter does not know the labels of its head: the base has to be told."""
+    auto_class = "AutoModelForImageClassification" if kind == "image" else "AutoModelForSequenceClassification"
+    base = _hub_id(model.config) or "<base>"
+    return Usage(
+        USAGES[kind].task,
+        f"from peft import PeftModel\nfrom transformers import {auto_class}",
+        f'base = {auto_class}.from_pretrained("{base}", id2label={model.config.id2label})\n'
+        "model = PeftModel.from_pretrained(base, ",
+        "model",
+        "print(model)",
+    )
 
 
 def _hub_id(config: Any) -> str | None:
@@ -204,13 +266,21 @@ def _expert_names(model: FedMoEPreTrainedModel) -> list[str]:
 
 def _mixture_rows(model: FedMoEPreTrainedModel) -> list[tuple[str, Any]]:
     config, expert = model.config, model.experts[0]
+    architecture, base = type(expert).__name__, []
+    if isinstance(expert, AdapterExpert):
+        architecture = f"{config.peft_config['peft_type']} adapter of one {type(expert.base).__name__}, with a head"
+        named = config.peft_config.get("base_model_name_or_path")
+        base = [("Base of the adapters", "loaded by its name" if named else "saved with them")]
     gate = "linear, on the main expert's pooled features"
+    if config.gate == "adapter":
+        gate = "an adapter of the same base and a linear layer on its pooled features"
     if config.gate == "model":
         gate = f"{type(model.gate).__name__}, {_count(model.gate)} parameters"
     return [
         ("Main experts", config.num_main_experts),
         ("Routed experts (K)", config.num_routed_experts),
-        ("Each expert", f"{type(expert).__name__}, {_count(expert)} parameters"),
+        ("Each expert", f"{architecture}, {_count(expert)} parameters"),
+        *base,
         ("Gate", gate),
         ("Weight of the routed part (alpha)", f"{model.alpha.item():.3f}" if config.num_main_experts else "all"),
         ("Routed experts run per example (top-L)", config.top_l),
@@ -262,6 +332,11 @@ def _metrics_table(found: dict[str, dict[str, float]]) -> str:
     names = [name for name in METRICS if any(name in metrics for metrics in found.values())]
     rows = [(row, *(f"{found[row][name]:.4f}" if name in found[row] else "" for name in names)) for row in found]
     return _table(rows, ["", *(METRICS[name][0] for name in names)]) if names else ""
+
+
+def _gate_table(share_KC: np.ndarray, expert_names: list[str], label_names: list[str]) -> str:
+    found = np.flatnonzero(~np.isnan(share_KC).any(axis=0))
+    return _array_table(share_KC[:, found], expert_names[-len(share_KC) :], [label_names[label] for label in found])
 
 
 def _array_table(values: np.ndarray, rows: list[str], columns: list[str]) -> str:

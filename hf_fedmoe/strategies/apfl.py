@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .base import ClientTask, Server, Strategy
 from .local import kept_or_trained
@@ -45,32 +44,42 @@ class APFL(Strategy):
 
     def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
         w, v = local, local.twins(1)[0]
-        alpha = task.kept.get("alpha", torch.tensor(self.alpha)).to(task.received_P.device)
+        device = task.received_P.device
+        alpha = task.kept.get("alpha", torch.tensor(self.alpha)).to(device)
         plan = local.plan(task.dataset, task.seed)
         w.begin(task.received_P, task.integers, len(plan), task.kept_optimizer)
-        v.begin(task.kept.get("v_P", task.received_P).to(task.received_P.device), task.integers, len(plan))
-        of_w, of_v = ({name: p for name, p in model.worker.named_parameters() if p.requires_grad} for model in (w, v))
-        alpha_gradient = torch.zeros_like(alpha)
-
-        def mixture_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            share = alpha.clone().requires_grad_(self.adapt)
-            v_bar = {name: share * of_v[name] + (1 - share) * of_w[name].detach() for name in of_v}
-            loss = functional_call(model, v_bar, kwargs=batch).loss
-            if self.adapt:
-                scaler = local.accelerator.scaler
-                share.register_hook(lambda grad: alpha_gradient.add_(grad / (scaler.get_scale() if scaler else 1)))
-            return loss
-
-        total = torch.zeros((), device=alpha.device)
+        v.begin(task.kept.get("v_P", task.received_P).to(device), task.integers, len(plan))
+        total = torch.zeros((), device=device)
         for batches in local.steps(task.dataset, plan, task.seed):
             batches = list(batches)
-            v.step(batches, mixture_loss)  # at the w of this step's beginning
-            total += w.step(batches, lambda model, batch: model(**batch).loss)
-            if self.adapt:
-                alpha = (alpha - self.alpha_rate * alpha_gradient).clamp(0, 1)
-                alpha_gradient.zero_()
+            alpha = self._step_of_v(v, w, alpha, batches)  # at the w of this step's beginning
+            total += w.step(batches, own_loss)
         payload = w.payload(task.out_P, len(task.dataset), total, len(plan))
         return payload, {"v_P": v.layout.read(v.worker), "alpha": alpha}
+
+    def _step_of_v(
+        self, v: "LocalTrainer", w: "LocalTrainer", alpha: Tensor, batches: list[dict[str, Tensor]]
+    ) -> Tensor:
+        """v <- v - eta alpha g with g the gradient at v_bar, of which d v_bar / d v = alpha; returns the new alpha."""
+        of_w = dict(w.worker.named_parameters())
+        of_v = {name: p for name, p in v.worker.named_parameters() if p.requires_grad}
+        own = {name: parameter.detach().clone() for name, parameter in of_v.items()}
+        with torch.no_grad():
+            for name, parameter in of_v.items():
+                parameter.lerp_(of_w[name], (1 - alpha).to(parameter))
+        v.backward(batches, own_loss)
+        slope = torch.zeros_like(alpha)
+        with torch.no_grad():
+            for name, parameter in of_v.items():
+                if parameter.grad is not None:
+                    slope += ((own[name] - of_w[name]) * parameter.grad).sum(dtype=alpha.dtype)
+                    parameter.grad.mul_(alpha.to(parameter))
+                parameter.copy_(own[name])
+        v.apply_gradients()
+        if not self.adapt:
+            return alpha
+        scaler = v.accelerator.scaler
+        return (alpha - self.alpha_rate * slope / (scaler.get_scale() if scaler else 1)).clamp(0, 1)
 
     def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
         """alpha v + (1 - alpha) w, with today's w."""
@@ -85,3 +94,8 @@ class APFL(Strategy):
             if name in of_v_bar and parameter.requires_grad:
                 of_v_bar[name].lerp_(of_w[name], 1 - kept["alpha"].to(w_P))
         return v_bar_P
+
+
+def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own loss."""
+    return model(**batch).loss

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
-from ..weights import StateLayout, fuse_, fuse_integers
+from ..models import as_expert
+from ..weights import StateLayout, fuse_integers, fuse_models_
 
 
 if TYPE_CHECKING:  # a room above this one
@@ -114,7 +115,7 @@ class Strategy:
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
-        return [model]
+        return [as_expert(model)]
 
     def setup(self, server: Server, num_clients: int) -> None:
         """Called once before the first round (not after a resume): fills `server.tensors`."""
@@ -153,8 +154,7 @@ class Strategy:
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
         """The server's step: changes `server` in place and returns what is worth logging."""
-        average_into_(server, uploads)
-        return {}
+        return average_into_(server, uploads)
 
     def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
         """Called once after the last round."""
@@ -175,11 +175,12 @@ class Strategy:
         return False
 
 
-def average_into_(server: Server, uploads: Uploads) -> None:
-    """bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1)."""
+def average_into_(server: Server, uploads: Uploads) -> dict[str, float]:
+    """bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1), and what there is to log of it."""
     keep_S = torch.zeros(1, device=server.bank_SP.device)
-    fuse_(server.bank_SP[:1], uploads.rows_mP, uploads.weights_m[None], keep_S, server.layout.batchnorm)
+    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, uploads.weights_m[None], keep_S, server.layout)
     server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
+    return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
 
 
 def warmed_up(rate: float, round_index: int) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..data import ReservedSet
+from ..weights import fuse_models_
 from .base import Server, Strategy, Uploads, average_into_, warmed_up
 from .server_training import fine_tune
 
@@ -48,10 +49,10 @@ class FedAvgReserved(Strategy):
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
-        average_into_(server, uploads)
+        report = average_into_(server, uploads)
         if self.when == "end":
-            return {}
-        return {"reserved_loss": self.fine_tune(server.model, reserved, server.weight_decay, seed)}
+            return report
+        return report | {"reserved_loss": self.fine_tune(server.model, reserved, server.weight_decay, seed)}
 
     def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
         if self.when == "end":
@@ -83,8 +84,10 @@ class FedAvgMovingAverage(Strategy):
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
-        average_P = server.bank_SP[0].clone()
-        average_into_(server, uploads)
+        average_SP = server.bank_SP.clone()
+        report = average_into_(server, uploads)
         server.tensors["mean_P"].copy_(server.bank_SP[0])
-        server.bank_SP[0].lerp_(average_P, 1 - warmed_up(self.rate, round_index))
-        return {}
+        rate_1 = torch.full((1,), warmed_up(self.rate, round_index), device=average_SP.device)
+        fuse_models_(average_SP, server.bank_SP, rate_1[None], 1 - rate_1, server.layout)
+        server.bank_SP.copy_(average_SP)
+        return report

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel, gating_entropy
-from ..weights import fuse_, fuse_integers
+from ..weights import collapse, fuse_integers, fuse_models_, mix_models
 from .base import Server, Strategy, Uploads, warmed_up
 from .relevance import CORRELATIONS, client_mixture, correlate
 from .server_training import expert_outputs, fine_tune, gate_probabilities, probe, train_gate
@@ -175,7 +175,7 @@ class FedMoE(Strategy):
         if self.settings.synchronisation == "download_mixture":
             mixture_S = server.tensors["mixture_SM"][:, client].to(server.bank_SP)
             if mixture_S.any():
-                return mixture_S @ server.bank_SP
+                return mix_models(server.bank_SP, mixture_S[None], server.layout)[0]
         return server.tensors.get("start_P", self._main(server))
 
     def update(
@@ -186,11 +186,18 @@ class FedMoE(Strategy):
         if "outputs" not in server.cache:
             server.cache["outputs"] = expert_outputs(model, reserved)
         P_y_mR = probe(server.worker, server.layout, uploads.rows_mP, reserved)
-        report = {}
+        report, steps_TSm = {}, []
+        # T fusions of the same uploads are one fusion of what was before: LoRA experts are cut to their rank once.
+        before_SP = server.bank_SP.clone() if server.layout.lora and not settings.expert_epochs else None
         for iteration in range(settings.server_iterations):
             Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
             W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
-            self._fuse(server, uploads, W_Km.softmax(1), round_index)
+            steps_TSm.append(self._weights(server, uploads, W_Km.softmax(1), round_index))
+            if before_SP is None:
+                report |= self._fuse(server, uploads, steps_TSm[-1:], round_index)
+            else:
+                server.bank_SP.copy_(before_SP)
+                report |= self._fuse(server, uploads, steps_TSm, round_index)
             if settings.expert_epochs:
                 report |= self._fine_tune(server, reserved, Q_RK, settings.expert_epochs, seed + iteration)
             server.cache["outputs"] = expert_outputs(model, reserved)
@@ -232,27 +239,45 @@ class FedMoE(Strategy):
         rate = self.settings.fusion_rate
         rows_mP = uploads.rows_mP.clone()
         keep_m = torch.full((len(rows_mP),), rate, device=rows_mP.device)
-        fuse_(rows_mP, server.bank_SP, (1 - rate) * server.cache["mixture_Sm"].T, keep_m, server.layout.batchnorm)
+        fuse_models_(rows_mP, server.bank_SP, (1 - rate) * server.cache["mixture_Sm"].T, keep_m, server.layout)
         return dict(zip(uploads.clients, rows_mP, strict=True))
 
     def _main(self, server: Server) -> Tensor:
         """The first main expert, or the mean of the routed ones in a mixture without."""
-        return server.bank_SP[0] if server.model.config.num_main_experts else server.bank_SP.mean(0)
+        if server.model.config.num_main_experts:
+            return server.bank_SP[0]
+        num_routed = len(server.bank_SP)
+        return mix_models(server.bank_SP, server.bank_SP.new_full((1, num_routed), 1 / num_routed), server.layout)[0]
 
-    def _fuse(self, server: Server, uploads: Uploads, W_r_Km: Tensor, round_index: int) -> None:
-        """E_0 <- (1 - lambda) E_0 + lambda mean(M); E_k <- (1 - lambda) E_k + lambda sum_j W^r_kj M_j (Eq. 6)."""
+    def _rate(self, server: Server, round_index: int) -> Tensor:
+        """lambda of each expert `[S]`."""
         num_main = server.model.config.num_main_experts
-        mean_m = torch.full_like(uploads.weights_m, 1 / len(uploads.clients))
-        weights_Sm = torch.cat([mean_m.expand(num_main, -1), W_r_Km])
-        rates = [self.settings.main_fusion_rate] * num_main + [self.settings.fusion_rate] * W_r_Km.shape[0]
+        rates = [self.settings.main_fusion_rate] * num_main
+        rates += [self.settings.fusion_rate] * (len(server.bank_SP) - num_main)
         if self.settings.fusion_warmup:
             rates = [warmed_up(rate, round_index) for rate in rates]
-        rate_S = torch.tensor(rates, device=weights_Sm.device)
+        return torch.tensor(rates, device=server.bank_SP.device)
+
+    def _weights(self, server: Server, uploads: Uploads, W_r_Km: Tensor, round_index: int) -> Tensor:
+        """What each expert takes of each upload `[S, m]`: lambda / m in E_0, lambda W^r_k in E_k (Eq. 6)."""
+        rate_S = self._rate(server, round_index)
+        mean_m = torch.full_like(uploads.weights_m, 1 / len(uploads.clients))
+        weights_Sm = rate_S[:, None] * torch.cat([mean_m.expand(server.model.config.num_main_experts, -1), W_r_Km])
         contribution_SM = server.tensors["contribution_SM"]
         contribution_SM *= 1 - rate_S.cpu()[:, None]
-        contribution_SM[:, uploads.clients] += (rate_S[:, None] * weights_Sm).cpu()
-        fuse_(server.bank_SP, uploads.rows_mP, rate_S[:, None] * weights_Sm, 1 - rate_S, server.layout.batchnorm)
-        server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in weights_Sm]
+        contribution_SM[:, uploads.clients] += weights_Sm.cpu()
+        return weights_Sm
+
+    def _fuse(self, server: Server, uploads: Uploads, steps_TSm: list[Tensor], round_index: int) -> dict[str, float]:
+        """E_s <- (1 - lambda_s) E_s + sum_j weights_sj M_j (Eq. 6), for each of the steps in turn."""
+        weights_Sm, keep_S = collapse(torch.stack(steps_TSm), 1 - self._rate(server, round_index))
+        lost_S = fuse_models_(server.bank_SP, uploads.rows_mP, weights_Sm, keep_S, server.layout)
+        server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in steps_TSm[-1]]
+        if not server.layout.lora:
+            return {}
+        num_main = server.model.config.num_main_experts
+        names = [f"main_{s}" for s in range(num_main)] + [f"expert_{k}" for k in range(len(lost_S) - num_main)]
+        return {f"{name}_discarded_energy": lost.item() for name, lost in zip(names, lost_S, strict=True)}
 
     def _fine_tune_start(self, server: Server, reserved: ReservedSet, seed: int) -> dict[str, float]:
         """A copy of the main expert, trained on the reserved set, for the next round's participants."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ReservedSet
+from ..models import AdapterExpert
 from .base import ClientTask, Server, Strategy, Uploads, average_into_
 from .local import kept_or_trained
 
@@ -41,7 +42,8 @@ class FedRep(Strategy):
         """The names of the head's tensors; raises `ValueError` when nothing is in it, or everything."""
         names = {slot.name for slot in layout.slots}
         if self.head is None:
-            found = {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
+            prefix = (model.base if isinstance(model, AdapterExpert) else model).base_model_prefix
+            found = {name for name in names if f".{prefix}." not in f".{name}"}
         else:
             found = {name for name in names if name.startswith(self.head)}
         if (not found and self.head != ()) or found == names:

@@ -6,7 +6,7 @@ Shape suffixes: S rows that change, m rows that they take from, P elements of a 
 import torch
 from torch import Tensor
 
-from ..weights import fuse_, fuse_integers
+from ..weights import fuse_integers, fuse_models_
 from .base import Server, Uploads
 
 
@@ -14,7 +14,7 @@ def mix_(server: Server, rows_SP: Tensor, others_mP: Tensor, weights_Sm: Tensor,
     """rows <- keep * rows + weights @ others, in place; `keep` completes each row's weights to 1 if left out."""
     weights_Sm = weights_Sm.to(rows_SP)
     keep_S = 1 - weights_Sm.sum(1) if keep_S is None else keep_S.to(rows_SP)
-    fuse_(rows_SP, others_mP, weights_Sm, keep_S, server.layout.batchnorm)
+    fuse_models_(rows_SP, others_mP, weights_Sm, keep_S, server.layout)
 
 
 def move_global_(server: Server, uploads: Uploads, weights_m: Tensor) -> None:

@@ -121,11 +121,12 @@ def train_gate(
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    parameters = [*model.gate.parameters(), model.alpha_logit]
+    gate_parameters = model.gate_parameters()
+    parameters = [*gate_parameters, model.alpha_logit]
     # Weight decay on alpha would pull it to one half whatever the data say.
     optimizer = AdamW(
         [
-            {"params": list(model.gate.parameters()), "weight_decay": weight_decay},
+            {"params": gate_parameters, "weight_decay": weight_decay},
             {"params": [model.alpha_logit], "weight_decay": 0.0},
         ],
         lr=learning_rate,

@@ -9,6 +9,9 @@ from ..strategies import FedMoESettings
 from ..weights import COMPRESSIONS, make_codec
 
 
+LORA_FUSIONS = ("svd", "ffa", "factors")
+
+
 @dataclass
 class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     """
@@ -37,6 +40,14 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             `bytes_up` are those of the encoded uploads; the server works with what it reads of them.
         top_k_share (`float`, *optional*, defaults to 0.01):
             Share of the entries of an update that `"top_k"` sends.
+        lora_fusion (`str`, *optional*, defaults to `"svd"`):
+            How LoRA adapters are fused: `"svd"` (their products exactly, then cut to their rank by the best
+            approximation there is), `"ffa"` (A stays as it starts, common to all, and only B is trained and sent:
+            exact, half the bytes; FFA-LoRA, Sun et al. 2024) or `"factors"` (A and B each by itself: FedIT, Zhang et
+            al. 2024, a baseline, since that is not the average of the adapters).
+        client_ranks (`list[int]`, *optional*):
+            Ranks of the clients' LoRA adapters, over and over: `[8, 4]` gives even clients 8. The server's own rank if
+            left out, and the largest there can be. Only with `lora_fusion="svd"`.
         lr_scheduler_scope (`str`, *optional*, defaults to `"round"`):
             What `lr_scheduler_type` stretches over: `"round"` (a client's local steps, as in a plain `Trainer` run of
             them) or `"run"` (the rounds; constant within each).
@@ -49,6 +60,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     keep_client_optimizer: bool = field(default=False, metadata={"help": "Each client keeps its optimizer state."})
     upload_compression: str = field(default="none", metadata={"help": f"One of {', '.join(COMPRESSIONS)}."})
     top_k_share: float = field(default=0.01, metadata={"help": "Share of an update that top_k sends."})
+    lora_fusion: str = field(default="svd", metadata={"help": f"One of {', '.join(LORA_FUSIONS)}."})
+    client_ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of clients' adapters, in turn."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
@@ -68,6 +81,12 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         if self.lr_scheduler_scope not in ("round", "run"):
             raise ValueError(f'`lr_scheduler_scope` is {self.lr_scheduler_scope!r}: choose "round" or "run".')
         make_codec(self.upload_compression, self.top_k_share)
+        if self.lora_fusion not in LORA_FUSIONS:
+            raise ValueError(
+                f"`lora_fusion` is {self.lora_fusion!r}: choose one of {', '.join(map(repr, LORA_FUSIONS))}."
+            )
+        if self.client_ranks is not None:
+            self._check_client_ranks()
         if self.max_steps > 0:
             raise ValueError(
                 f"`max_steps` is {self.max_steps}, which a federated run does not use: set `rounds` for its length, "
@@ -77,3 +96,17 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}: clients need more than 0 local epochs.")
         if self.client_draw_seed is None:
             self.client_draw_seed = self.seed
+
+    def _check_client_ranks(self) -> None:
+        if not self.client_ranks or min(self.client_ranks) < 1:
+            raise ValueError(f"`client_ranks` is {self.client_ranks}: give ranks of at least 1, or leave it out.")
+        if self.lora_fusion != "svd":
+            raise ValueError(
+                f"`client_ranks` is {self.client_ranks}, but `lora_fusion` is {self.lora_fusion!r}, which needs one "
+                "rank for all clients: take 'svd', or leave `client_ranks` out."
+            )
+        if self.upload_compression != "none":
+            raise ValueError(
+                f"`client_ranks` is {self.client_ranks} and `upload_compression` is {self.upload_compression!r}: only "
+                "one of them at a time, leave the other out."
+            )

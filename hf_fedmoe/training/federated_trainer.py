@@ -5,12 +5,14 @@ import inspect
 import json
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from peft import PeftConfig
 from torch import nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
@@ -42,11 +44,13 @@ from ..federation import (
     save_federation,
     seed_of,
 )
-from ..reporting import ClientScore, summarise_clients, write_client_table, write_model_card
+from ..models import AdapterExpert
+from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
+from .adapters import add_adapter, base_fingerprint, check_adapters, freeze_lora_a
 from .checks import check_images, check_run
-from .client_evaluation import score_clients
+from .client_evaluation import ClientEvaluation
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
 from .run_facts import run_facts
@@ -54,18 +58,18 @@ from .run_facts import run_facts
 
 # The underscore keeps it from the Hub: `push_to_hub` leaves out `_*`, and clients' own models belong to nobody else.
 CLIENTS_FOLDER = "_clients"
-CLIENT_TABLE_NAME = "client_metrics.csv"
 
 
-class FederatedTrainer(Trainer):
+class FederatedTrainer(ClientEvaluation, Trainer):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
     the place of steps: `state.global_step` and `state.epoch` count rounds.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The server model: for FedAvg the clients' classifier, for Fed-MoE a mixture of such classifiers.
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
+            The server model: for FedAvg the clients' classifier, for Fed-MoE a mixture of such classifiers. Of a
+            `PeftModel`, and of a mixture of adapters, clients train and send adapters and heads only.
         args ([`FederatedTrainingArguments`]):
             What clients and server do.
         train_dataset ([`~data.FederatedDataset`]):
@@ -77,6 +81,8 @@ class FederatedTrainer(Trainer):
         data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
             As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy and macro-F1; with an image
             processor `data_collator` defaults to [`~data.ImageCollator`].
+        peft_config (`peft.PeftConfig`, *optional*):
+            Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
         train_data_collator (`Callable`, *optional*):
             The collator of whatever is trained on, clients' examples and the reserved set, when it is another than
             that of evaluation: one that augments. `data_collator` if left out.
@@ -95,8 +101,11 @@ class FederatedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
         train_data_collator: Callable | None = None,
+        peft_config: PeftConfig | None = None,
     ):
         self.strategy = strategy or FedAvg()
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
         self.client_table: list[ClientScore] = []
@@ -111,6 +120,7 @@ class FederatedTrainer(Trainer):
         self.train_data_collator = train_data_collator or data_collator
         if train_dataset is not None:
             check_run(model, args, train_dataset, self.strategy, processing_class)
+            check_adapters(self.strategy.server_models(model), args)
             check_images(self.strategy.server_models(model)[0], train_dataset, self.train_data_collator)
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
@@ -183,7 +193,8 @@ class FederatedTrainer(Trainer):
         finally:
             self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
-            release(self.model)
+            for module in self.strategy.server_models(self.model):
+                release(module)
             self._active_federation = None
         return output
 
@@ -225,60 +236,13 @@ class FederatedTrainer(Trainer):
             self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
 
-    # Each client by itself
-
-    def evaluate_clients(self) -> dict[str, float]:
-        """
-        Evaluates each client's personal model ([`~strategies.Strategy.personal_model`]) on its own test rows.
-
-        The scores of the clients, unseen ones included, become `client_table` and `client_metrics.csv` in
-        `args.output_dir`. May be called in a callback during the run, or afterwards; where the best model was loaded
-        at the end, what the clients keep is that of its round.
-
-        Returns:
-            `dict[str, float]`: [`~reporting.summarise_clients`], each name with `clients_` before it.
-
-        Raises:
-            ValueError: When clients have no test rows.
-        """
-        data = self.federated_dataset
-        if data is None or not data.client_test_indices:
-            raise ValueError(
-                "`train_dataset` has no test rows of its clients: hold some out, "
-                "`hold_out_client_tests(data, test_share=0.2)`."
-            )
-        federation = self._active_federation or self._federation_of_the_last_round()
-        try:
-            self.client_table = score_clients(federation, data, self._columns_of_clients(), self.data_collator)
-        finally:
-            if self._active_federation is None:
-                release(self.model)
-                self.accelerator.free_memory()
-        write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
-        metrics = {f"clients_{name}": value for name, value in summarise_clients(self.client_table).items()}
-        self.log(dict(metrics))  # which adds the epoch
-        return metrics
-
-    def _federation_of_the_last_round(self) -> Federation:
-        federation = self._federation()
-        server, store = federation.server, federation.store
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        if best and not self.args.save_only_model:
-            load_federation(Path(best), server, store)
-        elif self._left is not None:
-            server.tensors, server.integers, store.manifest = self._left
-        else:
-            self.strategy.setup(server, federation.num_clients)
-        return federation
-
     # What a run is made of
 
     def _federation(self) -> Federation:
         args, data = self.args, self.federated_dataset
         # Evaluating before training may have wrapped `forward` for mixed precision; the worker must not inherit that.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        modules = self.strategy.server_models(self.model)
-        layout = StateLayout.of(modules[0])
+        modules, layout = self._server_models()
         worker = copy_module(modules[0])
         server = Server(
             self.model,
@@ -324,7 +288,15 @@ class FederatedTrainer(Trainer):
             args.keep_client_optimizer,
             args.client_choice,
             make_codec(args.upload_compression, args.top_k_share),
+            args.client_ranks,
         )
+
+    def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
+        """What becomes the rows of the server, and their layout."""
+        modules = self.strategy.server_models(self.model)
+        if self.args.lora_fusion == "ffa":
+            freeze_lora_a(modules)
+        return modules, StateLayout.of(modules[0], lora_products=self.args.lora_fusion == "svd")
 
     def _columns_of_clients(self) -> datasets.Dataset:
         """The pool without the columns that the client model does not take."""
@@ -355,20 +327,26 @@ class FederatedTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             expert = self.strategy.server_models(self.model)[0]
             if expert is not self.model:
-                self._signature_columns += list(inspect.signature(expert.forward).parameters)
+                client_model = expert.base if isinstance(expert, AdapterExpert) else expert
+                self._signature_columns += list(inspect.signature(client_model.forward).parameters)
 
     # Checkpoints
+
+    @cached_property
+    def _base_fingerprint(self) -> int | None:
+        return base_fingerprint(self.strategy.server_models(self.model)[0])
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to resume the other."""
         args = self.args
-        modules = self.strategy.server_models(self.model)
+        modules, layout = self._server_models()
         settings = self.strategy.settings if self.strategy.name == "fedmoe" else self.strategy
         return {
             "strategy": self.strategy.name,
             "strategy_settings": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {},
             "server_models": len(modules),
-            "parameters": StateLayout.of(modules[0]).num_elements,
+            "parameters": layout.num_elements,
+            "base": self._base_fingerprint,
             "data": self.federated_dataset.state_fingerprint(),
             **{
                 name: vars(args)[name]
@@ -378,6 +356,8 @@ class FederatedTrainer(Trainer):
                     "client_choice",
                     "upload_compression",
                     "top_k_share",
+                    "lora_fusion",
+                    "client_ranks",
                     "clients_per_round",
                     "num_train_epochs",
                     "per_device_train_batch_size",

@@ -3,6 +3,7 @@
 from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
 from .fusion import collapse, fuse_, fuse_integers
 from .layout import StateLayout, copy_module, release
+from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_models
 from .payload import Payload, keep_private_, payload_fault
 
 
@@ -11,13 +12,17 @@ __all__ = [
     "Codec",
     "Payload",
     "StateLayout",
+    "bytes_at_rank",
     "collapse",
     "compress_upload",
     "copy_module",
+    "fit_rank_",
     "fuse_",
     "fuse_integers",
+    "fuse_models_",
     "keep_private_",
     "make_codec",
+    "mix_models",
     "payload_fault",
     "release",
 ]

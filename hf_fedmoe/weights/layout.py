@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..models import AdapterExpert
+
 
 # Every tensor starts on a 64-byte boundary, so that a module bound to a row runs as fast as one that owns its memory.
 _ALIGN_BYTES = 64
@@ -30,17 +32,20 @@ class Slot:
 @dataclass(frozen=True)
 class StateLayout:
     """
-    The floating-point state of a module as one row of `size` elements; integer buffers stand beside it.
+    The floating-point state of a module as one row of `size` elements; integer buffers stand beside it. Frozen
+    parameters are no part of it: what nobody trains need not travel.
 
     Args:
         slots (`tuple[Slot]`):
-            The floating-point parameters and persistent buffers in `state_dict` order. A tensor shared by two names
-            (tied weights) stands once.
+            The trainable parameters and floating-point persistent buffers in `state_dict` order. A tensor shared by
+            two names (tied weights) stands once.
         integers (`tuple[str]`):
             Names of the persistent integer buffers. They are taken, never averaged.
         batchnorm (`tuple[tuple[Slot, Slot]]`):
             (running mean, running variance) of every normalisation layer that tracks statistics: variances do not
             average linearly, see [`fuse_`].
+        lora (`tuple[tuple[Slot, Slot]]`):
+            (A, B) of every LoRA adapter whose product B A is fused; empty where A and B are fused each by itself.
         size (`int`):
             P, the elements of one row, padding included.
         dtype (`torch.dtype`):
@@ -50,18 +55,24 @@ class StateLayout:
     slots: tuple[Slot, ...]
     integers: tuple[str, ...]
     batchnorm: tuple[tuple[Slot, Slot], ...]
+    lora: tuple[tuple[Slot, Slot], ...]
     size: int
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, module: nn.Module) -> "StateLayout":
-        """The layout of `module`; raises `ValueError` when its floating-point tensors differ in dtype."""
+    def of(cls, module: nn.Module, lora_products: bool = False) -> "StateLayout":
+        """
+        The layout of `module`; `lora_products` asks for [`StateLayout.lora`]. Raises `ValueError` when the
+        floating-point tensors differ in dtype.
+        """
         slots, integers, seen, start = [], [], set(), 0
         dtypes = set()
         for name, tensor in module.state_dict(keep_vars=True).items():
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                continue
             if not tensor.is_floating_point():
                 integers.append(name)
                 continue
@@ -80,7 +91,13 @@ class StateLayout:
             for slot in slots
             if slot.name.split(".")[-1] == "running_mean"
         )
-        return cls(tuple(slots), tuple(integers), batchnorm, start, dtypes.pop())
+        lora = []
+        for name in by_name if lora_products else ():
+            for part in ("lora_A", "lora_embedding_A"):
+                B = name.replace(f".{part}", f".{part[:-1]}B")
+                if name != B and B in by_name:
+                    lora.append((by_name[name], by_name[B]))
+        return cls(tuple(slots), tuple(integers), batchnorm, tuple(lora), start, dtypes.pop())
 
     @property
     def num_elements(self) -> int:
@@ -92,7 +109,7 @@ class StateLayout:
         mine, theirs = ({slot.name: slot for slot in layout.slots} for layout in (self, other))
         for name in mine.keys() | theirs.keys():
             if name not in mine or name not in theirs:
-                return f"`{name}` exists in one of the models only"
+                return f"`{name}` exists, or is trainable, in one of the models only"
             if mine[name].shape != theirs[name].shape:
                 return (
                     f"`{name}` is {tuple(mine[name].shape)} in one model and {tuple(theirs[name].shape)} in the other"
@@ -157,7 +174,12 @@ class StateLayout:
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A deep copy that owns its memory, also of a module bound to a bank (`deepcopy` would copy the whole bank)."""
+    """
+    A deep copy that owns its memory, also of a module bound to a bank (`deepcopy` would copy the whole bank); that of
+    an adapter shares the frozen base.
+    """
+    if isinstance(module, AdapterExpert):
+        return module.copy()
     memo = {}
     for tensor in module.state_dict(keep_vars=True).values():
         clone = tensor.detach().clone()

@@ -1,11 +1,9 @@
 """Weighted sums of LoRA adapters, without ever forming the dense matrices.
 
-A stack is a list of adapters s B A of one layer, beside the weights that each fused row takes of them. Stage B and
-Stage C of Fed-MoE only change these small matrices of weights ([`server_weights`], [`client_weights`]), which are
-the same for all layers; the factors are touched once, layer by layer.
+A stack is a list of adapters s B A of one layer, beside the weights that each fused row takes of them.
 
-Shape suffixes: S fused rows (experts or clients), J adapters of a stack, m clients, T iterations, r rank of an
-adapter, R sum of the ranks of a stack, i in features, o out features.
+Shape suffixes: S fused rows (experts or clients), J adapters of a stack, r rank of an adapter, R sum of the ranks of a
+stack, i in features, o out features.
 """
 
 import math
@@ -15,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from .fusion import collapse
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def fuse_lora_stack(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling
     sum_j w_sj s_j B_j A_j for each row s, exactly, at rank R. Ranks and scalings may differ, weights may be negative.
 
     All rows share one tensor A, so that `A @ x` can be computed once for all of them (clone it before it is written to
-    a file); the weights stand in B. Like all fusions below it computes and returns at least float32.
+    a file); the weights stand in B. Both fusions compute and return at least float32.
 
     Args:
         adapters (`Sequence[LoraFactors]`): The J adapters of one layer.
@@ -112,87 +108,6 @@ def fuse_lora_svd(
         total = energy.sum()
         discarded.append(torch.where(total > 0, energy[rank:].sum() / total, 0.0))
     return fused, torch.stack(discarded)
-
-
-@torch.no_grad()
-def fuse_lora_ffa(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float = 1.0) -> list[LoraFactors]:
-    """
-    FFA-LoRA (Sun et al., 2024): A is frozen and common, so that averaging B alone is exact and keeps the rank.
-
-    Arguments and result as in [`fuse_lora_stack`], one A for all rows. Raises `ValueError` when the A differ.
-    """
-    scaled_SJ = _scaled(adapters, weights_SJ, scaling)
-    A_ri = adapters[0].A_ri
-    for index, adapter in enumerate(adapters):
-        if not torch.equal(adapter.A_ri, A_ri):
-            raise ValueError(
-                f"Adapter {index} has another A than adapter 0: with `lora_fusion='ffa'` all clients start from one "
-                "A and freeze it. Use `lora_fusion='svd'` where A is trained."
-            )
-    B_Sor = torch.tensordot(scaled_SJ, torch.stack([adapter.B_or for adapter in adapters]).to(scaled_SJ), 1)
-    return [LoraFactors(A_ri.to(scaled_SJ), B_or, scaling) for B_or in B_Sor]
-
-
-@torch.no_grad()
-def fuse_lora_factors(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float = 1.0) -> list[LoraFactors]:
-    """
-    FedIT (Zhang et al., 2024): A and B averaged apart. A baseline: this is *not* the average of the products.
-
-    Arguments and result as in [`fuse_lora_stack`]; scalings go into B. Raises `ValueError` when the ranks differ.
-    """
-    scaled_SJ = _scaled(adapters, weights_SJ, scaling)
-    ranks = [adapter.A_ri.shape[0] for adapter in adapters]
-    if len(set(ranks)) != 1:
-        raise ValueError(
-            f"The adapters have ranks {ranks}, but `lora_fusion='factors'` averages A and B element by element: give "
-            "all clients one rank, or use `lora_fusion='svd'`."
-        )
-    A_Jri = torch.stack([adapter.A_ri for adapter in adapters]).to(scaled_SJ)
-    B_Jor = torch.stack([adapter.B_or for adapter in adapters]).to(scaled_SJ)
-    A_Sri = torch.tensordot(weights_SJ.to(scaled_SJ), A_Jri, 1)
-    B_Sor = torch.tensordot(scaled_SJ, B_Jor, 1)
-    return [LoraFactors(A_ri, B_or, scaling) for A_ri, B_or in zip(A_Sri, B_Sor, strict=True)]
-
-
-def server_weights(weights_TSm: Tensor, rate_S: Tensor) -> Tensor:
-    """
-    Stage B after T iterations as weights `[S, S + m]` of the stack (old experts, uploads):
-    E_s <- (1 - rate_s) E_s + rate_s sum_j W_t[s, j] M_j, T times: an old expert keeps (1 - rate_s)^T of itself.
-
-    Args:
-        weights_TSm (`Tensor` of shape `[T, S, m]`): W^r of each iteration, in which main experts take the mean.
-        rate_S (`Tensor` of shape `[S]`): lambda of each expert, 1 replaces it.
-    """
-    if weights_TSm.ndim != 3 or rate_S.shape != weights_TSm.shape[1:2]:
-        raise ValueError(
-            f"`weights_TSm` is {tuple(weights_TSm.shape)} and `rate_S` {tuple(rate_S.shape)}, expected [T, S, m] and "
-            "[S]: pass the weights of each iteration and one rate for each expert."
-        )
-    weights_Sm, keep_S = collapse(rate_S[:, None] * weights_TSm, 1 - rate_S)
-    return torch.cat([keep_S.diag(), weights_Sm], 1)
-
-
-def client_weights(mixture_Sm: Tensor, rate: float, experts_SJ: Tensor) -> Tensor:
-    """
-    Stage C as weights `[m, S + m]` of the stack (experts, uploads): for each client,
-    M_j <- rate M_j + (1 - rate) sum_s W^c_sj E_s.
-
-    Args:
-        mixture_Sm (`Tensor` of shape `[S, m]`): W^c, what each client takes of each expert.
-        rate (`float`): lambda, what a client keeps of its own upload.
-        experts_SJ (`Tensor` of shape `[S, S + m]`):
-            The new experts as weights of the stack: those of [`server_weights`] where it holds the *old* experts,
-            `torch.eye(S, S + m)` where it holds the new, recompressed ones.
-    """
-    num_experts, num_clients = mixture_Sm.shape
-    if experts_SJ.shape != (num_experts, num_experts + num_clients):
-        raise ValueError(
-            f"`experts_SJ` is {tuple(experts_SJ.shape)}, expected {(num_experts, num_experts + num_clients)} for "
-            f"{num_experts} experts and {num_clients} clients: pass the result of `server_weights`."
-        )
-    weights_mJ = (1 - rate) * mixture_Sm.T.to(experts_SJ) @ experts_SJ
-    weights_mJ[:, num_experts:].diagonal().add_(rate)
-    return weights_mJ
 
 
 def _stack(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -68,22 +69,34 @@ RUNS = {
     "fedmoe_download_epochs": (None, {"download_epochs": 1}),
 }
 PERSONAL_RUNS = ("local", "fedem", "fedavg_plus", "fedrep", "pfedme", "apfl", "l2sgd", "clustered", "decentralised")
+# The same with adapters in the place of whole models.
+LORA_RUNS = {
+    "lora_fedavg": (FedAvg, {"client_ranks": [4, 2], "keep_client_optimizer": True}),
+    "lora_fedavg_ffa": (FedAvg, {"lora_fusion": "ffa"}),
+    "lora_fedprox_factors": (FedProx, {"lora_fusion": "factors", "upload_compression": "int8"}),
+    "lora_moving_average": (FedAvgMovingAverage, {}),
+    "lora_fedmoe": (None, {"server_iterations": 2}),
+    "lora_fedmoe_paper": (None, {"preset": "paper", "client_ranks": [4, 1]}),
+    "lora_fedmoe_ffa_expert_epochs": (None, {"lora_fusion": "ffa", "expert_epochs": 1, "download_epochs": 1}),
+    "lora_fedmoe_download_mixture": (None, {"synchronisation": "download_mixture"}),
+}
 
 
 def trainer(name, output_dir, **changes):
-    strategy, settings = RUNS[name]
+    strategy, settings = (RUNS | LORA_RUNS)[name]
+    lora = LoraConfig(r=4, lora_dropout=0.1) if name in LORA_RUNS else None
     args = tiny_args(
         output_dir,
         **{"rounds": 4, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, **settings, **changes},
     )
     if strategy is None:
-        return FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
+        return FedMoETrainer(tiny_mixture(peft_config=lora), args, train_dataset=tiny_federation())
     data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
     model = tiny_ensemble() if name == "fedem" else tiny_expert()
-    return FederatedTrainer(model, args, data, strategy=strategy())
+    return FederatedTrainer(model, args, data, strategy=strategy(), peft_config=lora)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *LORA_RUNS])
 def test_resumed_run_equals_uninterrupted_run_bitwise(name, tmp_path):
     whole = trainer(name, tmp_path / "whole")
     whole.train()

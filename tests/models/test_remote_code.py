@@ -8,10 +8,18 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from tests.tiny_models import PAD_TOKEN_ID, make_different, text_batch, tiny_bert, tiny_distilbert, tiny_gpt2
+from tests.tiny_models import (
+    PAD_TOKEN_ID,
+    make_different,
+    text_batch,
+    tiny_bert,
+    tiny_char_lstm,
+    tiny_distilbert,
+    tiny_gpt2,
+)
 
 
 # Runs with `-I` (no PYTHONPATH, no working directory on the path); an installed package is hidden as well.
@@ -35,6 +43,9 @@ def test_loads_where_the_package_is_not_installed(tmp_path):
     models = {
         "gpt2": FedMoEForSequenceClassification.from_expert(tiny_gpt2(), pad_token_id=PAD_TOKEN_ID),
         "bert": FedMoEForSequenceClassification.from_expert(tiny_bert(), tiny_distilbert(3)),
+        "lstm": tiny_char_lstm(),
+        "mixture-of-lstms": FedMoEForSequenceClassification.from_expert(tiny_char_lstm()),
+        "gate-is-lstm": FedMoEForSequenceClassification.from_expert(tiny_char_lstm(), tiny_char_lstm(3)),
     }
     for name, model in models.items():
         make_different(model).save_pretrained(tmp_path / name)
@@ -45,11 +56,17 @@ def test_loads_where_the_package_is_not_installed(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line.removeprefix("LOGITS ") for line in result.stdout.splitlines() if line.startswith("LOGITS")]
     for (name, model), line in zip(models.items(), lines, strict=True):
-        expected = model(input_ids).logits
-        assert torch.equal(torch.tensor(json.loads(line)), expected)
-        again = FedMoEForSequenceClassification.from_pretrained(tmp_path / name / "again")
-        assert torch.equal(again(input_ids).logits, expected)
-        assert (tmp_path / name / "again" / "modeling_fedmoe.py").exists()
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "again")
+        assert type(again) is type(model)
+        # With gradients torch takes another kernel for LSTMs.
+        with torch.no_grad():
+            expected = model(input_ids).logits
+            assert torch.equal(torch.tensor(json.loads(line)), expected), name
+            assert torch.equal(again(input_ids).logits, expected), name
+        sources = [{file.name for file in path.glob("*.py")} for path in (tmp_path / name, tmp_path / name / "again")]
+        assert sources[0] == sources[1]
+        assert ("modeling_char_lstm.py" in sources[1]) == ("lstm" in name)
+        assert ("modeling_fedmoe.py" in sources[1]) == (name != "lstm")
 
 
 def test_pipeline():

@@ -43,6 +43,21 @@ def test_quick_preset_compares_saves_and_classifies(recipe, text_federation, tmp
     assert printed.count(" star") > 3 and "Loaded back from" in printed
 
 
+def test_experts_as_adapters(text_federation, tmp_path, monkeypatch, capsys):
+    argv = [*SMALL, "--peft", "lora", "--rank", "4", "--lora_fusion", "ffa", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["yelp_gpt2", *argv])
+    text_federation.main(RECIPES / "yelp_gpt2.yaml")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 400_000
+    assert capsys.readouterr().out.count(" star") > 3
+    recipe, args = text_federation.parse(RECIPES / "yelp_gpt2.yaml", ["--peft", "lora", "--learning_rate", "1e-3"])
+    assert (recipe.rank, recipe.peft_config().r, recipe.peft_config().lora_alpha) == (8, 8, 16)
+    assert (args.learning_rate, args.expert_learning_rate, args.lora_fusion) == (1e-3, 2e-3, "svd")
+    recipe, args = text_federation.parse(RECIPES / "yelp_gpt2.yaml", [])
+    assert recipe.peft_config() is None and (args.learning_rate, args.expert_learning_rate) == (6e-4, 3e-4)
+    with pytest.raises(ValueError, match="`peft` is 'dora': choose 'lora' or 'none'"):
+        text_federation.parse(RECIPES / "yelp_gpt2.yaml", ["--peft", "dora"])[0].peft_config()
+
+
 @pytest.mark.parametrize("recipe", ["yelp_gpt2", "sent140_bert"])
 def test_paper_preset_runs_on_stand_ins(recipe, text_federation, tmp_path, monkeypatch):
     """All of the paper's settings but its sizes: a gate with weights of its own, Stage C after the round, SGD."""

@@ -44,6 +44,14 @@ def test_weight_average_of_equal_experts_is_the_expert():
     assert found.scores["weight_average"] == found.scores["main_expert"] == found.scores["uniform_ensemble"]
 
 
+def test_heat_map_leaves_out_classes_without_examples(tmp_path):
+    share_KC = np.array([[0.9, 0.1, 0.3], [0.1, 0.9, 0.7]])
+    plot_gate(share_KC[:, :2], ["bad", "good"], tmp_path / "two.png")
+    share_KC[:, 2] = np.nan
+    plot_gate(share_KC, ["bad", "good", "never seen"], tmp_path / "three.png")
+    assert (tmp_path / "three.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
 def test_heat_map_is_a_picture(tmp_path):
     plot_gate(np.array([[0.9, 0.1], [0.1, 0.9]]), ["bad", "good"], tmp_path / "gate.png")
     assert (tmp_path / "gate.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

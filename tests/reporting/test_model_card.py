@@ -1,12 +1,22 @@
+import re
 from importlib.resources import files
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
-from hf_fedmoe.models import FedMoEForImageClassification
+from hf_fedmoe.models import (
+    CharLSTMConfig,
+    CharLSTMForSequenceClassification,
+    FedMoEForImageClassification,
+    FedMoEForSequenceClassification,
+    LinearConfig,
+    LinearForClassification,
+)
 from hf_fedmoe.reporting import RunFacts, write_model_card
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
+from hf_fedmoe.training.adapters import add_adapter
 from tests.tiny_federation import tiny_args, tiny_expert, tiny_federation, tiny_mixture
 from tests.tiny_images import tiny_cnn, tiny_resnet
 
@@ -227,3 +237,60 @@ def test_a_resumed_run_counts_the_rounds_before(tmp_path):
 
 def test_the_template_is_part_of_the_package():
     assert (files("hf_fedmoe") / "reporting" / "model_card_template.md").is_file()
+
+
+@pytest.mark.parametrize("kind", ["mixture", "characters", "vectors"])
+def test_models_without_a_pipeline_are_shown_as_they_are_used(kind, tmp_path, capsys):
+    sizes = {"hidden_size": 8, "num_labels": 100}
+    model = LinearForClassification(LinearConfig(num_features=7))
+    if kind != "vectors":
+        model = CharLSTMForSequenceClassification(CharLSTMConfig(**sizes)).eval()
+    if kind == "mixture":
+        model = FedMoEForSequenceClassification.from_expert(model, num_routed_experts=2)
+    model.save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, model, model_id=str(tmp_path))
+    task, reads = ("tabular", "vector") if kind == "vectors" else ("text", "character")
+    assert card.data.pipeline_tag == f"{task}-classification" and f"{reads} classifi" in card.text
+    with_package, without = code_blocks(card)
+    assert "pipeline(" not in card.text and "trust_remote_code=True" in without
+    assert ("`model.config.top_l` changes L" in card.text) == (kind == "mixture")
+    names = {}
+    exec(with_package, names)
+    assert type(names["model"]) is type(model)
+    # The package is here: what is registered comes before a checkpoint's own files.
+    exec(without.replace(", trust_remote_code=True", ""), {})
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith("tensor([[") if kind == "vectors" else printed in model.config.label2id
+
+
+def test_classes_without_examples_are_left_out(tmp_path):
+    model = tiny_mixture(num_routed_experts=2)
+    share_KC = np.array([[0.25, np.nan, 0.5], [0.75, np.nan, 0.5]])
+    card = write_model_card(tmp_path, model, gate_share_KC=share_KC)
+    names = [model.config.id2label[label] for label in (0, 2)]
+    assert f"|  | {names[0]} | {names[1]} |" in card.text
+    assert row(card, "routed expert 1") == ["0.75", "0.50"]
+
+
+@pytest.mark.parametrize("gate", ["main_features", "adapter"])
+def test_a_mixture_of_adapters_says_so(tmp_path, gate):
+    model = tiny_mixture(gate=gate, peft_config=LoraConfig(r=4))
+    card = str(write_model_card(tmp_path, model))
+    assert "loading it needs the package `peft`" in card
+    assert "LORA adapter of one BertForSequenceClassification, with a head, 563 parameters" in card
+    assert "| Base of the adapters | saved with them |" in card
+    assert ("an adapter of the same base" in card) == (gate == "adapter")
+    assert "peft" not in str(write_model_card(tmp_path, tiny_mixture()))
+
+
+def test_the_card_of_an_adapter_tells_its_base_the_labels(tmp_path):
+    model = add_adapter(tiny_expert(id2label={0: "bad", 1: "fair", 2: "good"}), LoraConfig(r=4))
+    model.save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, model)
+    assert card.data.library_name == "peft"
+    [code] = re.findall(r"```python\n(.*?)```", str(card), re.DOTALL)
+    assert "id2label={0: 'bad', 1: 'fair', 2: 'good'}" in code
+    tiny_expert().save_pretrained(tmp_path / "base")
+    names = {}
+    exec(code.replace("<base>", str(tmp_path / "base")).replace(f"<user>/{tmp_path.name}", str(tmp_path)), names)
+    assert names["model"].config.id2label[1] == "fair"

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_fedmoe.data import AUGMENTATIONS, FederatedDataset, ImageCollator, hold_out_client_tests
@@ -327,3 +328,29 @@ def image_model(method):
     if method == "fedem":
         return EnsembleForImageClassification.from_classifier(tiny_resnet(), num_models=2)
     return tiny_resnet()
+
+
+@pytest.mark.parametrize("fusion", ["svd", "factors", "ffa"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedem"])
+def test_clients_of_adapters(tmp_path, method, fusion):
+    data = hold_out_client_tests(tiny_federation(), unseen_share=0.25)
+    args = tiny_args(tmp_path, rounds=2, lora_fusion=fusion)
+    trainer = FederatedTrainer(
+        tiny_expert(), args, data, strategy=METHODS[method](), peft_config=LoraConfig(r=2, target_modules=["query"])
+    )
+    trainer.train()
+    assert not any(report.refused for report in trainer.rounds)
+    metrics = trainer.evaluate_clients()
+    assert trainer.evaluate_clients() == metrics and np.isfinite(list(metrics.values())).all()
+
+
+@pytest.mark.parametrize(("method", "share"), [("local", 0), ("fedavg", 1), ("l2sgd", 1)])
+def test_bytes_of_clients_of_a_smaller_rank(tmp_path, method, share):
+    data = hold_out_client_tests(tiny_federation())
+    strategy = L2SGD(mixing_probability=1.0) if method == "l2sgd" else METHODS[method]()
+    args = tiny_args(tmp_path, rounds=1, client_ranks=[1])
+    config = LoraConfig(r=2, target_modules=["query"])
+    trainer = FederatedTrainer(tiny_expert(), args, data, strategy=strategy, peft_config=config)
+    trainer.train()
+    # Two layers of 16 x 16, each a row and a column; the head is 3 x 16 + 3.
+    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == share * 2 * 4 * (2 * (16 + 16) + 51)

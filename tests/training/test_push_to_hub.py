@@ -70,7 +70,13 @@ def push_and_load(tmp_path, **arguments):
 
 def test_push_sends_model_code_and_card_and_comes_back_bit_equal(tmp_path):
     files = push_and_load(tmp_path)
-    code = {"configuration_fedmoe.py", "mixture_fedmoe.py", "modeling_fedmoe.py"}
+    code = {
+        "adapters_fedmoe.py",
+        "building_fedmoe.py",
+        "configuration_fedmoe.py",
+        "mixture_fedmoe.py",
+        "modeling_fedmoe.py",
+    }
     assert code | {"config.json", "model.safetensors", "README.md", "training_args.json"} <= files.keys()
     assert_nothing_private(files)
     card = ModelCard(files["README.md"].decode())

@@ -61,9 +61,12 @@ def test_every_tensor_starts_on_a_64_byte_boundary():
 
 
 def test_copy_of_a_bound_module_owns_its_memory_and_keeps_ties():
-    module = TiedWithBatchNorm()
-    module.second.weight.requires_grad_(False)
-    bank_SP = StateLayout.of(module).bank([module, TiedWithBatchNorm()])
+    module, other = TiedWithBatchNorm(), TiedWithBatchNorm()
+    for each in (module, other):
+        each.second.weight.requires_grad_(False)
+    layout = StateLayout.of(module)
+    assert "second.weight" not in [slot.name for slot in layout.slots]
+    bank_SP = layout.bank([module, other])
     copied = copy_module(module)
     assert copied.first.weight.untyped_storage().nbytes() == 15 * 4
     assert copied.third.weight is copied.first.weight

@@ -1,0 +1,340 @@
+"""
+How a mixture comes about: from whole classifiers, from adapters of one base, or from a checkpoint. Flat: the file
+travels to the Hub as it is.
+"""
+
+import copy
+import os
+from typing import Any, Self
+
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from .adapters_fedmoe import (
+    BASE_ARGUMENTS,
+    SOURCE_ARGUMENTS,
+    load_adapter,
+    load_base,
+    merged_expert,
+    peft_config_dict,
+    read_adapter_configs,
+    train_adapters_only,
+)
+from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_configs, check_equal_states
+
+
+# What a mixture keeps besides its size when its adapters are merged.
+KEPT_WHEN_MERGED = (
+    "id2label",
+    "label2id",
+    "pad_token_id",
+    "top_l",
+    "top_l_weighting",
+    "mix",
+    "initial_alpha",
+    "entropy_weight",
+    "balance_weight",
+)
+
+
+class FedMoEBuilding:
+    """The constructors of mixtures, and their ways to and from PEFT's adapters: a part of every Fed-MoE model."""
+
+    @classmethod
+    def from_expert(
+        cls,
+        expert: str | os.PathLike | PreTrainedModel,
+        gate: str | os.PathLike | PreTrainedModel = "main_features",
+        num_routed_experts: int = 3,
+        num_labels: int | None = None,
+        **config_kwargs: Any,
+    ) -> Self:
+        """
+        Builds a mixture whose main and routed experts all start as bit-equal copies of one classifier.
+
+        Args:
+            expert (`str`, `os.PathLike` or `PreTrainedModel`):
+                Name or path of a checkpoint, or a classifier.
+            gate (`str`, `os.PathLike` or `PreTrainedModel`, *optional*, defaults to `"main_features"`):
+                `"main_features"`, or name or path of a checkpoint, or a classifier with `num_routed_experts` labels;
+                with a `peft_config` also `"adapter"`.
+            num_routed_experts (`int`, *optional*, defaults to 3):
+                Number K of routed experts.
+            num_labels (`int`, *optional*):
+                Number of classes for an expert given by name. Defaults to the expert's.
+            config_kwargs:
+                Further fields of [`FedMoEConfig`], e.g. `num_main_experts`, `top_l`, `id2label`, `label2id`. With a
+                `peft_config` the experts are adapters of `expert`, which is then frozen and used, not copied; given
+                by name, it is saved by that name only.
+
+        Returns:
+            The model, in evaluation mode, nothing frozen but a base of adapters.
+
+        Raises:
+            `ValueError`: If the expert is no classifier, or its labels or vocabulary contradict the other arguments.
+        """
+        names = {key: config_kwargs[key] for key in ("id2label", "label2id") if config_kwargs.get(key)}
+        sizes = {key: len(value) for key, value in names.items()}
+        if num_labels is not None:
+            sizes["num_labels"] = num_labels
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"The arguments disagree on the number of classes, {sizes}: make them equal.")
+        peft_config = config_kwargs.pop("peft_config", None)
+        if peft_config is not None:
+            peft_config = peft_config_dict(peft_config)
+        if isinstance(expert, (str, os.PathLike)):
+            count = {"num_labels": max(sizes.values())} if sizes else {}
+            name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count)
+            if peft_config is not None and not peft_config.get("base_model_name_or_path"):
+                commit = getattr(expert.config, "_commit_hash", None)
+                peft_config |= {"base_model_name_or_path": name, "revision": peft_config.get("revision") or commit}
+        if peft_config is not None:
+            if num_labels is not None:
+                config_kwargs["num_labels"] = num_labels
+            return cls._from_base(expert, gate, num_routed_experts, peft_config=peft_config, **config_kwargs)
+        main = [expert] * config_kwargs.pop("num_main_experts", 1)
+        if num_labels is not None:
+            config_kwargs["num_labels"] = num_labels
+        return cls.from_experts(main, [expert] * num_routed_experts, gate=gate, **config_kwargs)
+
+    @classmethod
+    def from_experts(
+        cls,
+        main: list[PreTrainedModel],
+        routed: list[PreTrainedModel],
+        gate: str | os.PathLike | PreTrainedModel = "main_features",
+        **config_kwargs: Any,
+    ) -> Self:
+        """
+        Builds a mixture from trained experts, which are copied.
+
+        Args:
+            main (`list[PreTrainedModel]`):
+                The main experts, 0 to 3 classifiers.
+            routed (`list[PreTrainedModel]`):
+                The routed experts, at least one classifier; all experts have one architecture.
+            gate (`str`, `os.PathLike` or `PreTrainedModel`, *optional*, defaults to `"main_features"`):
+                As in [`~FedMoEForSequenceClassification.from_expert`].
+            config_kwargs:
+                Further fields of [`FedMoEConfig`].
+
+        Returns:
+            The model, in evaluation mode, nothing frozen.
+
+        Raises:
+            `ValueError`: If the experts are no classifiers or unequal (the message names the first difference).
+        """
+        if config_kwargs.get("peft_config") is not None:
+            raise ValueError(
+                "`peft_config` cannot turn whole models into adapters: pass their common base to `from_expert`, or "
+                "trained adapters to `from_adapters`."
+            )
+        places = [f"main[{i}]" for i in range(len(main))] + [f"routed[{k}]" for k in range(len(routed))]
+        experts = dict(zip(places, [*main, *routed], strict=True))
+        if not routed:
+            raise ValueError("`routed` is empty: pass at least one routed expert.")
+        for place, expert in experts.items():
+            check_classifier(place, expert, cls.expert_auto_class)
+            check_equal_configs(places[0], experts[places[0]], place, expert)
+        first = experts[places[0]]
+        gate, config = cls._gate_and_config(gate, first, len(routed), num_main_experts=len(main), **config_kwargs)
+        with init.no_init_weights():
+            model = cls._from_config(config, dtype=first.dtype)
+        for place, target in zip(places, model.experts, strict=True):
+            check_equal_states(place, experts[place], target)
+            target.load_state_dict(experts[place].state_dict())
+        model._start_gate(gate)
+        model.tie_weights()
+        return model.to(first.device).eval()
+
+    @classmethod
+    def _gate_and_config(
+        cls, gate: str | os.PathLike | PreTrainedModel, expert: PreTrainedModel, num_routed_experts: int, **fields: Any
+    ) -> tuple[str | PreTrainedModel, FedMoEConfig]:
+        """The gate, loaded if it was a name, and the configuration of a mixture of such experts."""
+        if isinstance(gate, (str, os.PathLike)) and gate not in ("main_features", "adapter"):
+            gate = cls.expert_auto_class.from_pretrained(gate, num_labels=num_routed_experts)
+        if isinstance(gate, str):
+            fields["gate"] = gate
+        else:
+            check_classifier("gate", gate, cls.expert_auto_class)
+            if gate.config.num_labels != num_routed_experts:
+                raise ValueError(
+                    f"`gate` has {gate.config.num_labels} labels, but there are {num_routed_experts} routed experts: "
+                    f"load it with `num_labels={num_routed_experts}`."
+                )
+            fields.update(gate="model", gate_config=gate.config)
+        config = FedMoEConfig(expert_config=expert.config, num_routed_experts=num_routed_experts, **fields)
+        if config.num_labels != expert.config.num_labels:
+            raise ValueError(
+                f"`num_labels` is {config.num_labels}, but the expert's head has {expert.config.num_labels} outputs: "
+                "load the expert with the number of classes that you want."
+            )
+        return gate, config
+
+    def _start_gate(self, gate: str | PreTrainedModel) -> None:
+        if isinstance(gate, str):
+            self._init_weights(self.gate)
+        else:
+            check_equal_states("gate", gate, self.gate)
+            self.gate.load_state_dict(gate.state_dict())
+        self._init_weights(self)
+
+    # Experts that are adapters
+
+    @classmethod
+    def _from_base(
+        cls,
+        base: PreTrainedModel,
+        gate: str | os.PathLike | PreTrainedModel,
+        num_routed_experts: int,
+        **config_kwargs: Any,
+    ) -> Self:
+        """A mixture of new adapters of `base`, all with one start."""
+        check_classifier("expert", base, cls.expert_auto_class)
+        gate, config = cls._gate_and_config(gate, base, num_routed_experts, **config_kwargs)
+        model = cls._around(config, base)
+        model._start_gate(gate)
+        return model
+
+    @classmethod
+    def _around(cls, config: FedMoEConfig, base: PreTrainedModel) -> Self:
+        for module in base.modules():
+            module._is_hf_initialized = True  # its weights are there
+        model = cls(config, base)
+        model.gate.to(base.device, base.dtype)
+        model.alpha_logit.data = model.alpha_logit.data.to(base.device)
+        return model.eval()
+
+    @classmethod
+    def from_adapters(
+        cls,
+        main: list[str | os.PathLike],
+        routed: list[str | os.PathLike],
+        base: str | os.PathLike | PreTrainedModel | None = None,
+        gate: str | os.PathLike | PreTrainedModel = "main_features",
+        **config_kwargs: Any,
+    ) -> Self:
+        """
+        Builds a mixture from PEFT adapters of one base that were trained apart.
+
+        Args:
+            main (`list[str]`):
+                Folders or Hub names of the main experts' adapters.
+            routed (`list[str]`):
+                Those of the routed experts, at least one.
+            base (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
+                The base. Defaults to the one that the adapters name.
+            gate (`str`, `os.PathLike` or `PreTrainedModel`, *optional*, defaults to `"main_features"`):
+                As in [`~FedMoEForSequenceClassification.from_expert`], or `"adapter"`.
+            config_kwargs:
+                Further fields of [`FedMoEConfig`]; `num_labels` (or `id2label`) where the base has other classes.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            `ValueError`: If the adapters differ in base, rank or target modules, or do not fit the base.
+        """
+        sources = [*main, *routed]
+        if not routed:
+            raise ValueError("`routed` is empty: pass at least one routed expert.")
+        peft_config = read_adapter_configs(sources) | {"inference_mode": False}
+        base = peft_config.get("base_model_name_or_path") if base is None else base
+        if base is None:
+            raise ValueError("`base` is None, and the adapters name none: pass the model that they were trained on.")
+        peft_config["base_model_name_or_path"] = None if isinstance(base, PreTrainedModel) else str(base)
+        model = cls.from_expert(
+            base, gate, len(routed), peft_config=peft_config, num_main_experts=len(main), **config_kwargs
+        )
+        for source, expert in zip(sources, model.experts, strict=True):
+            load_adapter(expert, source)
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`; adapters whose base is saved by its name keep their own names of tensors."""
+        if (self.config.peft_config or {}).get("base_model_name_or_path"):
+            kwargs["save_original_format"] = False  # would rename some for the way back through the base's class
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_adapters(self, save_directory: str | os.PathLike) -> None:
+        """
+        Writes every expert as a plain PEFT adapter, into `main_0`, `routed_0`, ... of a folder. Each loads with
+        `PeftModel.from_pretrained(base, folder, subfolder="routed_0")`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, made if needed.
+        """
+        if self.config.peft_config is None:
+            raise ValueError("`peft_config` is None: the experts are whole models, save them with `save_pretrained`.")
+        names = [expert.name for expert in self.experts]
+        self.base.save_pretrained(save_directory, selected_adapters=names)
+
+    def merge_adapters(self) -> Self:
+        """
+        The same mixture with whole experts: each adapter merged into a base of its own. For machines without PEFT; as
+        large as S bases.
+        """
+        if self.config.peft_config is None:
+            raise ValueError("`peft_config` is None: the experts are whole models already.")
+        n_main = self.config.num_main_experts
+        merged = [merged_expert(self.base, expert.name) for expert in self.experts]
+        gate = "main_features"
+        if self.config.gate == "model":
+            gate = self.gate
+        elif self.config.gate == "adapter":
+            gate = merged_expert(self.base, "gate")
+            gate.set_submodule(self._head_name, copy.deepcopy(self.gate))
+            gate.config.num_labels = self.config.num_routed_experts
+        fields = {name: vars(self.config)[name] for name in KEPT_WHEN_MERGED}
+        model = type(self).from_experts(merged[:n_main], merged[n_main:], gate=gate, **fields)
+        if gate == "main_features":
+            model.gate.load_state_dict(self.gate.state_dict())
+        model.alpha_logit.data.copy_(self.alpha_logit.data)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: FedMoEConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        As in `PreTrainedModel`. Where a checkpoint holds adapters and the name of their base, the base is loaded by
+        that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...).
+        """
+        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+        if config is None:
+            probed = cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
+        else:
+            probed = config
+        if not (probed.peft_config or {}).get("base_model_name_or_path"):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if model.config.peft_config is not None:
+                train_adapters_only(model.base, model.adapter_names)
+            return loaded
+        for name in ("output_loading_info", "state_dict"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` does not go with adapters whose base is loaded by its name: leave it out.")
+        file = cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **source)
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
+        for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
+        base = load_base(cls.expert_auto_class, config, **for_base)
+        model = cls._around(config, base)
+        result = model.load_state_dict(load_file(file), strict=False)
+        missing = sorted(set(result.missing_keys) - model._keys_to_ignore_on_save)
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint and the base {config.peft_config['base_model_name_or_path']!r} do not fit: missing "
+                f"{missing[:3]}, not expected {result.unexpected_keys[:3]}. Has the base changed since?"
+            )
+        return model
