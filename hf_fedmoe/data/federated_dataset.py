@@ -385,6 +385,10 @@ class FederatedDataset:
             f"{self.num_clients} clients with {sizes.sum()} rows ({sizes.min()} to {sizes.max()} each), "
             f"{self.num_labels} classes"
         )
+        if self.client_test_indices:
+            title += f"; {sum(map(len, self.client_test_indices))} test rows of the clients' own"
+        if self.unseen_indices:
+            title += f"; {len(self.unseen_indices)} unseen clients"
         return "\n".join([title, *table])
 
     def plot(self, path: str | os.PathLike) -> None:

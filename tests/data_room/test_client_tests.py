@@ -19,6 +19,10 @@ def test_every_row_of_a_client_is_trained_on_or_tested_on():
         assert held.client(client)["label"] == data.pool.select(train)["label"]
     assert after == before
     assert held.validation["label"] == data.validation["label"]
+    title = held.summary().splitlines()[0]
+    assert title.startswith("7 clients with 84 rows") and title.endswith(
+        "; 30 test rows of the clients' own; 3 unseen clients"
+    )
 
 
 def test_the_draw_follows_from_the_seed_and_keeps_rows_when_clients_are_set_aside():
