@@ -108,3 +108,24 @@ def test_controls_print_mean_and_spread_and_keep_finished_seeds(text_federation,
     printed = capsys.readouterr().out
     assert "| fedavg | 60.0 ± 14.1 | 40.0 ± 14.1 | 1 / 2 |" in printed
     assert "| fedmoe | 65.0 ± 7.1 | 30.0 ± 14.1 |  |" in printed
+
+
+def test_table_of_lora_fusions_from_finished_runs(text_federation, tmp_path, monkeypatch, capsys):
+    import lora_fusions
+
+    for number, variant in enumerate(["whole-models", "LoRA-svd"]):
+        for seed in (0, 1):
+            for method, rows in lora_fusions.ROWS.items():
+                score = {"accuracy": 0.5 + 0.1 * seed, "macro_f1": 0.25, "bytes_up": 3e6 / (1 + number)}
+                file = tmp_path / f"{variant}-{method}-{seed}.json"
+                file.write_text(json.dumps({row: score for row in rows}))
+    argv = ["x", "sent140_bert", "--seeds", "0", "1", "--variants", "whole models", "LoRA, svd", "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path)])
+    lora_fusions.main()
+    printed = capsys.readouterr().out
+    scores = "55.0 ± 7.1 / 25.0 ± 0.0"
+    assert f"| whole models | {' | '.join([scores] * 5)} | 3,000,000 |" in printed
+    assert f"| LoRA, svd | {' | '.join([scores] * 5)} | 1,500,000 |" in printed
+    # What a variant is, is said on the command line of the recipe.
+    for words in lora_fusions.VARIANTS.values():
+        text_federation.parse(RECIPES / "sent140_bert.yaml", words)
