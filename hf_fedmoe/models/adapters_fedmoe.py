@@ -233,6 +233,7 @@ class AdapterExpert(nn.Module):
         self._shared = (peft_model,)
         self.name = name
         self.adapter = nn.Module()
+        self.training = peft_model.training
         for key, tensor in adapter_tensors(peft_model, name).items():
             *places, leaf = key.split(".")
             holder = self.adapter

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_fedmoe.data import AUGMENTATIONS, ImageCollator
@@ -14,6 +15,7 @@ from tests.tiny_images import (
     tiny_image_federation,
     tiny_processor,
     tiny_resnet,
+    tiny_vit,
 )
 
 
@@ -49,6 +51,30 @@ def test_a_round_of_every_family(tmp_path, family):
     assert all(len(report.refused) == 0 for report in trainer.rounds)
     changed = [name for name, value in state(trainer.model).items() if not torch.equal(value, before[name])]
     assert len(changed) > 0.9 * len(before)
+
+
+def test_adapters_of_an_image_classifier(tmp_path):
+    torch.manual_seed(5)
+    base, adapters = tiny_vit(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    frozen = state(base)
+    model = FedMoEForImageClassification.from_expert(base, num_routed_experts=2, peft_config=adapters)
+    args = tiny_args(tmp_path, rounds=2)
+    trainer = FedMoETrainer(
+        model,
+        args,
+        train_dataset=tiny_image_federation(),
+        processing_class=tiny_processor(),
+        train_data_collator=PHOTOGRAPHS,
+    )
+    assert not model.training and not model.base.training
+    trainer.train()
+    head, factors = 4 * 9, 2 * 2 * 2 * 2 * 8
+    assert [report.bytes_up for report in trainer.rounds] == [2 * 4 * (head + factors)] * 2
+    experts = [dict(expert.named_parameters()) for expert in model.experts]
+    assert all(any(p.any() for name, p in expert.items() if ".lora_B." in name) for expert in experts)
+    kept = model.base.get_base_model().state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in frozen.items() if name in kept)
+    assert len(kept.keys() & frozen.keys()) > 20
 
 
 class Calls:
