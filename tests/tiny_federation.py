@@ -7,7 +7,11 @@ import numpy as np
 import torch
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.models import EnsembleForSequenceClassification, FedMoEForSequenceClassification
+from hf_fedmoe.models import (
+    EnsembleForSequenceClassification,
+    FedMoEForSequenceClassification,
+    MultiHeadForSequenceClassification,
+)
 from hf_fedmoe.training import FederatedTrainingArguments
 from tests.tiny_models import VOCAB_SIZE, tiny_bert
 
@@ -55,6 +59,10 @@ def tiny_mixture(num_routed_experts: int = 2, **config) -> FedMoEForSequenceClas
 
 def tiny_ensemble(num_models: int = 2) -> EnsembleForSequenceClassification:
     return EnsembleForSequenceClassification.from_classifier(tiny_expert(), num_models)
+
+
+def tiny_multi_head(num_heads: int = 2) -> MultiHeadForSequenceClassification:
+    return MultiHeadForSequenceClassification.from_classifier(tiny_expert(), num_heads)
 
 
 def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:

@@ -4,7 +4,7 @@ from .checkpoint import check_identity, load_federation, read_manifest, save_fed
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .files import atomic_directory
-from .local_training import LocalTrainer
+from .local_training import LocalTrainer, scale_learning_rates
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
 
@@ -21,5 +21,6 @@ __all__ = [
     "load_federation",
     "read_manifest",
     "save_federation",
+    "scale_learning_rates",
     "seed_of",
 ]

@@ -41,6 +41,17 @@ def local_steps(
     return steps[: math.ceil(epochs * steps_per_epoch)]
 
 
+def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, factors: dict[str, float]) -> None:
+    """Multiplies the rates of the named parameters, which move to parameter groups of their own."""
+    factor_of = {parameter: factors.get(name, 1.0) for name, parameter in model.named_parameters()}
+    for group in list(optimizer.param_groups):
+        parameters = group["params"]
+        group["params"] = [parameter for parameter in parameters if factor_of[parameter] == 1.0]
+        for factor in sorted({factor_of[parameter] for parameter in parameters} - {1.0}):
+            scaled = [parameter for parameter in parameters if factor_of[parameter] == factor]
+            optimizer.add_param_group(group | {"params": scaled, "lr": group["lr"] * factor})
+
+
 @dataclass
 class StepBatches:
     """The batches of one optimizer step on the device, fetched as they are asked for; `list` keeps them."""

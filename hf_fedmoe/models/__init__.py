@@ -15,6 +15,10 @@ from .ensemble import (
     EnsembleForImageClassification,
     EnsembleForSequenceClassification,
     EnsemblePreTrainedModel,
+    MultiHeadConfig,
+    MultiHeadForImageClassification,
+    MultiHeadForSequenceClassification,
+    MultiHeadPreTrainedModel,
 )
 from .image_processing_small_image import SmallImageProcessor
 from .linear import LinearConfig, LinearForClassification
@@ -53,6 +57,10 @@ __all__ = [
     "FedMoEPreTrainedModel",
     "LinearConfig",
     "LinearForClassification",
+    "MultiHeadConfig",
+    "MultiHeadForImageClassification",
+    "MultiHeadForSequenceClassification",
+    "MultiHeadPreTrainedModel",
     "SmallCNNConfig",
     "SmallCNNForImageClassification",
     "SmallCNNModel",

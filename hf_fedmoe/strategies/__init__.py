@@ -14,6 +14,7 @@ from .fedrep import FedRep
 from .l2sgd import L2SGD
 from .local import Local
 from .pfedme import PFedMe
+from .pfedmm import PFedMM
 from .qffl import QFFL
 from .relevance import client_mixture, correlate
 
@@ -36,6 +37,7 @@ __all__ = [
     "FedProx",
     "FedRep",
     "Local",
+    "PFedMM",
     "PFedMe",
     "Server",
     "Strategy",

@@ -131,6 +131,10 @@ class Strategy:
         """The local objective on one batch; `received` holds the downloaded parameters by name."""
         return model(**batch).loss
 
+    def learning_rate_factors(self, model: nn.Module) -> dict[str, float]:
+        """By what the learning rate of a client's parameters is multiplied, by their names; 1 for those left out."""
+        return {}
+
     def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
         """
         What a participant does: its upload, and tensors that stay with it until its next round. They are kept only if

@@ -42,6 +42,7 @@ from ..federation import (
     load_federation,
     read_manifest,
     save_federation,
+    scale_learning_rates,
     seed_of,
 )
 from ..models import AdapterExpert
@@ -305,7 +306,9 @@ class FederatedTrainer(ClientEvaluation, Trainer):
 
     def _make_optimizer(self, worker: nn.Module) -> torch.optim.Optimizer:
         self.optimizer = None
-        return self.accelerator.prepare_optimizer(self.create_optimizer(worker), device_placement=False)
+        optimizer = self.create_optimizer(worker)
+        scale_learning_rates(optimizer, worker, self.strategy.learning_rate_factors(worker))
+        return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
         """The learning-rate schedule of one client's local steps in the current round."""

@@ -17,9 +17,18 @@ from hf_fedmoe.strategies import (
     FedRep,
     Local,
     PFedMe,
+    PFedMM,
 )
 from hf_fedmoe.training import FederatedTrainer
-from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_ensemble, tiny_expert, tiny_federation
+from tests.tiny_federation import (
+    assert_equal_states,
+    state,
+    tiny_args,
+    tiny_ensemble,
+    tiny_expert,
+    tiny_federation,
+    tiny_multi_head,
+)
 
 
 def run(output_dir, strategy, data=None, **changes):
@@ -97,6 +106,16 @@ def test_fedem_of_one_model_is_fedavg(tmp_path):
     fedem.train()
     fedavg = run(tmp_path / "fedavg", FedAvg(), **settings)
     assert_equal_states(state(fedem.model.models[0]), state(fedavg.model), atol=1e-6, rtol=0)
+
+
+def test_pfedmm_of_one_head_is_fedavg(tmp_path):
+    settings = dict(optim="sgd", learning_rate=0.1)
+    args = tiny_args(tmp_path / "pfedmm", **settings)
+    pfedmm = FederatedTrainer(tiny_multi_head(num_heads=1), args, tiny_federation(), strategy=PFedMM())
+    pfedmm.train()
+    fedavg = run(tmp_path / "fedavg", FedAvg(), **settings).model
+    assert_equal_states(state(pfedmm.model.backbone), state(fedavg.bert), atol=1e-6, rtol=0)
+    assert_equal_states(state(pfedmm.model.models[0].classifier), state(fedavg.classifier), atol=1e-6, rtol=0)
 
 
 def test_apfl_of_share_one_is_local_and_of_share_zero_has_no_model_but_w(tmp_path):

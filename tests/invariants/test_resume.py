@@ -28,6 +28,7 @@ from hf_fedmoe.strategies import (
     FedRep,
     Local,
     PFedMe,
+    PFedMM,
 )
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import (
@@ -39,6 +40,7 @@ from tests.tiny_federation import (
     tiny_expert,
     tiny_federation,
     tiny_mixture,
+    tiny_multi_head,
 )
 
 
@@ -57,6 +59,7 @@ RUNS = {
     "apfl": (lambda: APFL(adapt=True), {"upload_compression": "top_k"}),
     "l2sgd": (L2SGD, {"keep_client_optimizer": True}),
     "fedem": (FedEM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
+    "pfedmm": (PFedMM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "qffl": (QFFL, {}),
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
@@ -68,7 +71,18 @@ RUNS = {
     "fedmoe_expert_epochs": (None, {"expert_epochs": 1}),
     "fedmoe_download_epochs": (None, {"download_epochs": 1}),
 }
-PERSONAL_RUNS = ("local", "fedem", "fedavg_plus", "fedrep", "pfedme", "apfl", "l2sgd", "clustered", "decentralised")
+PERSONAL_RUNS = (
+    "local",
+    "fedem",
+    "pfedmm",
+    "fedavg_plus",
+    "fedrep",
+    "pfedme",
+    "apfl",
+    "l2sgd",
+    "clustered",
+    "decentralised",
+)
 # The same with adapters in the place of whole models.
 LORA_RUNS = {
     "lora_fedavg": (FedAvg, {"client_ranks": [4, 2], "keep_client_optimizer": True}),
@@ -92,7 +106,7 @@ def trainer(name, output_dir, **changes):
     if strategy is None:
         return FedMoETrainer(tiny_mixture(peft_config=lora), args, train_dataset=tiny_federation())
     data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
-    model = tiny_ensemble() if name == "fedem" else tiny_expert()
+    model = {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head}.get(name, tiny_expert)()
     return FederatedTrainer(model, args, data, strategy=strategy(), peft_config=lora)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +23,12 @@ from hf_fedmoe.strategies import (
     FedEM,
     Local,
     PFedMe,
+    PFedMM,
 )
 from hf_fedmoe.strategies.afl import project_to_simplex
 from hf_fedmoe.strategies.clustered import smaller_part
 from hf_fedmoe.strategies.decentralised import connected_graph, metropolis_weights
-from hf_fedmoe.strategies.fedem import expectation
+from hf_fedmoe.strategies.fedem import expectation, model_losses
 from tests.strategies.test_fedavg import server_and_uploads
 from tests.tiny_client import Slope, row, tiny_local, tiny_server, tiny_task
 
@@ -274,6 +277,37 @@ def test_fedem_matches_the_worked_example():
     close(pi_M, expected(data, "pi_2"))
 
 
+@pytest.mark.parametrize("num_em_steps", [1, 2])
+def test_pfedmm_matches_the_worked_example(num_em_steps):
+    data = json.loads((Path(__file__).parents[1] / "data" / "pfedmm.json").read_text())
+    # Two classes, of which the first has these losses.
+    probabilities_NM = (-expected(data, "losses_NM")).exp()
+    logits_NMC = torch.stack([probabilities_NM, 1 - probabilities_NM], dim=2).log()
+    labels_N = torch.zeros(8, dtype=torch.long)
+
+    class Heads(torch.nn.Module):
+        def forward(self, index, labels):
+            assert not self.training
+            return SimpleNamespace(model_logits=logits_NMC[index])
+
+    batches = [{"index": places, "labels": labels_N[places]} for places in torch.arange(8).split(3)]
+    local = SimpleNamespace(
+        load=lambda *_: Heads(),
+        in_order=lambda *_: iter(batches),
+        accelerator=SimpleNamespace(autocast=nullcontext),
+    )
+    task = SimpleNamespace(received_P=None, integers=None, dataset=None, seed=0, kept={})
+    q_NM, pi_M = PFedMM(num_em_steps=num_em_steps).expect(local, task)
+    # The model computes its losses in float32.
+    torch.testing.assert_close(q_NM.double(), expected(data, f"q_{num_em_steps}_NM"), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pi_M.double(), expected(data, f"pi_{num_em_steps}"), atol=1e-6, rtol=0)
+    if num_em_steps == 1:
+        losses_NM = torch.cat([model_losses(Heads().eval(), batch) for batch in batches])
+        assert (q_NM * losses_NM).sum(1).mean().item() == pytest.approx(data["m_step_loss"], abs=1e-6)
+        mixed_NC = mix_models(expected(data, "head_probs_NMC").log(), pi_M.double())
+        torch.testing.assert_close(mixed_NC.exp(), expected(data, "prediction_NC"), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -292,6 +326,8 @@ def test_fedem_matches_the_worked_example():
         (lambda: ClusteredFL(min_size=0), "`min_size` is 0"),
         (lambda: FedEM(num_em_steps=0), "`num_em_steps` is 0"),
         (lambda: FedEM().server_models(Slope()), "`model` is a Slope: build an ensemble around it with"),
+        (lambda: PFedMM(num_em_steps=0), "`num_em_steps` is 0"),
+        (lambda: PFedMM().server_models(Slope()), "`model` is a Slope: give it heads with"),
         (lambda: Decentralised(edge_probability=0), "`edge_probability` is 0"),
         (lambda: connected_graph(30, 0.001, 0), "none of 1000 graphs of 30 clients was connected"),
     ],

@@ -9,7 +9,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_fedmoe.data import AUGMENTATIONS, FederatedDataset, ImageCollator, hold_out_client_tests
-from hf_fedmoe.models import EnsembleForImageClassification, EnsembleForSequenceClassification
+from hf_fedmoe.models import (
+    EnsembleForImageClassification,
+    EnsembleForSequenceClassification,
+    MultiHeadForImageClassification,
+)
 from hf_fedmoe.strategies import (
     AFL,
     APFL,
@@ -23,6 +27,7 @@ from hf_fedmoe.strategies import (
     FedRep,
     Local,
     PFedMe,
+    PFedMM,
 )
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import (
@@ -33,6 +38,7 @@ from tests.tiny_federation import (
     tiny_expert,
     tiny_federation,
     tiny_mixture,
+    tiny_multi_head,
     tiny_rows,
 )
 from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
@@ -43,6 +49,7 @@ METHODS = {
     "local": Local,
     "fedavg_plus": FedAvgPlus,
     "fedem": FedEM,
+    "pfedmm": PFedMM,
     "fedrep": FedRep,
     "pfedme": PFedMe,
     "apfl": lambda: APFL(adapt=True),
@@ -66,7 +73,7 @@ def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
 
 
 def start(method):
-    return tiny_ensemble() if method == "fedem" else tiny_expert()
+    return {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head}.get(method, tiny_expert)()
 
 
 def trained(output_dir, method, data=None, **changes):
@@ -230,6 +237,37 @@ def test_of_fedem_all_models_travel_and_the_mixture_does_not(tmp_path):
         assert torch.equal(federation.personal_model(client).mixture_M, tensors["pi_M"])
 
 
+def test_of_pfedmm_the_backbone_travels_once_and_the_mixture_does_not(tmp_path):
+    trainer = trained(tmp_path, "pfedmm", rounds=1)
+    head = sum(parameter.numel() for parameter in tiny_expert().classifier.parameters())
+    all_modules = sum(parameter.numel() for parameter in tiny_expert().parameters()) + head
+    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == 2 * all_modules * 4
+    assert trainer.model.mixture_M.tolist() == [0.5, 0.5]
+    federation = trainer._federation_of_the_last_round()
+    for client in trainer.rounds[0].clients:
+        pi_M = federation.store.get(client)["pi_M"]
+        assert pi_M.sum().item() == pytest.approx(1) and (pi_M != 0.5).all()
+        assert torch.equal(federation.personal_model(client).mixture_M, pi_M)
+
+
+@pytest.mark.parametrize("scope", ["round", "run"])
+def test_pfedmm_teaches_the_backbone_m_times_as_fast(tmp_path, scope):
+    data = tiny_federation(num_clients=1)
+    settings = dict(rounds=1, clients_per_round=1, per_device_train_batch_size=12, max_grad_norm=0.0)
+    settings |= dict(optim="sgd", learning_rate=100.0, lr_scheduler_scope=scope)
+    moved = []
+    for strategy in (PFedMM(), FedEM()):  # FedEM of the same model has one rate for all
+        args = tiny_args(tmp_path / strategy.name, num_train_epochs=1, **settings)
+        trainer = FederatedTrainer(tiny_multi_head(3), args, data, strategy=strategy)
+        trainer.train()
+        start, end = state(tiny_multi_head(3)), state(trainer.model)
+        moved.append({name: end[name] - start[name] for name in start})
+    assert moved[1]["backbone.encoder.layer.0.output.dense.weight"].abs().max() > 1e-3
+    for name in moved[0].keys() - {"mixture_M"}:
+        factor = 3 if name.startswith("backbone.") else 1
+        torch.testing.assert_close(moved[0][name], factor * moved[1][name], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_of_fedrep_only_the_body_travels(tmp_path, compression):
     trainer = trained(tmp_path, "fedrep", rounds=1, upload_compression=compression)
@@ -327,11 +365,13 @@ def image_model(method):
     torch.manual_seed(5)
     if method == "fedem":
         return EnsembleForImageClassification.from_classifier(tiny_resnet(), num_models=2)
+    if method == "pfedmm":
+        return MultiHeadForImageClassification.from_classifier(tiny_resnet(), num_heads=2)
     return tiny_resnet()
 
 
 @pytest.mark.parametrize("fusion", ["svd", "factors", "ffa"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedem"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("fedem", "pfedmm")])
 def test_clients_of_adapters(tmp_path, method, fusion):
     data = hold_out_client_tests(tiny_federation(), unseen_share=0.25)
     args = tiny_args(tmp_path, rounds=2, lora_fusion=fusion)

@@ -34,6 +34,9 @@ class EnsembleConfig(PreTrainedConfig):
         "expert_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
     }
 
+    # What the number of models is called in messages.
+    count_name: ClassVar[str] = "num_models"
+
     expert_config: dict | PreTrainedConfig | None = None
     num_models: int = 3
     pad_token_id: int | None = None
@@ -42,7 +45,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.expert_config = copy.deepcopy(self.expert_config)
         super().__post_init__(**kwargs)
         if isinstance(self.num_models, bool) or not isinstance(self.num_models, int) or self.num_models < 1:
-            raise ValueError(f"`num_models` is {self.num_models!r}: pass an integer of at least 1.")
+            raise ValueError(f"`{self.count_name}` is {self.num_models!r}: pass an integer of at least 1.")
         self.id2label = dict(self.expert_config.id2label)
         self.label2id = dict(self.expert_config.label2id)
         # Of texts only.

@@ -57,13 +57,16 @@ class EnsemblePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: EnsembleConfig) -> None:
         super().__init__(config)
-        make = self.expert_auto_class.from_config
-        self.models = nn.ModuleList(make(config.expert_config) for _ in range(config.num_models))
+        self.models = self._make_models(config)
         self.register_buffer("mixture_M", torch.full((config.num_models,), 1 / config.num_models))
         self.supports_gradient_checkpointing = self.models[0].supports_gradient_checkpointing
         self._names = frozenset(inspect.signature(self.models[0].forward).parameters)
         self.post_init()
         self.all_tied_weights_keys.update(self.get_expanded_tied_weights_keys(all_submodels=True))
+
+    def _make_models(self, config: EnsembleConfig) -> nn.ModuleList:
+        make = self.expert_auto_class.from_config
+        return nn.ModuleList(make(config.expert_config) for _ in range(config.num_models))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -111,17 +114,19 @@ class EnsemblePreTrainedModel(PreTrainedModel):
                 f"`classifier` is a {type(classifier).__name__}, which is not what {cls.expert_auto_class.__name__} "
                 f"builds: load it with `{cls.expert_auto_class.__name__}.from_pretrained`."
             )
+        count = cls.config_class.count_name
         backbone = f"{classifier.base_model_prefix}."
         heads = {n: p for n, p in classifier.named_parameters() if not n.startswith(backbone) and p.dim() > 1}
         if not heads and num_models > 1:
             raise ValueError(
-                f"`num_models` is {num_models}, but {type(classifier).__name__} has no weights outside of its "
-                "backbone to draw anew: equal models would stay equal, pass num_models=1."
+                f"`{count}` is {num_models}, but {type(classifier).__name__} has no weights outside of its "
+                f"backbone to draw anew: equal models would stay equal, pass {count}=1."
             )
-        ensemble = cls(EnsembleConfig(expert_config=classifier.config, num_models=num_models)).to(classifier.dtype)
+        ensemble = cls(cls.config_class(expert_config=classifier.config, num_models=num_models)).to(classifier.dtype)
         generator = torch.Generator().manual_seed(seed)
         for index, model in enumerate(ensemble.models):
-            model.load_state_dict(classifier.state_dict())
+            state = classifier.state_dict()
+            model.load_state_dict({name: state[name] for name in model.state_dict()})
             for name, weight in heads.items() if index else ():
                 drawn = torch.randn(weight.shape, generator=generator).to(weight)
                 model.get_parameter(name).copy_(drawn * weight.std() + weight.mean())
