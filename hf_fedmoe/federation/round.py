@@ -141,8 +141,9 @@ class Federation:
             server, uploads, self.reserved, round_index, seed_of(self.seed, Stream.SERVER, round_index)
         )
         # The bank is the model's own memory, but for these.
-        for module, taken in zip(self.strategy.server_models(server.model), server.integers, strict=True):
-            layout.write_integers(taken, module)
+        if layout.integers:
+            for module, taken in zip(self.strategy.server_models(server.model), server.integers, strict=True):
+                layout.write_integers(taken, module)
         report.seconds["server"] = time.perf_counter() - started
         started = time.perf_counter()
         rows = self.strategy.synchronise(server, uploads)

@@ -177,9 +177,14 @@ def _check_target_modules(base: PreTrainedModel, targets: list[str] | str | None
 
 def train_adapters_only(peft_model: "PeftModel", names: list[str]) -> None:
     """Freezes all but the adapters `names` and their heads. Loading needs it too: it makes every parameter anew."""
-    own = {id(tensor) for name in names for tensor in adapter_tensors(peft_model, name).values()}
+    own = ids_of_adapters(peft_model, names)
     for parameter in peft_model.parameters():
         parameter.requires_grad_(id(parameter) in own)
+
+
+def ids_of_adapters(peft_model: nn.Module, names: list[str]) -> set[int]:
+    """The identities of all tensors of the adapters `names` and their heads."""
+    return {id(tensor) for name in names for tensor in adapter_tensors(peft_model, name).values()}
 
 
 def adapter_tensors(peft_model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
-from .adapters_fedmoe import AdapterExpert, activate, adapter_submodule, adapter_tensors, with_adapters
+from .adapters_fedmoe import AdapterExpert, activate, adapter_submodule, ids_of_adapters, with_adapters
 from .building_fedmoe import FedMoEBuilding
 from .configuration_fedmoe import FedMoEConfig
 from .mixture_fedmoe import (
@@ -148,7 +148,7 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             for expert in self.experts[1:]:
                 expert.load_state_dict(self.experts[0].state_dict())
         elif config.peft_config.get("base_model_name_or_path"):
-            own = {id(tensor) for name in self.adapter_names for tensor in adapter_tensors(self.base, name).values()}
+            own = ids_of_adapters(self.base, self.adapter_names)
             state = self.base.state_dict(keep_vars=True)
             self._keys_to_ignore_on_save = {f"base.{key}" for key, tensor in state.items() if id(tensor) not in own}
 

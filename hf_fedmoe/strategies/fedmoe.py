@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel, gating_entropy
-from ..weights import collapse, fuse_integers, fuse_models_, mix_models
+from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
 from .base import Server, Strategy, Uploads, warmed_up
 from .relevance import CORRELATIONS, client_mixture, correlate
 from .server_training import expert_outputs, fine_tune, gate_probabilities, probe, train_gate
@@ -175,7 +175,7 @@ class FedMoE(Strategy):
         if self.settings.synchronisation == "download_mixture":
             mixture_S = server.tensors["mixture_SM"][:, client].to(server.bank_SP)
             if mixture_S.any():
-                return mix_models(server.bank_SP, mixture_S[None], server.layout)[0]
+                return mix_rows(server.bank_SP, mixture_S[None], server.layout)[0]
         return server.tensors.get("start_P", self._main(server))
 
     def update(
@@ -247,7 +247,7 @@ class FedMoE(Strategy):
         if server.model.config.num_main_experts:
             return server.bank_SP[0]
         num_routed = len(server.bank_SP)
-        return mix_models(server.bank_SP, server.bank_SP.new_full((1, num_routed), 1 / num_routed), server.layout)[0]
+        return mix_rows(server.bank_SP, server.bank_SP.new_full((1, num_routed), 1 / num_routed), server.layout)[0]
 
     def _rate(self, server: Server, round_index: int) -> Tensor:
         """lambda of each expert `[S]`."""

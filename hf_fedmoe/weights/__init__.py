@@ -3,7 +3,7 @@
 from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
 from .fusion import collapse, fuse_, fuse_integers
 from .layout import StateLayout, copy_module, release
-from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_models
+from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows
 from .payload import Payload, keep_private_, payload_fault
 
 
@@ -22,7 +22,7 @@ __all__ = [
     "fuse_models_",
     "keep_private_",
     "make_codec",
-    "mix_models",
+    "mix_rows",
     "payload_fault",
     "release",
 ]

@@ -52,7 +52,7 @@ def fuse_models_(
     return lost_S / (kept_S + lost_S).clamp_min(torch.finfo(lost_S.dtype).tiny)
 
 
-def mix_models(rows_SP: Tensor, weights_nS: Tensor, layout: StateLayout) -> Tensor:
+def mix_rows(rows_SP: Tensor, weights_nS: Tensor, layout: StateLayout) -> Tensor:
     """New rows `[n, P]`, each the weighted sum of `rows_SP` in the sense of [`fuse_models_`]."""
     mixed_nP = rows_SP.new_zeros(len(weights_nS), layout.size)
     fuse_models_(mixed_nP, rows_SP, weights_nS, rows_SP.new_zeros(len(weights_nS)), layout)

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from hf_fedmoe.models import AdapterExpert
 from hf_fedmoe.models.adapters_fedmoe import peft_config_dict, with_adapters
-from hf_fedmoe.weights import StateLayout, bytes_at_rank, collapse, fit_rank_, fuse_models_, mix_models
+from hf_fedmoe.weights import StateLayout, bytes_at_rank, collapse, fit_rank_, fuse_models_, mix_rows
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
 
@@ -141,7 +141,7 @@ def test_t_steps_in_coefficients_are_t_dense_steps_cut_once():
 
 def test_a_single_row_keeps_its_product():
     layout, bank_NP = bank_of(adapters())
-    [mixed_P] = mix_models(bank_NP[:1], torch.ones(1, 1).double(), layout)
+    [mixed_P] = mix_rows(bank_NP[:1], torch.ones(1, 1).double(), layout)
     torch.testing.assert_close(deltas(layout, mixed_P), deltas(layout, bank_NP[0]), atol=1e-10, rtol=0)
 
 
@@ -201,7 +201,7 @@ def test_the_worked_example_of_unequal_ranks_as_rows():
         layer["lora_B"].weight.data = pad(float64(B) * scaling, (0, missing))
         clients.append(nn.ModuleDict({"layer": layer}))
     layout = StateLayout.of(clients[0], lora_products=True)
-    mixed_KP = mix_models(layout.bank(clients), float64(data["weights_Km"]), layout)
+    mixed_KP = mix_rows(layout.bank(clients), float64(data["weights_Km"]), layout)
     for row_P, expected in zip(mixed_KP, data["dense_delta_K"], strict=True):
         [found] = deltas(layout, row_P)
         torch.testing.assert_close(found, truncated(float64(expected), RANK)[0], atol=1e-10, rtol=0)
