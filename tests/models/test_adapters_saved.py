@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -34,6 +31,7 @@ from tests.tiny_adapters import (
 from tests.tiny_models import (
     make_different,
 )
+from tests.without_package import logits_without_package
 
 
 # PEFT turns GPT-2's weights round by itself, and says so for each layer.
@@ -186,33 +184,13 @@ def test_pipeline_on_a_checkpoint_with_its_base_by_reference(tmp_path):
         assert scores == pytest.approx(dict(zip(id2label.values(), probs_C.tolist(), strict=True)), abs=1e-6)
 
 
-# Runs with `-I` (no PYTHONPATH, no working directory on the path); an installed package is hidden as well.
-LOAD = """
-import json, sys
-sys.modules["hf_fedmoe"] = None
-import torch
-from transformers import AutoModelForSequenceClassification
-
-batch = torch.tensor(json.loads(sys.argv[1]))
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[2], trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-with torch.no_grad():
-    print("LOGITS", json.dumps(model(batch).logits.tolist()))
-model.save_pretrained(sys.argv[2] + "/again")
-"""
-
-
 def test_by_reference_where_the_package_is_not_installed(tmp_path):
     model = build(base=saved_base("bert", tmp_path), top_l=2, gate="adapter")
     model.save_pretrained(tmp_path / "mixture")
     input_ids = examples()["input_ids"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-I", "-c", LOAD, json.dumps(input_ids.tolist()), str(tmp_path / "mixture")]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("LOGITS "))
+    [logits] = logits_without_package([tmp_path / "mixture"], input_ids, tmp_path / "cache")
     expected = model(input_ids).logits
-    assert torch.equal(torch.tensor(json.loads(line.removeprefix("LOGITS "))), expected)
+    assert torch.equal(logits, expected)
     again = FedMoEForSequenceClassification.from_pretrained(tmp_path / "mixture" / "again")
     assert torch.equal(again(input_ids).logits, expected)
     assert (tmp_path / "mixture" / "again" / "adapters_fedmoe.py").exists()

@@ -1,8 +1,4 @@
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,9 +16,9 @@ from hf_fedmoe.models import (
     SmallCNNConfig,
 )
 from hf_fedmoe.weights import StateLayout, copy_module
-from tests.models.test_remote_code import LOAD
 from tests.tiny_images import IMAGE_FAMILIES, image_batch, tiny_cnn
 from tests.tiny_models import TEXT_FAMILIES, text_batch, tiny_bert
+from tests.without_package import logits_without_package
 
 
 def with_head(classifier, model, index):
@@ -103,12 +99,8 @@ def test_loads_where_the_package_is_not_installed(tmp_path):
     model = MultiHeadForSequenceClassification.from_classifier(tiny_bert(), 2)
     model.save_pretrained(tmp_path / "model")
     input_ids = text_batch(4)["input_ids"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-I", "-c", LOAD, json.dumps(input_ids.tolist()), str(tmp_path / "model")]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    (line,) = [line.removeprefix("LOGITS ") for line in result.stdout.splitlines() if line.startswith("LOGITS")]
-    assert torch.equal(torch.tensor(json.loads(line)), model(input_ids).logits)
+    [logits] = logits_without_package([tmp_path / "model"], input_ids, tmp_path / "cache")
+    assert torch.equal(logits, model(input_ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,3 @@
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -20,23 +15,7 @@ from tests.tiny_models import (
     tiny_distilbert,
     tiny_gpt2,
 )
-
-
-# Runs with `-I` (no PYTHONPATH, no working directory on the path); an installed package is hidden as well.
-LOAD = """
-import json, sys
-sys.modules["hf_fedmoe"] = None
-import torch
-from transformers import AutoModelForSequenceClassification
-
-batch = torch.tensor(json.loads(sys.argv[1]))
-for path in sys.argv[2:]:
-    model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    with torch.no_grad():
-        print("LOGITS", json.dumps(model(batch).logits.tolist()))
-    model.save_pretrained(path + "/again")
-"""
+from tests.without_package import logits_without_package
 
 
 def test_loads_where_the_package_is_not_installed(tmp_path):
@@ -50,18 +29,14 @@ def test_loads_where_the_package_is_not_installed(tmp_path):
     for name, model in models.items():
         make_different(model).save_pretrained(tmp_path / name)
     input_ids = text_batch(4)["input_ids"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-I", "-c", LOAD, json.dumps(input_ids.tolist()), *(str(tmp_path / n) for n in models)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    lines = [line.removeprefix("LOGITS ") for line in result.stdout.splitlines() if line.startswith("LOGITS")]
-    for (name, model), line in zip(models.items(), lines, strict=True):
+    found = logits_without_package([tmp_path / name for name in models], input_ids, tmp_path / "cache")
+    for (name, model), logits in zip(models.items(), found, strict=True):
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "again")
         assert type(again) is type(model)
         # With gradients torch takes another kernel for LSTMs.
         with torch.no_grad():
             expected = model(input_ids).logits
-            assert torch.equal(torch.tensor(json.loads(line)), expected), name
+            assert torch.equal(logits, expected), name
             assert torch.equal(again(input_ids).logits, expected), name
         sources = [{file.name for file in path.glob("*.py")} for path in (tmp_path / name, tmp_path / name / "again")]
         assert sources[0] == sources[1]
