@@ -75,7 +75,8 @@ class LocalTrainer:
 
     [`LocalTrainer.train`] is what most methods need. One that does something else with each batch puts its loop
     together from [`LocalTrainer.plan`], [`LocalTrainer.begin`], [`LocalTrainer.steps`] and [`LocalTrainer.step`], of
-    which `train` consists, and one that trains several models at once asks for [`LocalTrainer.twins`].
+    which `train` consists. One that trains several models at once asks for [`LocalTrainer.twins`], one whose clients
+    have other architectures for [`LocalTrainer.of`].
 
     Args:
         worker (`nn.Module`): The client model, on the device.
@@ -104,6 +105,7 @@ class LocalTrainer:
         self._trainable = {name: p.requires_grad for name, p in self.worker.named_parameters()}
         self._only: Collection[str] | None = None
         self._twins: list[LocalTrainer] = []
+        self._others: dict[str, LocalTrainer] = {}
         # Accelerate's wrapper looks for an optional package on disk in every step; without scaling and ranks it does
         # nothing else.
         if self.accelerator.scaler is None and self.accelerator.distributed_type == DistributedType.NO:
@@ -229,6 +231,18 @@ class LocalTrainer:
             worker = copy_module(self.worker)
             self._twins.append(dataclasses.replace(self, worker=worker, optimizer=self.make_optimizer(worker)))
         return self._twins[:count]
+
+    def of(self, name: str, make: Callable[[], nn.Module]) -> "LocalTrainer":
+        """
+        The trainer of a module of another architecture, with an optimizer of its own: for methods whose clients differ
+        in their models. `make` is called when `name` is asked for the first time.
+        """
+        if name not in self._others:
+            worker = make().to(self.accelerator.device)
+            self._others[name] = dataclasses.replace(
+                self, worker=worker, layout=StateLayout.of(worker), optimizer=self.make_optimizer(worker)
+            )
+        return self._others[name]
 
     def _learn(self, only: Collection[str] | None) -> None:
         """Only the parameters of these names learn; all that may if `None`."""

@@ -31,7 +31,7 @@ class RoundReport:
     What happened in a round.
 
     Args:
-        clients (`list[int]`): Who was drawn.
+        clients (`list[int]`): Who took part.
         num_examples (`int`): Training examples of those whose upload was accepted.
         loss (`float`): Mean local training loss, weighted by examples.
         bytes_down (`int`), bytes_up (`int`): Communication with all participants.
@@ -97,7 +97,7 @@ class Federation:
     ) -> RoundReport:
         """Runs round `round_index` (from 0); `on_client` is called after each client."""
         server, layout, started = self.server, self.server.layout, time.perf_counter()
-        chosen = self.draw(round_index, clients_per_round)
+        chosen = self.strategy.participants(server, self.draw(round_index, clients_per_round), round_index)
         report = RoundReport(chosen)
         rows_mP = torch.zeros(len(chosen), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
         accepted: dict[int, tuple[int, Payload]] = {}
@@ -105,14 +105,16 @@ class Federation:
         shared = self.strategy.shared(server, round_index)
         for place, client in enumerate(chosen):
             links = self.strategy.links(server, client, chosen)
-            sent = Payload(server.bank_SP[0], server.integers[0], row_bytes=self._row_bytes(client, shared))
-            report.bytes_down += links * sent.num_bytes(layout, shared)
+            task = None
             try:
-                payload, stays[client] = self._train_client(client, round_index, rows_mP[place])
+                task = self.task(client, round_index, rows_mP[place])
+                payload, stays[client] = self._train_client(task)
                 fault = payload_fault(payload, layout)
             except Exception as error:  # whatever breaks on one client must not break the federation
                 fault = f"{type(error).__name__}: {error}"
                 logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)
+            if task is not None:
+                report.bytes_down += links * task.received_bytes
             if fault is None:
                 accepted[client] = (place, payload)
                 report.bytes_up += links * payload.num_bytes(layout, shared)
@@ -154,12 +156,12 @@ class Federation:
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
-    def _train_client(self, client: int, round_index: int, out_P: Tensor) -> tuple[Payload, dict[str, Tensor]]:
-        """The upload, its row written to `out_P`, and what stays with the client if the upload is accepted."""
-        task = self.task(client, round_index, out_P)
+    def _train_client(self, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
+        """The upload, its row written to `task.out_P`, and what stays with the client if the upload is accepted."""
         payload, stays = self.strategy.train_client(self.local_trainer, task)
-        shared = self.strategy.shared(self.server, round_index)
-        payload.row_bytes = self._row_bytes(client, shared)
+        shared = self.strategy.shared(self.server, task.round_index)
+        if payload.row_bytes is None:
+            payload.row_bytes = self._row_bytes(task.client, shared)
         for name, tensor in stays.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"`{name}`, which it would keep, holds values that are not finite")
@@ -171,7 +173,7 @@ class Federation:
         residual_U = task.kept.get("residual_U")
         if self.codec is not None and (shared is None or shared):
             payload.row_bytes, residual_U = compress_upload(
-                self.codec, self.server.layout, out_P, task.received_P, residual_U, shared
+                self.codec, self.server.layout, task.out_P, task.received_P, residual_U, shared
             )
         if residual_U is not None:
             stays["residual_U"] = residual_U
@@ -185,6 +187,8 @@ class Federation:
             received_P = received_P.clone()
             seed = seed_of(self.seed, Stream.ADAPTER_START, round_index, client)
             fit_rank_(received_P, self.server.layout, self._rank(client), seed)
+        shared = self.strategy.shared(self.server, round_index)
+        sent = Payload(received_P, self.server.integers[0], row_bytes=self._row_bytes(client, shared))
         optimizer = {name: kept.pop(name) for name in list(kept) if name.startswith(OPTIMIZER_PREFIX)}
         return ClientTask(
             client,
@@ -196,6 +200,7 @@ class Federation:
             seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client),
             kept,
             optimizer or None,
+            sent.num_bytes(self.server.layout, shared),
         )
 
     def personal_model(self, client: int) -> nn.Module:

@@ -89,6 +89,8 @@ class ClientTask:
         kept (`dict[str, Tensor]`, *optional*): What [`Strategy.train_client`] left with it in its last round, and as
             `row_P` what [`Strategy.synchronise`] did; empty if it never took part.
         kept_optimizer (`dict[str, Tensor]`, *optional*): Its optimizer's state, for [`LocalTrainer.train`].
+        received_bytes (`int`, *optional*): Bytes of what it received: those of the [`Strategy.shared`] tensors, unless
+            the strategy says here that it sends this client less. An upload says so in its `row_bytes`.
     """
 
     client: int
@@ -100,6 +102,7 @@ class ClientTask:
     seed: int
     kept: dict[str, Tensor] = field(default_factory=dict)
     kept_optimizer: dict[str, Tensor] | None = None
+    received_bytes: int = 0
 
 
 class Strategy:
@@ -119,6 +122,10 @@ class Strategy:
 
     def setup(self, server: Server, num_clients: int) -> None:
         """Called once before the first round (not after a resume): fills `server.tensors`."""
+
+    def participants(self, server: Server, drawn: list[int], round_index: int) -> list[int]:
+        """Who takes part in a round: the clients that were drawn."""
+        return drawn
 
     def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
         """
