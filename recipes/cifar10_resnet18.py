@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from federated_recipe import main
-from image_federation import ImageRecipe
+from hf_fedmoe.experiments import ImageExperiment, main
 
 
 if __name__ == "__main__":
-    main(ImageRecipe, Path(__file__).with_suffix(".yaml"))
+    main(ImageExperiment, Path(__file__).with_suffix(".yaml"))

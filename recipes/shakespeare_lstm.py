@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from character_federation import CharacterRecipe
-from federated_recipe import main
+from hf_fedmoe.experiments import CharacterExperiment, main
 
 
 if __name__ == "__main__":
-    main(CharacterRecipe, Path(__file__).with_suffix(".yaml"))
+    main(CharacterExperiment, Path(__file__).with_suffix(".yaml"))

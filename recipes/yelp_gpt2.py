@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from federated_recipe import main
-from text_federation import TextRecipe
+from hf_fedmoe.experiments import TextExperiment, main
 
 
 if __name__ == "__main__":
-    main(TextRecipe, Path(__file__).with_suffix(".yaml"))
+    main(TextExperiment, Path(__file__).with_suffix(".yaml"))

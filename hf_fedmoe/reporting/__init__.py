@@ -1,6 +1,7 @@
 """What a run and its result look like: expert analysis, plots, the model card."""
 
 from .client_metrics import ClientScore, plot_clients, score_client, summarise_clients, write_client_table
+from .comparison import RunResult, comparison_table, plot_learning_curves, write_comparison
 from .expert_analysis import ExpertAnalysis, analyse_experts, scores
 from .gate_heatmap import plot_gate
 from .model_card import RunFacts, write_model_card
@@ -10,12 +11,16 @@ __all__ = [
     "ClientScore",
     "ExpertAnalysis",
     "RunFacts",
+    "RunResult",
     "analyse_experts",
+    "comparison_table",
     "plot_clients",
     "plot_gate",
+    "plot_learning_curves",
     "score_client",
     "scores",
     "summarise_clients",
     "write_client_table",
+    "write_comparison",
     "write_model_card",
 ]

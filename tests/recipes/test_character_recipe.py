@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hf_fedmoe.experiments import CharacterExperiment, main, parse
 from hf_fedmoe.models import FedMoEConfig
 
 
@@ -21,19 +22,16 @@ SMALL += ["--model_config", '{"hidden_size": 8}']
 
 @pytest.fixture
 def recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
-    import character_federation
-    import federated_recipe
 
     def run(*argv: str) -> None:
         monkeypatch.setattr(sys, "argv", ["shakespeare_lstm", *SMALL, *argv])
-        federated_recipe.main(character_federation.CharacterRecipe, SETTINGS)
+        main(CharacterExperiment, SETTINGS)
 
-    def parse(*argv: str):
-        return character_federation.CharacterRecipe.parse(SETTINGS, [*SMALL, *argv])[0]
+    def parsed(*argv: str):
+        return parse(CharacterExperiment, SETTINGS, [*SMALL, *argv])[0]
 
-    run.parse = parse
+    run.parse = parsed
     return run
 
 
@@ -64,9 +62,7 @@ def test_paper_preset_runs_on_the_shipped_plays(recipes, tmp_path):
 
 
 def test_paper_preset_has_the_published_network(recipes):
-    from character_federation import CharacterRecipe
-
-    recipe, args = CharacterRecipe.parse(SETTINGS, ["--preset", "paper", "--use_cpu", "True"])
+    recipe, args = parse(CharacterExperiment, SETTINGS, ["--preset", "paper", "--use_cpu", "True"])
     assert (recipe.window, recipe.stride, recipe.num_clients, args.optim.value) == (80, 1, 710, "sgd")
     assert recipe._build(recipe.model[0], {"num_labels": 100}).num_parameters() == 825_220
 

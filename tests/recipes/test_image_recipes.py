@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_fedmoe.experiments import ImageExperiment, main, parse
 from hf_fedmoe.models import FedMoEConfig
 
 
@@ -24,15 +25,12 @@ TINY = {
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
-    import federated_recipe
-    from image_federation import ImageRecipe
 
     def run(recipe: str, *settings: str) -> None:
         argv = [recipe, *SMALL, "--model_config", TINY[recipe], "--image_size", "8", *settings]
         monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(tmp_path / "run")])
-        federated_recipe.main(ImageRecipe, RECIPES / f"{recipe}.yaml")
+        main(ImageExperiment, RECIPES / f"{recipe}.yaml")
 
     return run
 
@@ -92,16 +90,13 @@ def letters(tmp_path) -> str:
     return str(file)
 
 
-def recipe_of(monkeypatch, *settings: str):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    from image_federation import ImageRecipe
-
-    return ImageRecipe.parse(RECIPES / "femnist_cnn.yaml", [*SMALL, "--image_size", "8", *settings])[0]
+def recipe_of(*settings: str):
+    return parse(ImageExperiment, RECIPES / "femnist_cnn.yaml", [*SMALL, "--image_size", "8", *settings])[0]
 
 
-def test_test_writers_are_in_no_client(letters, monkeypatch):
+def test_test_writers_are_in_no_client(letters):
     settings = "--partition natural --examples_per_client 15 --test_share 0.25 --reserved_size 30"
-    recipe = recipe_of(monkeypatch, "--dataset", letters, *settings.split())
+    recipe = recipe_of("--dataset", letters, *settings.split())
     _, source = recipe.source()
     data = recipe.split(source, seed=3)
     writers = [set(data.client(client)["writer_id"]) for client in range(4)]
@@ -113,9 +108,9 @@ def test_test_writers_are_in_no_client(letters, monkeypatch):
 
 
 @pytest.mark.parametrize("partition", ["pachinko", "shards", "dirichlet", "iid", "predominant"])
-def test_every_partition_is_at_hand(partition, letters, monkeypatch):
+def test_every_partition_is_at_hand(partition, letters):
     settings = f"--partition {partition} --examples_per_client 12 --num_groups 2"
-    recipe = recipe_of(monkeypatch, "--dataset", letters, *settings.split())
+    recipe = recipe_of("--dataset", letters, *settings.split())
     data = recipe.split(recipe.source()[1], seed=3)
     assert data.num_clients == 4 and data.client_sizes.min() >= 10
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import datasets
 import numpy as np
-from federated_recipe import RecipeArguments, find_model, label_maps
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, pipeline
 
-from hf_fedmoe.data import (
+from ..data import (
     AUGMENTATIONS,
     FederatedDataset,
     ImageCollator,
@@ -23,11 +22,17 @@ from hf_fedmoe.data import (
     natural,
     pachinko,
 )
-from hf_fedmoe.models import FedMoEForImageClassification, SmallImageProcessor
+from ..models import (
+    EnsembleForImageClassification,
+    FedMoEForImageClassification,
+    MultiHeadForImageClassification,
+    SmallImageProcessor,
+)
+from .experiment import Experiment, find_model, label_maps
 
 
 @dataclass
-class ImageRecipe(RecipeArguments):
+class ImageExperiment(Experiment):
     """Image classification; a model is the name of an architecture, with random weights, or a pretrained one."""
 
     model_config: str = field(default="{}", metadata={"help": "JSON: the configuration of an architecture."})
@@ -41,8 +46,10 @@ class ImageRecipe(RecipeArguments):
     test_share: float = field(default=0.2, metadata={"help": "Share of writers in no client, for partition natural."})
 
     mixture_class = FedMoEForImageClassification
+    ensemble_class = EnsembleForImageClassification
+    multi_head_class = MultiHeadForImageClassification
     source_arguments = ("image_column", "label_column")
-    partitions = (*RecipeArguments.partitions, "natural", "pachinko")
+    partitions = (*Experiment.partitions, "natural", "pachinko")
 
     def load_processor(self) -> SmallImageProcessor:
         return SmallImageProcessor(

@@ -9,11 +9,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from federated_recipe import RecipeArguments, find_model, label_maps
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-import hf_fedmoe  # noqa: F401  (registers the Auto classes)
-from hf_fedmoe.data import (
+from ..data import (
     CHARACTERS,
     FederatedDataset,
     character_inputs,
@@ -22,7 +20,12 @@ from hf_fedmoe.data import (
     natural,
     next_character_windows,
 )
-from hf_fedmoe.models import FedMoEForSequenceClassification
+from ..models import (
+    EnsembleForSequenceClassification,
+    FedMoEForSequenceClassification,
+    MultiHeadForSequenceClassification,
+)
+from .experiment import Experiment, find_model, label_maps
 
 
 # Characters of a context that are printed, and of its continuation.
@@ -30,7 +33,7 @@ SHOWN = 40
 
 
 @dataclass
-class CharacterRecipe(RecipeArguments):
+class CharacterExperiment(Experiment):
     """The next character as a class; a model is the name of an architecture, with random weights, or a trained one."""
 
     model_config: str = field(default="{}", metadata={"help": "JSON: the configuration of an architecture."})
@@ -41,7 +44,9 @@ class CharacterRecipe(RecipeArguments):
     server_roles: int = field(default=4, metadata={"help": "Roles of the reserved set and of validation, half each."})
 
     mixture_class = FedMoEForSequenceClassification
-    partitions = (*RecipeArguments.partitions, "natural")
+    ensemble_class = EnsembleForSequenceClassification
+    multi_head_class = MultiHeadForSequenceClassification
+    partitions = (*Experiment.partitions, "natural")
 
     def load_processor(self) -> None:
         """Characters need none."""

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from federated_recipe import RecipeArguments, find_model, label_maps
 from peft import LoraConfig, PeftConfig
 from transformers import (
     AutoModelForSequenceClassification,
@@ -14,8 +13,13 @@ from transformers import (
     pipeline,
 )
 
-from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.models import FedMoEForSequenceClassification
+from ..data import FederatedDataset
+from ..models import (
+    EnsembleForSequenceClassification,
+    FedMoEForSequenceClassification,
+    MultiHeadForSequenceClassification,
+)
+from .experiment import Experiment, find_model, label_maps
 
 
 SENTENCES = [
@@ -26,7 +30,7 @@ SENTENCES = [
 
 
 @dataclass
-class TextRecipe(RecipeArguments):
+class TextExperiment(Experiment):
     """Text classification with pretrained experts."""
 
     text_column: str | None = field(default=None, metadata={"help": "Column of texts, when it is not obvious."})
@@ -38,6 +42,8 @@ class TextRecipe(RecipeArguments):
     )
 
     mixture_class = FedMoEForSequenceClassification
+    ensemble_class = EnsembleForSequenceClassification
+    multi_head_class = MultiHeadForSequenceClassification
     source_arguments = ("text_column", "label_column")
 
     def load_processor(self) -> PreTrainedTokenizerBase:

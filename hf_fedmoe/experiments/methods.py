@@ -1,0 +1,160 @@
+"""The methods by their names: what model each trains, with which strategy, on whose data."""
+
+import copy
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from ..data import FederatedDataset
+from ..reporting import ExpertAnalysis, analyse_experts, scores
+from ..strategies import (
+    AFL,
+    APFL,
+    L2SGD,
+    QFFL,
+    ClusteredFL,
+    Decentralised,
+    FedAvg,
+    FedAvgMovingAverage,
+    FedAvgPlus,
+    FedAvgReserved,
+    FedEM,
+    FedProx,
+    FedRep,
+    Local,
+    PFedMe,
+    PFedMM,
+    Strategy,
+)
+from ..training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
+from .experiment import Experiment
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedavg_reserved": FedAvgReserved,
+    "fedavg_tuned_at_end": FedAvgReserved,
+    "fedavg_moving_average": FedAvgMovingAverage,
+    "local": Local,
+    "fedavg_plus": FedAvgPlus,
+    "clustered": ClusteredFL,
+    "pfedme": PFedMe,
+    "l2sgd": L2SGD,
+    "apfl": APFL,
+    "qffl": QFFL,
+    "afl": AFL,
+    "fedem": FedEM,
+    "fedrep": FedRep,
+    "pfedmm": PFedMM,
+    "decentralised": Decentralised,
+}
+# Trained on the reserved set alone.
+CENTRALISED = ("reserved_only", "cent_moe")
+METHODS = (*STRATEGIES, *CENTRALISED, "fedmoe")
+
+# Of FedAvg fine-tuned at the end, where Fed-MoE does without.
+TUNING_EPOCHS = 5
+
+
+def make_trainer(
+    method: str,
+    experiment: Experiment,
+    args: FederatedTrainingArguments,
+    data: FederatedDataset,
+    processor: Any,
+) -> FederatedTrainer:
+    """A trainer of one method. Equal seeds give every method the same initial weights, clients and draws."""
+    check_method(method, experiment)
+    set_seed(args.seed)
+    expert = experiment.make_expert(data, processor)
+    shared = dict(args=args, train_dataset=data, processing_class=processor, **experiment.collators(processor))
+    if method in ("fedmoe", "cent_moe"):
+        gate = experiment.gate if experiment.gate in ("main_features", "adapter") else experiment.make_gate()
+        mixture = experiment.mixture_class.from_expert(
+            expert,
+            gate=gate,
+            num_routed_experts=experiment.num_routed_experts,
+            top_l=experiment.top_l,
+            peft_config=experiment.peft_config(),
+        )
+        if method == "fedmoe":
+            return FedMoETrainer(mixture, **shared)
+        # Cent-MoE: experts, gate and alpha together, by the loss of the mixture, on the reserved set alone.
+        mixture.config.entropy_weight = args.entropy_weight
+        return FederatedTrainer(mixture, **shared | centralised(args, data))
+    shared["peft_config"] = experiment.peft_config()
+    if method == "reserved_only":
+        return FederatedTrainer(expert, **shared | centralised(args, data))
+    model = expert
+    if method == "fedem":
+        model = experiment.ensemble_class.from_classifier(expert, experiment.num_models, args.seed)
+    elif method == "pfedmm":
+        model = experiment.multi_head_class.from_classifier(expert, experiment.num_models, args.seed)
+    return FederatedTrainer(model, strategy=make_strategy(method, experiment, args), **shared)
+
+
+def check_method(method: str, experiment: Experiment) -> None:
+    """Raises `ValueError` when there is no such method, or none of its settings has such a name."""
+    for name in (method, *json.loads(experiment.method_settings)):
+        if name not in METHODS:
+            raise ValueError(f"There is no method {name!r}: choose from {', '.join(METHODS)}.")
+    own = own_settings(method)
+    for name in json.loads(experiment.method_settings).get(method, {}):
+        if name not in own:
+            raise ValueError(
+                f"`method_settings` gives {method!r} a {name!r}: it has {', '.join(own) or 'no settings of its own'}."
+            )
+
+
+def own_settings(method: str) -> list[str]:
+    """The settings that a method has besides those of all runs, among which Fed-MoE's are."""
+    strategy = STRATEGIES.get(method)
+    return [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
+
+
+def make_strategy(method: str, experiment: Experiment, args: FederatedTrainingArguments) -> Strategy:
+    """The strategy of a method of [`STRATEGIES`], with its `method_settings`."""
+    # The controls train on the reserved set at the learning rate of Fed-MoE's experts and as long, if those do.
+    server = dict(learning_rate=args.expert_learning_rate, batch_size=args.gate_batch_size)
+    defaults: dict[str, dict[str, Any]] = {
+        "fedavg_reserved": dict(when="round", epochs=max(1, args.expert_epochs, args.download_epochs), **server),
+        "fedavg_tuned_at_end": dict(when="end", epochs=args.final_expert_epochs or TUNING_EPOCHS, **server),
+        "fedavg_moving_average": dict(rate=args.fusion_rate),
+    }
+    settings = defaults.get(method, {}) | json.loads(experiment.method_settings).get(method, {})
+    return STRATEGIES[method](**settings)
+
+
+def centralised(args: FederatedTrainingArguments, data: FederatedDataset) -> dict[str, Any]:
+    """The reserved set as the only client, with as many rounds and local steps as an average client has."""
+    if data.reserved is None:
+        raise ValueError(
+            "`reserved_size` is 0, but a method that trains on the reserved set alone needs one: raise it."
+        )
+    args = copy.copy(args)
+    args.clients_per_round = 1
+    args.num_train_epochs *= data.client_sizes.mean() / len(data.reserved)
+    alone = FederatedDataset(
+        data.pool, [data.split_indices["reserved"]], validation=data.split_indices.get("validation"), test=data.test
+    )
+    return {"args": args, "train_dataset": alone}
+
+
+def majority_scores(data: FederatedDataset) -> dict[str, float]:
+    """Always the most frequent class of the reserved set, of the clients where there is none."""
+    labels = data.label_counts().sum(0) if data.reserved is None else np.bincount(data.reserved["label"])
+    labels_N = torch.tensor(data.test["label"])
+    most = torch.nn.functional.one_hot(torch.tensor(labels.argmax()), data.num_labels)
+    return scores(most.float().expand(len(labels_N), -1), labels_N)
+
+
+def analyse(trainer: FederatedTrainer, data: FederatedDataset, batch_size: int) -> ExpertAnalysis:
+    """The experts of a trained mixture on the test set."""
+    columns = ["input_ids", "attention_mask", "token_type_ids", "pixel_values", "label"]
+    test = data.test.select_columns([column for column in columns if column in data.test.column_names])
+    return analyse_experts(trainer.model, test, trainer.data_collator, batch_size)

@@ -1,0 +1,91 @@
+"""A recipe: one seed of one experiment, the methods side by side, and a model on disk."""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..reporting import plot_clients, plot_gate
+from ..training import FederatedTrainingArguments
+from .experiment import Experiment, find_model, parse_settings, read_preset
+from .methods import analyse, majority_scores, make_trainer
+
+
+def parse(
+    experiment_class: type[Experiment], settings_file: Path, argv: list[str]
+) -> tuple[Experiment, FederatedTrainingArguments]:
+    """One preset of a recipe's YAML (`--preset quick` unless told), overridden by the rest of the command line."""
+    name, rest = "quick", list(argv)
+    if "--preset" in rest:
+        place = rest.index("--preset")
+        name = rest[place + 1] if place + 1 < len(rest) else ""
+        del rest[place : place + 2]
+    return parse_settings(experiment_class, read_preset(settings_file, name), rest)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Accuracy and macro-F1 in per cent."""
+    lines = [f"{'':24s}{'accuracy':>10s}{'macro-F1':>10s}"]
+    for name, score in results.items():
+        lines.append(f"{name:24s}{100 * score['accuracy']:10.1f}{100 * score['macro_f1']:10.1f}")
+    return "\n".join(lines)
+
+
+def main(experiment_class: type[Experiment], settings_file: Path) -> None:
+    """Runs the recipe as `accelerate launch` calls it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs
+    experiment, args = parse(experiment_class, settings_file, sys.argv[1:])
+    output_dir, model_name = Path(args.output_dir), find_model(experiment.model)
+    processor = experiment.load_processor()
+    dataset_name, data = experiment.load_data(processor, args.seed)
+    print(f"\n{settings_file.stem}, preset {experiment.preset_name}: {dataset_name}, experts {Path(model_name).name}")
+    print(data.summary())
+    output_dir.mkdir(parents=True, exist_ok=True)
+    data.plot(output_dir / "clients.png")
+    results, client_tables = {"majority_class": majority_scores(data)}, {}
+    for method in experiment.compare:
+        print(f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {data.num_clients} clients")
+        args.output_dir = str(output_dir / method)
+        trainer = make_trainer(method, experiment, args, data, processor)
+        # Called again, the recipe goes on where it stopped; with other settings it asks for another folder.
+        started = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
+        trainer.train(resume_from_checkpoint=started or None)
+        evaluated = trainer.evaluate(data.test, metric_key_prefix="test")
+        results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+        if trainer.federated_dataset.client_test_indices:
+            clients = trainer.evaluate_clients()
+            results[method] |= {name: value for name, value in clients.items() if name.startswith("clients_")}
+            client_tables[method] = trainer.client_table
+    found = {}
+    if experiment.compare[-1] == "fedmoe":
+        analysis = analyse(trainer, data, args.eval_batch_size)
+        plot_gate(analysis.share_KC, data.label_names, output_dir / "gate.png")
+        results |= {f"  {name}": analysis.scores[name] for name in ("dense", "best_expert", "uniform_ensemble")}
+        results["  oracle_expert"] = analysis.scores["oracle_expert"]
+        found["gate_share_KC"] = analysis.share_KC
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nOn {len(data.test)} test examples:\n{table(results)}")
+    if client_tables:
+        plot_clients(client_tables, output_dir / "client_accuracies.png")
+        served = {
+            method: {"accuracy": results[method]["clients_accuracy"], "macro_f1": results[method]["clients_macro_f1"]}
+            for method in client_tables
+        }
+        print(f"\nClients' own models on their own test examples:\n{table(served)}")
+
+    trainer.save_model(str(output_dir / "model"))
+    trainer.create_model_card(
+        model_name=f"{settings_file.stem}-{experiment.compare[-1]}",
+        dataset=dataset_name,
+        folder=output_dir / "model",
+        comparison={
+            name.replace("  ", "fedmoe: "): {metric: score[metric] for metric in ("accuracy", "macro_f1")}
+            for name, score in results.items()
+        },
+        **found,
+    )
+    print(f"\nLoaded back from {output_dir / 'model'}:")
+    experiment.show(output_dir / "model", data, processor)

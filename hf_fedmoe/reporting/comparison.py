@@ -1,0 +1,142 @@
+"""Methods side by side over seeds: a table in Markdown, all figures as CSV, learning curves as a picture."""
+
+import csv
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+# Metrics that are no shares of 1.
+PLAIN_UNITS = {"megabytes_up": "MB up in a round", "megabytes_down": "MB down in a round", "seconds": "s in a round"}
+HEADINGS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "auc": "AUC",
+    "clients_accuracy": "clients",
+    "clients_macro_f1": "clients, macro-F1",
+    "clients_auc": "clients, AUC",
+    "clients_bottom_decile": "bottom decile",
+    "clients_worst": "worst client",
+    "clients_unseen_accuracy": "unseen clients",
+    "clients_unseen_bottom_decile": "unseen, bottom decile",
+    **PLAIN_UNITS,
+}
+
+
+@dataclass
+class RunResult:
+    """
+    One method on one seed.
+
+    Args:
+        seed (`int`): Of the run.
+        metrics (`dict[str, float]`): Of the test, and `megabytes_up`, `megabytes_down` and `seconds` of a mean round.
+        curve (`list[tuple[int, float]]`, *optional*): Accuracy on the validation set after some of the rounds.
+    """
+
+    seed: int
+    metrics: dict[str, float]
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+def mean_and_spread(values: list[float], metric: str) -> str:
+    """Mean ± standard deviation over seeds, in per cent or in the metric's own unit; empty where one is missing."""
+    scaled = np.array(values) * (1 if metric in PLAIN_UNITS else 100)
+    if len(scaled) == 0 or np.isnan(scaled).any():
+        return ""
+    digits = 2 if metric in PLAIN_UNITS else 1
+    spread = f" ± {scaled.std(ddof=1):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{scaled.mean():.{digits}f}{spread}"
+
+
+def comparison_table(
+    results: dict[str, list[RunResult]],
+    columns: list[str],
+    parts: list[str] | None = None,
+    reference: str | None = None,
+    published: dict[str, str] | None = None,
+) -> str:
+    """
+    A Markdown table with a row for each method.
+
+    Args:
+        results (`dict[str, list[RunResult]]`): By row, in their order.
+        columns (`list[str]`): Names of metrics.
+        parts (`list[str]`, *optional*): Parts of a mixture that have rows of their own below it, `main_expert` say:
+            those of which `main_expert_accuracy` and so on are among the metrics.
+        reference (`str`, *optional*): A row; the others get a column that counts the seeds on which it is above them
+            in the first column.
+        published (`dict[str, str]`, *optional*): Figures to stand beside, by row.
+    """
+    headings = [HEADINGS.get(name, name.replace("_", " ")) for name in columns]
+    if reference is not None:
+        headings.append(f"{reference} above, of seeds")
+    if published:
+        headings.append("published")
+    lines = [f"| | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
+    for row, runs in results.items():
+        cells = [mean_and_spread([run.metrics.get(name, np.nan) for run in runs], name) for name in columns]
+        if reference is not None:
+            cells.append("" if row == reference else _wins(results[reference], runs, columns[0]))
+        if published:
+            cells.append(str(published.get(row, "")))
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+        for part in parts or []:
+            names = [f"{part}_{name}" for name in columns]
+            if not any(name in run.metrics for name in names for run in runs):
+                continue
+            cells = [mean_and_spread([run.metrics.get(name, np.nan) for run in runs], name) for name in names]
+            empty = [""] * (len(headings) - len(columns))
+            lines.append(f"| — {part.replace('_', ' ')} | {' | '.join(cells + empty)} |")
+    return "\n".join(lines)
+
+
+def _wins(reference: list[RunResult], runs: list[RunResult], metric: str) -> str:
+    """On how many of the common seeds the reference is above."""
+    theirs = {run.seed: run.metrics.get(metric, np.nan) for run in runs}
+    pairs = [(run.metrics[metric], theirs[run.seed]) for run in reference if run.seed in theirs]
+    return f"{sum(mine > other for mine, other in pairs)} / {len(pairs)}"
+
+
+def write_comparison(results: dict[str, list[RunResult]], path: str | os.PathLike) -> None:
+    """Writes every metric of every run as CSV, a line for each run."""
+    names = list(dict.fromkeys(name for runs in results.values() for run in runs for name in run.metrics))
+    with Path(path).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", *names])
+        for row, runs in results.items():
+            writer.writerows([row, run.seed, *(run.metrics.get(name, "") for name in names)] for run in runs)
+
+
+def plot_learning_curves(results: dict[str, list[RunResult]], path: str | os.PathLike) -> None:
+    """
+    Saves validation accuracy by round and by what was sent and received until then: means over seeds, with their
+    standard deviation as a band.
+
+    Args:
+        results (`dict[str, list[RunResult]]`): By row; those without a curve are left out.
+        path (`str`): Where the picture goes; its ending chooses the format.
+    """
+    from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_round, by_megabytes = figure.subplots(1, 2, sharey=True)
+    for number, (row, runs) in enumerate(results.items()):
+        if not all(run.curve for run in runs):
+            continue
+        rounds_N = np.array([point[0] for point in runs[0].curve])
+        accuracies_RN = 100 * np.array([[accuracy for _, accuracy in run.curve] for run in runs])
+        megabytes = np.mean([run.metrics["megabytes_up"] + run.metrics["megabytes_down"] for run in runs])
+        mean_N = accuracies_RN.mean(0)
+        spread_N = accuracies_RN.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(rounds_N))
+        style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--", label=row)
+        for axes, x_N in ((by_round, rounds_N), (by_megabytes, rounds_N * megabytes)):
+            axes.plot(x_N, mean_N, **style)
+            axes.fill_between(x_N, mean_N - spread_N, mean_N + spread_N, color=style["color"], alpha=0.12, linewidth=0)
+    by_round.set_xlabel("Round")
+    by_megabytes.set_xlabel("MB sent and received by all participants")
+    by_round.set_ylabel("Validation accuracy of the server's model, %")
+    figure.legend(*by_round.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=150)

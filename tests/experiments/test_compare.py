@@ -1,0 +1,170 @@
+"""`hf-fedmoe compare` on scikit-learn's digits."""
+
+import csv
+import json
+import math
+
+import pytest
+import yaml
+
+from hf_fedmoe.cli import main
+from hf_fedmoe.experiments import METHODS, compare
+from hf_fedmoe.experiments.compare import execute, plan_runs, read_comparison
+from hf_fedmoe.federation import Federation
+
+
+SETTINGS = {
+    "dataset": ["digits"],
+    "model": ["small_cnn"],
+    "model_config": {"channels": [2], "kernel_size": 3, "padding": 1, "hidden_size": 8},
+    "image_size": 8,
+    "partition": "iid",
+    "num_clients": 4,
+    "clients_per_round": 2,
+    "examples_per_client": 20,
+    "reserved_size": 30,
+    "validation_size": 20,
+    "max_test_examples": 40,
+    "client_test_share": 0.25,
+    "unseen_share": 0.25,
+    "rounds": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "use_cpu": True,
+}
+
+
+def written(tmp_path, **changes):
+    given = {"kind": "images", "seeds": [0], "settings": SETTINGS, "methods": {"fedavg": "fedavg"}, **changes}
+    path = tmp_path / "digits.yaml"
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+    return path
+
+
+def runs_of(path, out, size=None, **overrides):
+    return plan_runs(read_comparison(path), path.parent, out, size, overrides)
+
+
+def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
+    methods = {
+        "FedAvg": "fedavg",
+        "far": {"method": "fedprox", "mu": 9.0},
+        "Fed-MoE": {"method": "fedmoe", "top_l": 2},
+    }
+    columns = ["accuracy", "clients_accuracy", "megabytes_up"]
+    path = written(
+        tmp_path,
+        methods=methods,
+        columns=columns,
+        parts=["main_expert"],
+        reference="Fed-MoE",
+        published={"FedAvg": "1.5"},
+    )
+    main(["compare", str(path), "--out", str(tmp_path / "out"), "--rounds", "1"])
+    lines = capfd.readouterr().out.strip().split("\n")
+    assert lines[-6].startswith("| | accuracy | clients | MB up in a round | Fed-MoE above, of seeds | published |")
+    assert [line.split(" | ")[0] for line in lines[-4:]] == ["| FedAvg", "| far", "| Fed-MoE", "| — main expert"]
+    assert lines[-4].endswith("| 1.5 |")
+    assert (tmp_path / "out" / "table.md").read_text().strip() == "\n".join(lines[-6:])
+    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    # Two uploads of 20 + 32 * 8 + 8 + 90 numbers of four bytes.
+    assert all(math.isclose(float(row["megabytes_up"]), 2 * 4 * (20 + 256 + 8 + 90) / 1e6) for row in rows.values())
+    assert rows["FedAvg"]["main_expert_accuracy"] == ""
+    assert rows["Fed-MoE"]["top_2_accuracy"] and rows["Fed-MoE"]["clients_unseen_accuracy"]
+    settings = json.loads((tmp_path / "out" / "far" / "seed-0" / "result.json").read_text())["settings"]
+    assert settings["method_settings"] == {"fedprox": {"mu": 9.0}} and settings["rounds"] == 1
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+
+
+def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeypatch):
+    """A round in which nobody learns leaves every method's server as it was: the same for all that train one model."""
+    path = written(tmp_path, methods={method: method for method in METHODS})
+    draws, scores = {}, {}
+    draw = Federation.draw
+    for row, (run,) in runs_of(path, tmp_path / "out", rounds=1).items():
+        drawn = draws.setdefault(row, [])
+        monkeypatch.setattr(Federation, "draw", lambda *args, drawn=drawn: drawn.append(draw(*args)) or draw(*args))
+        execute(run, threads=1)
+        scores[row] = json.loads((run.folder / "result.json").read_text())["metrics"]
+    assert {str(drawn) for row, drawn in draws.items() if row not in ("reserved_only", "cent_moe")} == {
+        str(draws["fedavg"])
+    }
+    # Whatever is the mean of the clients' models once is the same model.
+    for row in ("fedavg_plus", "apfl", "clustered"):
+        assert scores[row]["accuracy"] == scores["fedavg"]["accuracy"]
+    assert scores["local"]["megabytes_up"] == 0 < scores["fedavg"]["megabytes_up"] < scores["fedem"]["megabytes_up"]
+
+
+def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
+    path, out = written(tmp_path, seeds=[0, 1]), tmp_path / "out"
+    whole = compare(path, tmp_path / "whole", num_jobs=2)
+    (first, second) = runs_of(path, out)["fedavg"]
+    execute(first, threads=1)
+    before = (first.folder / "result.json").stat().st_mtime_ns
+    run_round = Federation.run_round
+
+    def stopped(self, round_index, *args):
+        if round_index == 1:
+            raise KeyboardInterrupt
+        return run_round(self, round_index, *args)
+
+    monkeypatch.setattr(Federation, "run_round", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        execute(second, threads=1)
+    monkeypatch.undo()
+    assert (second.folder / "checkpoint-1").is_dir()
+    assert compare(path, out) == whole
+    assert (first.folder / "result.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="a finished run with another rounds: choose another `--out`"):
+        compare(path, out, overrides={"rounds": 3})
+
+
+def test_sizes_and_settings_go_before_one_another(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"quick": SETTINGS, "large": SETTINGS | {"rounds": 50, "num_clients": 40}}))
+    sizes = {"small": {"num_train_epochs": 2}, "paper": {"recipe_preset": "large"}}
+    path = written(tmp_path, recipe="recipe.yaml", sizes=sizes, settings={"clients_per_round": 3})
+    (small,), (paper,), (told,) = (
+        runs_of(path, tmp_path, size, **overrides)["fedavg"]
+        for size, overrides in (("small", {}), ("paper", {}), ("paper", {"rounds": 7}))
+    )
+    args = [run.parse()[1] for run in (small, paper, told)]
+    assert [(a.rounds, a.num_train_epochs, a.clients_per_round) for a in args] == [(2, 2, 3), (50, 1, 3), (7, 1, 3)]
+    assert [a.save_steps for a in args] == [1, 10, 1] and small.parse()[0].num_clients == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": []}, "digits.yaml has 'rows': a comparison has kind, methods"),
+        ({"methods": {}}, "digits.yaml has no 'methods'"),
+        ({"kind": "sounds"}, "`kind` is 'sounds': choose one of 'texts', 'images'"),
+        ({"methods": {"FedSGD": "fedsgd"}}, "There is no method 'fedsgd': choose from fedavg"),
+        ({"methods": {"a": {"method": "fedavg", "round": 1}}}, "There is no setting 'round': is it rounds"),
+        ({"settings": {"model": ["small_cnn"]}}, "There is no 'dataset' among the settings"),
+        ({"methods": {"Fed-MoE": "fedmoe", "Fed MoE": "fedmoe"}}, "rows that differ in signs only"),
+        ({"published": {"FedMix": "1"}}, "names a row 'FedMix'"),
+        ({"settings": SETTINGS | {"rounds": 0}}, "`rounds` is 0: give at least 1"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(changes, message, tmp_path, capsys):
+    with pytest.raises(ValueError, match=message):
+        runs_of(written(tmp_path, **changes), tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(written(tmp_path, **changes))])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("hf-fedmoe: ")
+
+
+def test_words_of_the_command_line_are_settings(tmp_path, capsys):
+    path = written(tmp_path)
+    for words, message in (
+        (["--size", "huge"], "`size` is 'huge': this comparison has one size only"),
+        (["--rows", "fedsgd"], "There is no row 'fedsgd': digits.yaml has fedavg"),
+        (["rounds"], "'rounds' follows no setting: write --name value"),
+        (["--partition=sorted", "--out", str(tmp_path)], "`partition` is 'sorted'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["compare", str(path), *words])
+        assert message in capsys.readouterr().err

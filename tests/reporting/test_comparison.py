@@ -1,0 +1,49 @@
+"""Tables over seeds, by hand."""
+
+from hf_fedmoe.reporting import RunResult, comparison_table, plot_learning_curves, write_comparison
+
+
+RESULTS = {
+    "FedAvg": [
+        RunResult(s, {"accuracy": a, "megabytes_up": 1.5}, [(1, 0.25), (2, a)]) for s, a in ((0, 0.5), (1, 0.7))
+    ],
+    "Fed-MoE": [
+        RunResult(s, {"accuracy": a, "megabytes_up": 3.0, "main_expert_accuracy": 0.4}, [])
+        for s, a in ((0, 0.6), (1, 0.7))
+    ],
+}
+
+
+def test_means_spreads_parts_and_wins():
+    table = comparison_table(
+        RESULTS, ["accuracy", "megabytes_up"], ["main_expert", "oracle_expert"], "Fed-MoE", {"FedAvg": "51.44"}
+    )
+    assert table.split("\n") == [
+        "| | accuracy | MB up in a round | Fed-MoE above, of seeds | published |",
+        "|---|---|---|---|---|",
+        "| FedAvg | 60.0 ± 14.1 | 1.50 ± 0.00 | 1 / 2 | 51.44 |",
+        "| Fed-MoE | 65.0 ± 7.1 | 3.00 ± 0.00 |  |  |",
+        "| — main expert | 40.0 ± 0.0 |  |  |  |",
+    ]
+
+
+def test_what_is_missing_is_empty():
+    one = {"a": [RunResult(3, {"accuracy": 0.5})], "b": [RunResult(3, {"accuracy": float("nan")})]}
+    assert comparison_table(one, ["accuracy", "auc"]).split("\n")[2:] == ["| a | 50.0 |  |", "| b |  |  |"]
+
+
+def test_every_run_is_a_line_of_the_csv(tmp_path):
+    write_comparison(RESULTS, tmp_path / "results.csv")
+    assert (tmp_path / "results.csv").read_text().split("\n")[:4] == [
+        "method,seed,accuracy,megabytes_up,main_expert_accuracy",
+        "FedAvg,0,0.5,1.5,",
+        "FedAvg,1,0.7,1.5,",
+        "Fed-MoE,0,0.6,3.0,0.4",
+    ]
+
+
+def test_curves_are_drawn_for_those_that_have_one(tmp_path):
+    results = {"FedAvg": [RunResult(r.seed, r.metrics | {"megabytes_down": 1.5}, r.curve) for r in RESULTS["FedAvg"]]}
+    plot_learning_curves(results | {"Fed-MoE": RESULTS["Fed-MoE"]}, tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert "FedAvg" in drawn or drawn.count("<path") > 20
