@@ -55,8 +55,8 @@ class Comparison:
         recipe (`str`, *optional*): A recipe's YAML, relative to this one. Its block `quick`, or what a size names as
             `recipe_preset`, gives settings.
         settings (`dict`, *optional*): Any of an experiment and of [`FederatedTrainingArguments`].
-        sizes (`dict[str, dict]`, *optional*): By name, settings that make the comparison small or large. The first is
-            taken unless told.
+        sizes (`dict[str, dict]`, *optional*): By name, settings that make the comparison small or large, and under
+            `methods` those of single rows. The first is taken unless told.
         columns (`list[str]`, *optional*): Metrics of the table.
         parts (`list[str]`, *optional*): Parts of mixtures with rows of their own.
         reference (`str`, *optional*): The row that the others are counted against.
@@ -109,7 +109,8 @@ def read_comparison(path: Path) -> Comparison:
     comparison = Comparison(**given)
     if comparison.kind not in KINDS:
         raise ValueError(f"`kind` is {comparison.kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
-    for name in filter(None, (comparison.reference, *comparison.published)):
+    of_sizes = (row for size in comparison.sizes.values() for row in size.get("methods", {}))
+    for name in filter(None, (comparison.reference, *comparison.published, *of_sizes)):
         if name not in comparison.methods:
             raise ValueError(f"{path.name} names a row {name!r}: `methods` has {', '.join(comparison.methods)}.")
     return comparison
@@ -132,14 +133,15 @@ def plan_runs(
         raise ValueError(f"`size` is {size!r}: this comparison has {', '.join(comparison.sizes) or 'one size only'}.")
     chosen = dict(comparison.sizes[size]) if size else {}
     common = read_preset(where / comparison.recipe, chosen.pop("recipe_preset", "quick")) if comparison.recipe else {}
+    of_rows = chosen.pop("methods", {})
     common = common | comparison.settings | chosen
     runs: dict[str, list[Run]] = {}
     for row, given in comparison.methods.items():
-        differing = {"method": given} if isinstance(given, str) else dict(given)
+        differing = ({"method": given} if isinstance(given, str) else given) | of_rows.get(row, {})
         method = differing.pop("method", row)
         own = {name: differing.pop(name) for name in own_settings(method) if name in differing}
         settings = common | differing | (overrides or {}) | {"method_settings": {method: own} if own else {}}
-        folder = out / re.sub(r"\W+", "-", row).strip("-").lower()
+        folder = out / re.sub(r"\W+", "-", row.replace("+", " plus ")).strip("-").lower()
         runs[row] = [
             Run(comparison.kind, method, settings, seed, folder / f"seed-{seed}") for seed in comparison.seeds
         ]

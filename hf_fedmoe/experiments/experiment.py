@@ -31,6 +31,7 @@ class Experiment(ABC):
     preset_name: str = field(default="quick", metadata={"help": "The block of the YAML that settings came from."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels, when it is not obvious."})
     gate: str = field(default="main_features", metadata={"help": "'main_features', 'adapter' or a model."})
+    num_main_experts: int = field(default=1, metadata={"help": "Main experts of the mixture, 0 to 3."})
     num_routed_experts: int = field(default=3, metadata={"help": "K."})
     top_l: int = field(default=1, metadata={"help": "L, routed experts per example at inference."})
     partition: str = field(default="predominant", metadata={"help": "Who holds what."})
@@ -41,6 +42,7 @@ class Experiment(ABC):
     share_high: float = field(default=0.65, metadata={"help": "Largest share of a client's predominant class."})
     reserved_size: int = field(default=500, metadata={"help": "Examples of the server's reserved set."})
     validation_size: int = field(default=500, metadata={"help": "Examples the server model is watched on."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Training rows that are divided (all)."})
     max_test_examples: int = field(default=2000, metadata={"help": "Test examples that are used."})
     client_test_share: float = field(
         default=0.0, metadata={"help": "Share of a client's examples in a test of its own."}
@@ -108,8 +110,11 @@ class Experiment(ABC):
         """Clients, reserved set, validation and test."""
         # The test rows are the same for every seed: seeds differ in clients, reserved set and initial weights.
         test = source["test"].shuffle(seed=0).select(range(min(self.max_test_examples, len(source["test"]))))
+        train = source["train"]
+        if self.max_train_examples is not None:
+            train = train.shuffle(seed=seed).select(range(min(self.max_train_examples, len(train))))
         return FederatedDataset.split(
-            source["train"],
+            train,
             lambda rows: self.divide(rows, seed),
             self.reserved_size,
             self.validation_size,

@@ -78,6 +78,7 @@ def make_trainer(
         mixture = experiment.mixture_class.from_expert(
             expert,
             gate=gate,
+            num_main_experts=experiment.num_main_experts,
             num_routed_experts=experiment.num_routed_experts,
             top_l=experiment.top_l,
             peft_config=experiment.peft_config(),

@@ -18,7 +18,7 @@ from .relevance import CORRELATIONS, client_mixture, correlate
 from .server_training import expert_outputs, fine_tune, gate_probabilities, probe, train_gate
 
 
-SYNCHRONISATIONS = ("download_main", "download_mixture", "after_round")
+SYNCHRONISATIONS = ("download_main", "download_mixture", "after_round", "none")
 
 # The settings that are left to the preset when they are `None`. "paper" is the letter of the paper with the
 # coefficients of its command line; "default" has our choices (docs/fedmoe_defaults.md says why).
@@ -69,7 +69,8 @@ class FedMoESettings:
         synchronisation (`str`, *optional*): How clients get the server's knowledge (Stage C): `"after_round"` (Eq. 13,
             participants keep the mixture until they are drawn again, others keep the initial model),
             `"download_mixture"` (a chosen client starts from today's experts mixed by its last W^c, the main expert if
-            it has none) or `"download_main"` (always from the main expert).
+            it has none), `"download_main"` (always from the main expert) or `"none"` (clients go on from what they
+            trained themselves: the paper's ablation).
         server_iterations (`int`, *optional*, defaults to 1): T.
         gate_epochs (`int`, *optional*): Passes over the reserved set per iteration, gate and alpha only.
         gate_learning_rate (`float`, *optional*, defaults to 1e-3): Of AdamW on the gate and alpha.
@@ -166,11 +167,11 @@ class FedMoE(Strategy):
         if self.settings.synchronisation == "download_mixture":
             # W^c of each client's last round; a column of zeros means that it never took part.
             server.tensors["mixture_SM"] = torch.zeros(server.bank_SP.shape[0], num_clients)
-        if self.settings.synchronisation == "after_round":
+        if self.settings.synchronisation in ("after_round", "none"):
             server.tensors["initial_P"] = self._main(server).clone()
 
     def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
-        if self.settings.synchronisation == "after_round":
+        if self.settings.synchronisation in ("after_round", "none"):
             return server.tensors["initial_P"] if kept_P is None else kept_P
         if self.settings.synchronisation == "download_mixture":
             mixture_S = server.tensors["mixture_SM"][:, client].to(server.bank_SP)
@@ -234,6 +235,8 @@ class FedMoE(Strategy):
 
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
         """M_j <- lambda M_j + (1 - lambda) sum_s W^c_sj E_s for the participants (Eq. 13)."""
+        if self.settings.synchronisation == "none":
+            return dict(zip(uploads.clients, uploads.rows_mP, strict=True))
         if self.settings.synchronisation != "after_round":
             return {}
         rate = self.settings.fusion_rate

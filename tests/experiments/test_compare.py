@@ -124,7 +124,8 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
 def test_sizes_and_settings_go_before_one_another(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"quick": SETTINGS, "large": SETTINGS | {"rounds": 50, "num_clients": 40}}))
-    sizes = {"small": {"num_train_epochs": 2}, "paper": {"recipe_preset": "large"}}
+    small_rows = {"fedavg": {"learning_rate": 0.5}}
+    sizes = {"small": {"num_train_epochs": 2, "methods": small_rows}, "paper": {"recipe_preset": "large"}}
     path = written(tmp_path, recipe="recipe.yaml", sizes=sizes, settings={"clients_per_round": 3})
     (small,), (paper,), (told,) = (
         runs_of(path, tmp_path, size, **overrides)["fedavg"]
@@ -133,6 +134,7 @@ def test_sizes_and_settings_go_before_one_another(tmp_path):
     args = [run.parse()[1] for run in (small, paper, told)]
     assert [(a.rounds, a.num_train_epochs, a.clients_per_round) for a in args] == [(2, 2, 3), (50, 1, 3), (7, 1, 3)]
     assert [a.save_steps for a in args] == [1, 10, 1] and small.parse()[0].num_clients == 4
+    assert args[0].learning_rate == 0.5 != args[1].learning_rate
 
 
 @pytest.mark.parametrize(
