@@ -186,6 +186,18 @@ def test_paper_synchronisation_moves_participants_by_equation_13(reserved):
     assert strategy.download(server, 4, rows[4]) is rows[4]
 
 
+def test_without_synchronisation_clients_go_on_from_their_own_models(reserved):
+    server, uploads = perturbed_server()
+    strategy = FedMoE(settings(synchronisation="none"))
+    strategy.setup(server, num_clients=5)
+    initial_P = server.bank_SP[0].clone()
+    strategy.update(server, uploads, reserved, 0, seed=1)
+    rows = strategy.synchronise(server, uploads)
+    assert all(torch.equal(rows[client], row_P) for client, row_P in zip((4, 0, 2), uploads.rows_mP, strict=True))
+    assert strategy.download(server, 4, rows[4]) is rows[4]
+    assert torch.equal(strategy.download(server, 3, None), initial_P) and not torch.equal(initial_P, server.bank_SP[0])
+
+
 def test_download_mixture_uses_the_last_known_column(reserved):
     server, uploads = perturbed_server()
     strategy = FedMoE(settings(synchronisation="download_mixture"))
