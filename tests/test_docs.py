@@ -1,4 +1,4 @@
-"""The Python blocks of README.md and docs/ run as they stand, in the order of the page."""
+"""The blocks of README.md and docs/ run as they stand, in the order of the page."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from transformers import pipeline
 
 from hf_fedmoe.data import load_source
+from hf_fedmoe.experiments import compare
 from hf_fedmoe.strategies import FedAvg
 from hf_fedmoe.training import FederatedTrainer
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
@@ -16,9 +17,10 @@ from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_ex
 REPOSITORY = Path(__file__).parents[1]
 
 
-def blocks(page: str) -> list[str]:
-    """The Python blocks of a page."""
-    return re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / page).read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page: str, language: str = "python") -> list[str]:
+    """The blocks of a page in one language."""
+    text = (REPOSITORY / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def run(source: str, names: dict | None = None) -> dict:
@@ -55,6 +57,16 @@ def run_readme(rounds: int) -> dict:
     assert Path("runs/example/model/README.md").read_text().startswith("---\nlibrary_name: transformers")
     assert run(own_clients)["data"].num_clients == 2
     return names
+
+
+def test_comparison_of_the_readme(newcomer):
+    (comparison,) = blocks("README.md", "yaml")
+    Path("digits.yaml").write_text(comparison)
+    table = compare("digits.yaml", seeds=[0], rows=["FedProx, mu 1", "pFedMM", "Fed-MoE"], overrides={"rounds": 1})
+    heading, _, fedprox, pfedmm, fedmoe = table.split("\n")
+    assert heading.count("|") == 9 and "bottom decile" in heading and pfedmm.count("  ") == 0
+    assert fedprox.startswith("| FedProx, mu 1 |") and fedmoe.endswith("|  |")
+    assert Path("runs/compare/digits/table.md").read_text() == table + "\n"
 
 
 def test_readme_in_one_round(newcomer):

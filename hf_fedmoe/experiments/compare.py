@@ -135,12 +135,15 @@ def plan_runs(
     common = read_preset(where / comparison.recipe, chosen.pop("recipe_preset", "quick")) if comparison.recipe else {}
     of_rows = chosen.pop("methods", {})
     common = common | comparison.settings | chosen
+    with_lora = common.pop("with_lora", {})
     runs: dict[str, list[Run]] = {}
     for row, given in comparison.methods.items():
         differing = ({"method": given} if isinstance(given, str) else given) | of_rows.get(row, {})
         method = differing.pop("method", row)
         own = {name: differing.pop(name) for name in own_settings(method) if name in differing}
-        settings = common | differing | (overrides or {}) | {"method_settings": {method: own} if own else {}}
+        differing |= overrides or {}
+        rates = with_lora if (common | differing).get("peft") == "lora" else {}
+        settings = common | rates | differing | {"method_settings": {method: own} if own else {}}
         folder = out / re.sub(r"\W+", "-", row.replace("+", " plus ")).strip("-").lower()
         runs[row] = [
             Run(comparison.kind, method, settings, seed, folder / f"seed-{seed}") for seed in comparison.seeds

@@ -1,4 +1,4 @@
-"""Every comparison of recipes/paper can be planned in each of its sizes."""
+"""Every comparison of recipes can be planned, those of the papers in each of their sizes."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ import pytest
 from hf_fedmoe.experiments.compare import plan_runs, read_comparison
 
 
-PAPER = sorted((Path(__file__).parents[2] / "recipes" / "paper").glob("*.yaml"))
+RECIPES = Path(__file__).parents[2] / "recipes"
+PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -17,5 +18,14 @@ def test_comparison_can_be_planned_in_every_size(path, tmp_path):
     for size in comparison.sizes:
         runs = plan_runs(comparison, path.parent, tmp_path, size, {"use_cpu": True, "bf16": False})
         assert list(runs) == list(comparison.methods) and all(len(row) == 3 for row in runs.values())
+    # What a newcomer would type is in the first lines.
     first_lines = path.read_text().split("\n")[:3]
     assert any(f"`hf-fedmoe compare recipes/paper/{path.name}" in line for line in first_lines)
+
+
+@pytest.mark.parametrize("name", ["fedmoe_defaults", "lora_fusions"])
+def test_what_is_our_own_can_be_planned(name, tmp_path):
+    path = RECIPES / f"{name}.yaml"
+    comparison = read_comparison(path)
+    settings = [runs[0].parse()[1] for runs in plan_runs(comparison, path.parent, tmp_path).values()]
+    assert len({str(args.to_dict()) for args in settings}) == len(settings) >= 11
