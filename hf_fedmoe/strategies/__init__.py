@@ -8,6 +8,7 @@ from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
 from .fedavg_plus import FedAvgPlus
 from .fedem import FedEM
+from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
 from .fedrep import FedRep
@@ -32,6 +33,7 @@ __all__ = [
     "FedAvgPlus",
     "FedAvgReserved",
     "FedEM",
+    "FedMix",
     "FedMoE",
     "FedMoESettings",
     "FedProx",

@@ -24,6 +24,7 @@ from hf_fedmoe.strategies import (
     FedAvgPlus,
     FedAvgReserved,
     FedEM,
+    FedMix,
     FedProx,
     FedRep,
     Local,
@@ -39,6 +40,7 @@ from tests.tiny_federation import (
     tiny_ensemble,
     tiny_expert,
     tiny_federation,
+    tiny_gated_experts,
     tiny_mixture,
     tiny_multi_head,
 )
@@ -64,6 +66,7 @@ RUNS = {
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
     "decentralised": (Decentralised, {}),
+    "fedmix": (FedMix, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "fedmoe": (None, {}),
     "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
     "fedmoe_paper_top_k": (None, {"preset": "paper", "upload_compression": "top_k"}),
@@ -83,6 +86,12 @@ PERSONAL_RUNS = (
     "clustered",
     "decentralised",
 )
+# What is trained, where that is not one classifier.
+MODELS = {
+    "fedem": tiny_ensemble,
+    "pfedmm": tiny_multi_head,
+    "fedmix": tiny_gated_experts,
+}
 # The same with adapters in the place of whole models.
 LORA_RUNS = {
     "lora_fedavg": (FedAvg, {"client_ranks": [4, 2], "keep_client_optimizer": True}),
@@ -106,7 +115,7 @@ def trainer(name, output_dir, **changes):
     if strategy is None:
         return FedMoETrainer(tiny_mixture(peft_config=lora), args, train_dataset=tiny_federation())
     data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
-    model = {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head}.get(name, tiny_expert)()
+    model = MODELS.get(name, tiny_expert)()
     return FederatedTrainer(model, args, data, strategy=strategy(), peft_config=lora)
 
 
