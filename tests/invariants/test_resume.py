@@ -24,12 +24,14 @@ from hf_fedmoe.strategies import (
     FedAvgPlus,
     FedAvgReserved,
     FedEM,
+    FedJETs,
     FedMix,
     FedProx,
     FedRep,
     Local,
     PFedMe,
     PFedMM,
+    freeze_common_expert,
 )
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import (
@@ -67,6 +69,7 @@ RUNS = {
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
     "decentralised": (Decentralised, {}),
     "fedmix": (FedMix, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
+    "fedjets": (lambda: FedJETs(experts_per_client=1), {"keep_client_optimizer": True, "clients_per_round": 3}),
     "fedmoe": (None, {}),
     "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
     "fedmoe_paper_top_k": (None, {"preset": "paper", "upload_compression": "top_k"}),
@@ -91,6 +94,7 @@ MODELS = {
     "fedem": tiny_ensemble,
     "pfedmm": tiny_multi_head,
     "fedmix": tiny_gated_experts,
+    "fedjets": lambda: freeze_common_expert(tiny_mixture(num_routed_experts=3)),
 }
 # The same with adapters in the place of whole models.
 LORA_RUNS = {
