@@ -46,10 +46,11 @@ class FedJETs(Strategy):
     the cross-entropy of their mixture (gate probabilities over the sum of the client's experts'). The server averages
     the gate over all participants, each expert over those who had it, by their examples; one that nobody had stays.
 
-    The model is a mixture whose main expert is the common one, see [`freeze_common_expert`]; it never travels, and its
-    features are computed once per client and round (of one view of each example, where a collator augments). The
-    mixture's `entropy_weight` and `balance_weight` have no part in this. With `top_l=1` each example gets its best
-    expert.
+    The model is a mixture whose main expert is the common one, see [`freeze_common_expert`]. Build it around a
+    classifier that has learned something, from a checkpoint or from the server's reserved set: the gate sees what the
+    common expert sees. That one never travels, and its features are computed once per client and round (of one view of
+    each example, where a collator augments). The mixture's `entropy_weight` and `balance_weight` have no part in this.
+    With `top_l=1` each example gets its best expert.
 
     Args:
         experts_per_client (`int`, *optional*, defaults to 2): Experts that a client which is no anchor trains.
