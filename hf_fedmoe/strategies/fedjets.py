@@ -30,9 +30,27 @@ def freeze_common_expert(model: FedMoEPreTrainedModel) -> FedMoEPreTrainedModel:
     Makes the main expert of a mixture the common expert of [`FedJETs`], in place: its weights are frozen, and the
     routed experts alone predict (alpha = 1). A mixture that was loaded must be frozen again to be trained on.
     """
+    check_mixture(model)
     model.main_experts.requires_grad_(False)
     model.alpha_logit.requires_grad_(False).fill_(ALPHA_LOGIT_OF_ONE)
     return model
+
+
+def check_mixture(model: PreTrainedModel) -> None:
+    """Raises `ValueError` unless `model` has whole experts, a main one, and a gate that reads its features."""
+    build = "`FedMoEForSequenceClassification.from_expert(model, gate='main_features', num_routed_experts=5)`"
+    if not isinstance(model, FedMoEPreTrainedModel):
+        raise ValueError(
+            f"FedJETs trains a mixture, `model` is a {type(model).__name__}: build one around it with {build} and "
+            "`freeze_common_expert`."
+        )
+    config = model.config
+    if config.gate != "main_features" or config.num_main_experts != 1 or config.peft_config is not None:
+        raise ValueError(
+            "FedJETs needs whole experts and a gate on the features of one main expert, `model` has "
+            f"gate={config.gate!r}, num_main_experts={config.num_main_experts} and "
+            f"{'a' if config.peft_config else 'no'} `peft_config`: build it with {build}."
+        )
 
 
 @dataclass
@@ -65,23 +83,12 @@ class FedJETs(Strategy):
             raise ValueError(f"`experts_per_client` is {self.experts_per_client}: give at least 1.")
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
-        build = "`FedMoEForSequenceClassification.from_expert(model, gate='main_features', num_routed_experts=5)`"
-        if not isinstance(model, FedMoEPreTrainedModel):
+        check_mixture(model)
+        num_experts = model.config.num_routed_experts
+        if self.experts_per_client > num_experts:
             raise ValueError(
-                f"FedJETs trains a mixture, `model` is a {type(model).__name__}: build one around it with {build} and "
-                "`freeze_common_expert`."
-            )
-        config = model.config
-        if config.gate != "main_features" or config.num_main_experts != 1 or config.peft_config is not None:
-            raise ValueError(
-                "FedJETs needs whole experts and a gate on the features of one main expert, `model` has "
-                f"gate={config.gate!r}, num_main_experts={config.num_main_experts} and "
-                f"{'a' if config.peft_config else 'no'} `peft_config`: build it with {build}."
-            )
-        if self.experts_per_client > config.num_routed_experts:
-            raise ValueError(
-                f"`experts_per_client` is {self.experts_per_client}, but the mixture has {config.num_routed_experts} "
-                "routed experts: lower it, or build a mixture of more."
+                f"`experts_per_client` is {self.experts_per_client}, but the mixture has {num_experts} routed "
+                "experts: lower it, or build a mixture of more."
             )
         learns = any(p.requires_grad for p in [*model.main_experts.parameters(), model.alpha_logit])
         if learns or model.alpha != 1:

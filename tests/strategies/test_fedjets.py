@@ -171,6 +171,13 @@ def test_statistics_of_a_frozen_image_expert_do_not_move(tmp_path):
     for report in trainer.rounds:
         ordinary = len(report.clients) - 3
         assert report.bytes_up == report.bytes_down == (3 + 2 * ordinary) * expert + len(report.clients) * gate
+    # What the gate reads at a client is what it reads in the end: no statistics of the client's batches.
+    federation = trainer._federation_of_the_last_round()
+    task = federation.task(0, 0, torch.zeros(federation.server.layout.size))
+    features_NH, _ = trainer.strategy.consult_gate(federation.local_trainer, task)
+    images = trainer.data_collator([task.dataset[row] for row in range(12)])["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(features_NH, model.eval().gate_features({"pixel_values": images}))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,11 @@ def test_statistics_of_a_frozen_image_expert_do_not_move(tmp_path):
 def test_other_models_are_refused(tmp_path, make, strategy, message):
     with pytest.raises(ValueError, match=message):
         FederatedTrainer(make(), tiny_args(tmp_path), tiny_federation(), strategy=strategy)
+
+
+def test_what_has_no_common_expert_cannot_be_frozen():
+    with pytest.raises(ValueError, match="and a `peft_config`: build it with"):
+        freeze_common_expert(tiny_mixture(peft_config=LoraConfig(r=2)))
 
 
 def test_settings_are_checked(tmp_path):
