@@ -65,6 +65,17 @@ def tiny_multi_head(num_heads: int = 2) -> MultiHeadForSequenceClassification:
     return MultiHeadForSequenceClassification.from_classifier(tiny_expert(), num_heads)
 
 
+def tiny_gate(num_routed_experts: int):
+    torch.manual_seed(8)
+    return tiny_bert(num_routed_experts, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def tiny_gated_experts(num_routed_experts: int = 2, **config) -> FedMoEForSequenceClassification:
+    """Experts with heads of their own and a gate that is a model, no main expert."""
+    experts = list(tiny_ensemble(num_routed_experts).models)
+    return FedMoEForSequenceClassification.from_experts([], experts, tiny_gate(num_routed_experts), **config)
+
+
 def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:
     fields = dict(
         rounds=3,

@@ -315,6 +315,10 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         routed = [self._run_expert(n_main + k, batch) for k in range(self.config.num_routed_experts)]
         return self._stack(main + routed), features_BH
 
+    def routed_logits(self, k: int, batch: dict[str, Any]) -> Tensor:
+        """Logits `(B, C)` of the routed expert `k` alone, in float32 at least; for methods that train some of them."""
+        return at_least_float32(self._run_expert(self.config.num_main_experts + k, batch))
+
     def _stack(self, logits: list[Tensor]) -> Tensor:
         # With a device map the experts may lie on several devices; the mixture is where alpha is.
         return torch.stack([at_least_float32(logits_BC).to(self.alpha_logit.device) for logits_BC in logits], dim=1)

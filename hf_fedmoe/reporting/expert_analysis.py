@@ -102,7 +102,8 @@ def _on_device(batches: Iterable[dict[str, Tensor]], device: torch.device) -> It
 
 def _weight_average(model: FedMoEPreTrainedModel) -> torch.nn.Module:
     """One expert whose weights are the plain mean of all experts' weights."""
-    average = copy.deepcopy(model.experts[0])
+    # Not of the first: a main expert that is frozen has nothing in its layout.
+    average = copy.deepcopy(model.experts[-1])
     layout = StateLayout.of(average)
     layout.write(torch.stack([layout.read(expert) for expert in model.experts]).mean(0), average)
     return average

@@ -8,6 +8,8 @@ from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
 from .fedavg_plus import FedAvgPlus
 from .fedem import FedEM
+from .fedjets import FedJETs, freeze_common_expert
+from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
 from .fedrep import FedRep
@@ -32,6 +34,8 @@ __all__ = [
     "FedAvgPlus",
     "FedAvgReserved",
     "FedEM",
+    "FedJETs",
+    "FedMix",
     "FedMoE",
     "FedMoESettings",
     "FedProx",
@@ -44,4 +48,5 @@ __all__ = [
     "Uploads",
     "client_mixture",
     "correlate",
+    "freeze_common_expert",
 ]

@@ -24,11 +24,14 @@ from hf_fedmoe.strategies import (
     FedAvgPlus,
     FedAvgReserved,
     FedEM,
+    FedJETs,
+    FedMix,
     FedProx,
     FedRep,
     Local,
     PFedMe,
     PFedMM,
+    freeze_common_expert,
 )
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import (
@@ -39,6 +42,7 @@ from tests.tiny_federation import (
     tiny_ensemble,
     tiny_expert,
     tiny_federation,
+    tiny_gated_experts,
     tiny_mixture,
     tiny_multi_head,
 )
@@ -64,6 +68,8 @@ RUNS = {
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
     "decentralised": (Decentralised, {}),
+    "fedmix": (FedMix, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
+    "fedjets": (lambda: FedJETs(experts_per_client=1), {"keep_client_optimizer": True, "clients_per_round": 3}),
     "fedmoe": (None, {}),
     "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
     "fedmoe_paper_top_k": (None, {"preset": "paper", "upload_compression": "top_k"}),
@@ -83,6 +89,13 @@ PERSONAL_RUNS = (
     "clustered",
     "decentralised",
 )
+# What is trained, where that is not one classifier.
+MODELS = {
+    "fedem": tiny_ensemble,
+    "pfedmm": tiny_multi_head,
+    "fedmix": tiny_gated_experts,
+    "fedjets": lambda: freeze_common_expert(tiny_mixture(num_routed_experts=3)),
+}
 # The same with adapters in the place of whole models.
 LORA_RUNS = {
     "lora_fedavg": (FedAvg, {"client_ranks": [4, 2], "keep_client_optimizer": True}),
@@ -106,7 +119,7 @@ def trainer(name, output_dir, **changes):
     if strategy is None:
         return FedMoETrainer(tiny_mixture(peft_config=lora), args, train_dataset=tiny_federation())
     data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
-    model = {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head}.get(name, tiny_expert)()
+    model = MODELS.get(name, tiny_expert)()
     return FederatedTrainer(model, args, data, strategy=strategy(), peft_config=lora)
 
 

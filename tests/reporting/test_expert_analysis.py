@@ -4,6 +4,7 @@ import torch
 from transformers import default_data_collator
 
 from hf_fedmoe.reporting import analyse_experts, plot_gate, scores
+from hf_fedmoe.strategies import freeze_common_expert
 from tests.tiny_federation import tiny_mixture, tiny_rows
 
 
@@ -39,8 +40,9 @@ def test_each_row_is_what_it_says():
     assert found.disagreement_SS.diagonal().max() == 0 and found.disagreement_SS.max() > 0
 
 
-def test_weight_average_of_equal_experts_is_the_expert():
-    found = analyse_experts(tiny_mixture().eval(), tiny_rows(30), default_data_collator)
+@pytest.mark.parametrize("prepare", [lambda mixture: mixture, freeze_common_expert])
+def test_weight_average_of_equal_experts_is_the_expert(prepare):
+    found = analyse_experts(prepare(tiny_mixture()).eval(), tiny_rows(30), default_data_collator)
     assert found.scores["weight_average"] == found.scores["main_expert"] == found.scores["uniform_ensemble"]
 
 
