@@ -114,8 +114,8 @@ class CharacterExperiment(Experiment):
     def make_expert(self, data: FederatedDataset, processor: None) -> PreTrainedModel:
         return self._build(find_model(self.model), label_maps(data))
 
-    def make_gate(self) -> PreTrainedModel:
-        return self._build(find_model([self.gate]), {"num_labels": self.num_routed_experts})
+    def make_gate(self, num_experts: int) -> PreTrainedModel:
+        return self._build(find_model(self._gate_names()), {"num_labels": num_experts})
 
     def _build(self, name: str, labels: dict[str, Any]) -> PreTrainedModel:
         if Path(name).is_dir() or "/" in name:

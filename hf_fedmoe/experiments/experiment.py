@@ -48,7 +48,7 @@ class Experiment(ABC):
         default=0.0, metadata={"help": "Share of a client's examples in a test of its own."}
     )
     unseen_share: float = field(default=0.0, metadata={"help": "Share of the clients that take part in no round."})
-    num_models: int = field(default=3, metadata={"help": "M, the models of FedEM and the heads of pFedMM."})
+    num_models: int = field(default=3, metadata={"help": "M, the models of FedEM and FedMix, the heads of pFedMM."})
     method_settings: str = field(
         default="{}", metadata={"help": 'JSON: settings of a method by its name, {"fedprox": {"mu": 0.1}}.'}
     )
@@ -80,9 +80,12 @@ class Experiment(ABC):
         """The adapters that experts are, `None` for whole models."""
         return None
 
-    def make_gate(self) -> str | PreTrainedModel:
-        """The gate named `gate`, when it is a model."""
-        return find_model([self.gate])
+    def make_gate(self, num_experts: int) -> str | PreTrainedModel:
+        """A gate which is a model: that named `gate`, or one like the experts."""
+        return find_model(self._gate_names())
+
+    def _gate_names(self) -> list[str]:
+        return self.model if self.gate in ("main_features", "adapter") else [self.gate]
 
     def collators(self, processor: Any) -> dict[str, Callable]:
         """Arguments of the trainer besides its defaults."""

@@ -3,13 +3,15 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from ..data import FederatedDataset
+from ..models import FedMoEPreTrainedModel
 from ..reporting import ExpertAnalysis, analyse_experts, scores
 from ..strategies import (
     AFL,
@@ -23,12 +25,15 @@ from ..strategies import (
     FedAvgPlus,
     FedAvgReserved,
     FedEM,
+    FedJETs,
+    FedMix,
     FedProx,
     FedRep,
     Local,
     PFedMe,
     PFedMM,
     Strategy,
+    freeze_common_expert,
 )
 from ..training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
 from .experiment import Experiment
@@ -37,6 +42,8 @@ from .experiment import Experiment
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
+    "fedmix": FedMix,
+    "fedjets": FedJETs,
     "fedavg_reserved": FedAvgReserved,
     "fedavg_tuned_at_end": FedAvgReserved,
     "fedavg_moving_average": FedAvgMovingAverage,
@@ -74,7 +81,8 @@ def make_trainer(
     expert = experiment.make_expert(data, processor)
     shared = dict(args=args, train_dataset=data, processing_class=processor, **experiment.collators(processor))
     if method in ("fedmoe", "cent_moe"):
-        gate = experiment.gate if experiment.gate in ("main_features", "adapter") else experiment.make_gate()
+        own_gate = experiment.gate not in ("main_features", "adapter")
+        gate = experiment.make_gate(experiment.num_routed_experts) if own_gate else experiment.gate
         mixture = experiment.mixture_class.from_expert(
             expert,
             gate=gate,
@@ -88,6 +96,15 @@ def make_trainer(
         # Cent-MoE: experts, gate and alpha together, by the loss of the mixture, on the reserved set alone.
         mixture.config.entropy_weight = args.entropy_weight
         return FederatedTrainer(mixture, **shared | centralised(args, data))
+    strategy = None if method in CENTRALISED else make_strategy(method, experiment, args)
+    if method in ("fedmix", "fedjets"):
+        if experiment.peft_config() is not None:
+            raise ValueError(f"`peft` is 'lora', but {method!r} has whole experts here: leave it out for this method.")
+        if method == "fedmix":
+            model = fedmix_mixture(expert, experiment, args.seed)
+        else:
+            model = fedjets_mixture(expert, experiment, args, data, shared)
+        return FederatedTrainer(model, strategy=strategy, **shared)
     shared["peft_config"] = experiment.peft_config()
     if method == "reserved_only":
         return FederatedTrainer(expert, **shared | centralised(args, data))
@@ -96,7 +113,38 @@ def make_trainer(
         model = experiment.ensemble_class.from_classifier(expert, experiment.num_models, args.seed)
     elif method == "pfedmm":
         model = experiment.multi_head_class.from_classifier(expert, experiment.num_models, args.seed)
-    return FederatedTrainer(model, strategy=make_strategy(method, experiment, args), **shared)
+    return FederatedTrainer(model, strategy=strategy, **shared)
+
+
+def fedmix_mixture(expert: PreTrainedModel, experiment: Experiment, seed: int) -> FedMoEPreTrainedModel:
+    """`num_models` experts with heads of their own, since equal ones stay equal, and a gate which is a model too."""
+    experts = list(experiment.ensemble_class.from_classifier(expert, experiment.num_models, seed).models)
+    gate = experiment.make_gate(experiment.num_models)
+    return experiment.mixture_class.from_experts(
+        [], experts, gate=gate, top_l=experiment.num_models, top_l_weighting="renormalize"
+    )
+
+
+def fedjets_mixture(
+    expert: PreTrainedModel,
+    experiment: Experiment,
+    args: FederatedTrainingArguments,
+    data: FederatedDataset,
+    shared: dict[str, Any],
+) -> FedMoEPreTrainedModel:
+    """
+    Routed experts that start as those of all methods do, and a frozen common expert, which is trained on the reserved
+    set first: from random weights its features would tell the gate nothing.
+    """
+    mixture = experiment.mixture_class.from_expert(expert, num_routed_experts=experiment.num_routed_experts)
+    alone = centralised(args, data)
+    alone["args"].output_dir = str(Path(args.output_dir, "common_expert"))
+    alone["args"].save_strategy = alone["args"].eval_strategy = alone["args"].logging_strategy = "no"
+    common = FederatedTrainer(expert, **shared | alone)
+    common.remove_callback(PrinterCallback)
+    common.train()
+    mixture.main_experts[0].load_state_dict(common.model.state_dict())
+    return freeze_common_expert(mixture)
 
 
 def check_method(method: str, experiment: Experiment) -> None:
