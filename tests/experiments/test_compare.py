@@ -10,6 +10,7 @@ import yaml
 from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import METHODS, compare
 from hf_fedmoe.experiments.compare import execute, plan_runs, read_comparison
+from hf_fedmoe.experiments.methods import CENTRALISED
 from hf_fedmoe.federation import Federation
 
 
@@ -88,9 +89,9 @@ def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeyp
         monkeypatch.setattr(Federation, "draw", lambda *args, drawn=drawn: drawn.append(draw(*args)) or draw(*args))
         execute(run, threads=1)
         scores[row] = json.loads((run.folder / "result.json").read_text())["metrics"]
-    assert {str(drawn) for row, drawn in draws.items() if row not in ("reserved_only", "cent_moe")} == {
-        str(draws["fedavg"])
-    }
+    # FedJETs trains its common expert first, on the only client that is the reserved set.
+    rounds = {row: drawn[-1] for row, drawn in draws.items() if row not in CENTRALISED}
+    assert all(drawn == rounds["fedavg"] for drawn in rounds.values())
     # Whatever is the mean of the clients' models once is the same model.
     for row in ("fedavg_plus", "apfl", "clustered"):
         assert scores[row]["accuracy"] == scores["fedavg"]["accuracy"]
