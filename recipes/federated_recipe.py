@@ -298,7 +298,7 @@ def main(recipe_class: type[RecipeArguments], settings_file: Path) -> None:
         started = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
         trainer.train(resume_from_checkpoint=started or None)
         evaluated = trainer.evaluate(data.test, metric_key_prefix="test")
-        results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+        results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
     found = {}
     if recipe.compare[-1] == "fedmoe":
         analysis = analyse(trainer, data, args.eval_batch_size)
