@@ -41,6 +41,7 @@ from tests.tiny_federation import (
     tiny_federation,
     tiny_mixture,
     tiny_multi_head,
+    tiny_rows,
 )
 
 
@@ -60,6 +61,7 @@ RUNS = {
     "l2sgd": (L2SGD, {"keep_client_optimizer": True}),
     "fedem": (FedEM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "pfedmm": (PFedMM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
+    "pfedmm_absent": (lambda: PFedMM(include_absent=True), {}),
     "qffl": (QFFL, {}),
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
@@ -75,6 +77,7 @@ PERSONAL_RUNS = (
     "local",
     "fedem",
     "pfedmm",
+    "pfedmm_absent",
     "fedavg_plus",
     "fedrep",
     "pfedme",
@@ -106,7 +109,9 @@ def trainer(name, output_dir, **changes):
     if strategy is None:
         return FedMoETrainer(tiny_mixture(peft_config=lora), args, train_dataset=tiny_federation())
     data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
-    model = {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head}.get(name, tiny_expert)()
+    model = {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head, "pfedmm_absent": tiny_multi_head}.get(
+        name, tiny_expert
+    )()
     return FederatedTrainer(model, args, data, strategy=strategy(), peft_config=lora)
 
 
@@ -133,6 +138,8 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(name, tmp_path):
         for mine, theirs in zip(*states, strict=True):
             assert_equal_states(mine, theirs)
         assert resumed.evaluate_clients() == whole.evaluate_clients()
+        newcomer = tiny_rows(10, seed=5)
+        assert_equal_states(state(resumed.personalize(newcomer)), state(whole.personalize(newcomer)))
 
 
 def personal_models(run):
