@@ -109,9 +109,8 @@ def trainer(name, output_dir, **changes):
     if strategy is None:
         return FedMoETrainer(tiny_mixture(peft_config=lora), args, train_dataset=tiny_federation())
     data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
-    model = {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head, "pfedmm_absent": tiny_multi_head}.get(
-        name, tiny_expert
-    )()
+    starts = {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head, "pfedmm_absent": tiny_multi_head}
+    model = starts.get(name, tiny_expert)()
     return FederatedTrainer(model, args, data, strategy=strategy(), peft_config=lora)
 
 
