@@ -93,7 +93,7 @@ def test_method_of_the_docs(newcomer, tmp_path):
     run(own, names)
     loaded = type(names["own"]).from_pretrained("runs/fedrep/client-0")
     assert_equal_states(state(loaded), state(names["own"]))
-    assert not torch.equal(names["own"].classifier.weight, names["theirs"].classifier.weight)
+    assert not torch.equal(names["own"].score.weight, names["theirs"].score.weight)
 
     def trained(strategy, folder, resume=None):
         args = tiny_args(tmp_path / folder, save_strategy="steps")
