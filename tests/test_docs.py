@@ -90,7 +90,7 @@ def test_readme_names_files_that_exist():
 
 
 def test_method_of_the_docs(newcomer, tmp_path):
-    method, use, by_client = blocks("docs/strategies.md")
+    method, use, by_client, own = blocks("docs/strategies.md")
     names = run(method)
     momentum = names["FedAvgMomentum"]
     run(use, names)
@@ -101,6 +101,11 @@ def test_method_of_the_docs(newcomer, tmp_path):
     run(by_client, names)
     assert {"clients_worst", "clients_unseen_accuracy"} <= names["metrics"].keys()
     assert Path("runs/fedrep/clients.svg").is_file() and len(names["trainer"].client_table) == 3
+
+    run(own, names)
+    loaded = type(names["own"]).from_pretrained("runs/fedrep/client-0")
+    assert_equal_states(state(loaded), state(names["own"]))
+    assert not torch.equal(names["own"].score.weight, names["theirs"].score.weight)
 
     def trained(strategy, folder, resume=None):
         args = tiny_args(tmp_path / folder, save_strategy="steps")

@@ -191,7 +191,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _metrics(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, float]:
     tested = trainer.evaluate(data.test, metric_key_prefix="test")
-    metrics = {name: tested[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+    metrics = {name: tested[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
     if trainer.federated_dataset.client_test_indices:
         metrics |= trainer.evaluate_clients()
         metrics.pop("epoch", None)

@@ -54,7 +54,7 @@ def main(experiment_class: type[Experiment], settings_file: Path) -> None:
         started = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
         trainer.train(resume_from_checkpoint=started or None)
         evaluated = trainer.evaluate(data.test, metric_key_prefix="test")
-        results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+        results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
         if trainer.federated_dataset.client_test_indices:
             clients = trainer.evaluate_clients()
             results[method] |= {name: value for name, value in clients.items() if name.startswith("clients_")}
@@ -82,7 +82,9 @@ def main(experiment_class: type[Experiment], settings_file: Path) -> None:
         dataset=dataset_name,
         folder=output_dir / "model",
         comparison={
-            name.replace("  ", "fedmoe: "): {metric: score[metric] for metric in ("accuracy", "macro_f1")}
+            name.replace("  ", "fedmoe: "): {
+                metric: score[metric] for metric in ("accuracy", "macro_f1", "auc") if metric in score
+            }
             for name, score in results.items()
         },
         **found,

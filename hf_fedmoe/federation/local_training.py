@@ -204,6 +204,7 @@ class LocalTrainer:
 
     def load(self, row_P: Tensor, integers: dict[str, Tensor]) -> nn.Module:
         """The worker as the model of `row_P`."""
+        self._learn(None)
         self.layout.write(row_P, self.worker)
         self.layout.write_integers(integers, self.worker)
         return self.worker

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
@@ -203,12 +203,15 @@ class Federation:
             sent.num_bytes(self.server.layout, shared),
         )
 
-    def personal_model(self, client: int) -> nn.Module:
-        """The model that is evaluated for a client; what it trains for that is forgotten again."""
+    def personal_model(self, client: int, data: Dataset | None = None) -> nn.Module:
+        """
+        The model that is evaluated for a client; what it trains for that is forgotten again. `data` are the examples
+        of one that the federation does not know.
+        """
         server, row_P = self.server, self.server.bank_SP[0]
         kept = {name: t for name, t in self.store.get(client).items() if not name.startswith(OPTIMIZER_PREFIX)}
         seed = seed_of(self.seed, Stream.CLIENT_EVALUATION, client)
-        data = self.client_data(client)
+        data = self.client_data(client) if data is None else data
         task = ClientTask(client, 0, data, row_P, server.integers[0], torch.zeros_like(row_P), seed, kept)
         return self.strategy.personal_model(server, self.local_trainer, task)
 

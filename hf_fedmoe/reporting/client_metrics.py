@@ -1,9 +1,10 @@
 """How well each client is served: a table with a row for each client, its summary, its picture.
 
-Shape suffixes: N test examples of one client.
+Shape suffixes: N test examples of one client, C classes.
 """
 
 import csv
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import f1_score
+
+from .auc import macro_auc
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class ClientScore:
         test_size (`int`): Its test examples.
         accuracy (`float`): Share of them that is right.
         macro_f1 (`float`): Mean F1 over the classes among its test examples and predictions.
+        auc (`float`): Mean area under the ROC curve of each class among its test examples against the rest; NaN where
+            all have one class.
     """
 
     client: int
@@ -33,22 +38,25 @@ class ClientScore:
     test_size: int
     accuracy: float
     macro_f1: float
+    auc: float
 
 
 def score_client(
-    client: int, unseen: bool, train_size: int, predicted_N: np.ndarray, labels_N: np.ndarray
+    client: int, unseen: bool, train_size: int, probabilities_NC: np.ndarray, labels_N: np.ndarray
 ) -> ClientScore:
     """
     Scores one client.
 
     Args:
         client (`int`), unseen (`bool`), train_size (`int`): See [`ClientScore`].
-        predicted_N (`np.ndarray` of shape `[N]`): Predicted classes.
+        probabilities_NC (`np.ndarray` of shape `[N, C]`): Predicted probabilities of the classes.
         labels_N (`np.ndarray` of shape `[N]`): True classes.
     """
+    predicted_N = probabilities_NC.argmax(-1)
     # A client has few of the classes; the absent ones say nothing about its model.
     macro_f1 = float(f1_score(labels_N, predicted_N, average="macro", zero_division=0))
-    return ClientScore(client, unseen, train_size, len(labels_N), float((predicted_N == labels_N).mean()), macro_f1)
+    accuracy, auc = float((predicted_N == labels_N).mean()), macro_auc(probabilities_NC, labels_N)
+    return ClientScore(client, unseen, train_size, len(labels_N), accuracy, macro_f1, auc)
 
 
 def summarise_clients(table: Sequence[ClientScore]) -> dict[str, float]:
@@ -56,8 +64,9 @@ def summarise_clients(table: Sequence[ClientScore]) -> dict[str, float]:
     The figures in which personalised methods are compared, those of unseen clients apart as `unseen_...`.
 
     Returns:
-        `dict[str, float]`: `accuracy` and `macro_f1` (means weighted by test size), `bottom_decile` (10th percentile
-        of the clients' accuracies, interpolated linearly) and `worst` (the lowest of them).
+        `dict[str, float]`: `accuracy`, `macro_f1` and `auc` (means weighted by test size, that of `auc` over the
+        clients that have one), `bottom_decile` (10th percentile of the clients' accuracies, interpolated linearly) and
+        `worst` (the lowest of them).
     """
     summary = {}
     for prefix, unseen in (("", False), ("unseen_", True)):
@@ -68,10 +77,16 @@ def summarise_clients(table: Sequence[ClientScore]) -> dict[str, float]:
         summary |= {
             f"{prefix}accuracy": float(np.average(accuracies, weights=sizes)),
             f"{prefix}macro_f1": float(np.average([row.macro_f1 for row in rows], weights=sizes)),
+            f"{prefix}auc": _mean_auc(rows),
             f"{prefix}bottom_decile": float(np.percentile(accuracies, 10)),
             f"{prefix}worst": min(accuracies),
         }
     return summary
+
+
+def _mean_auc(rows: Sequence[ClientScore]) -> float:
+    rows = [row for row in rows if not math.isnan(row.auc)]
+    return float(np.average([row.auc for row in rows], weights=[row.test_size for row in rows])) if rows else math.nan
 
 
 def write_client_table(table: Sequence[ClientScore], path: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 Shape suffixes: S experts (main ones first), K routed experts, M clients, C classes.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,7 +24,12 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ("federated-learning",)
 MIXTURE_TAGS = ("fedmoe", "mixture-of-experts")
 # Name in the card, metric type of the Hub.
-METRICS = {"accuracy": ("Accuracy", "accuracy"), "macro_f1": ("Macro-F1", "f1"), "loss": ("Loss", "loss")}
+METRICS = {
+    "accuracy": ("Accuracy", "accuracy"),
+    "macro_f1": ("Macro-F1", "f1"),
+    "auc": ("AUC", "roc_auc"),
+    "loss": ("Loss", "loss"),
+}
 SPLITS = {"eval": "validation", "test": "test"}
 MAX_LISTED_CLIENTS = 30
 
@@ -254,7 +260,7 @@ def _eval_results(
         )
         for prefix, found in evaluations.items()
         for name, value in found.items()
-        if name in METRICS
+        if name in METRICS and not math.isnan(value)
     ]
 
 

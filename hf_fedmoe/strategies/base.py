@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -35,6 +34,7 @@ class Server:
         integers (`list[dict[str, Tensor]]`): Integer buffers of each row.
         tensors (`dict[str, Tensor]`): Whatever else the strategy must find again after a resume.
         weight_decay (`float`): Of every optimizer that runs on the server, as on the clients.
+        num_examples (`int`): Training examples of all clients together.
         cache (`dict[str, Any]`): What the strategy can compute again; gone after a resume.
     """
 
@@ -45,6 +45,7 @@ class Server:
     integers: list[dict[str, Tensor]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     weight_decay: float = 0.0
+    num_examples: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
 
 
@@ -186,10 +187,15 @@ class Strategy:
         return False
 
 
-def average_into_(server: Server, uploads: Uploads) -> dict[str, float]:
-    """bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1), and what there is to log of it."""
-    keep_S = torch.zeros(1, device=server.bank_SP.device)
-    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, uploads.weights_m[None], keep_S, server.layout)
+def average_into_(server: Server, uploads: Uploads, num_examples: int | None = None) -> dict[str, float]:
+    """
+    bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1), and what there is to log of it. n is what the
+    participants have, or `num_examples`: what is missing then to a sum of 1 is the weight of bank[0] as it was.
+    """
+    sent = uploads.num_examples_m.sum()
+    n = sent if num_examples is None else num_examples
+    weights_1m, keep_S = (uploads.num_examples_m / n)[None], ((n - sent) / n)[None]
+    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, weights_1m, keep_S, server.layout)
     server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
     return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
 

@@ -37,9 +37,13 @@ class FedEM(Strategy):
 
     Args:
         num_em_steps (`int`, *optional*, defaults to 1): Updates of q and pi before each local training.
+        include_absent (`bool`, *optional*, defaults to `False`): Whether clients that did not take part have their
+            part in the average all the same, with the models of before the round. Weights are then n_c / n over all
+            clients.
     """
 
     num_em_steps: int = 1
+    include_absent: bool = False
     name = "fedem"
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ class FedEM(Strategy):
     ) -> dict[str, float]:
         mixture_M = server.layout.views(server.bank_SP[0])["mixture_M"]
         before_M = mixture_M.clone()
-        average_into_(server, uploads)
+        average_into_(server, uploads, server.num_examples if self.include_absent else None)
         mixture_M.copy_(before_M)  # nobody sent one: not even the rounding of a mean may change it
         return {}
 

@@ -21,6 +21,9 @@ class PFedMM(FedEM):
     Args:
         num_em_steps (`int`, *optional*, defaults to 1): Updates of q and pi before each local training, and from the
             uniform pi before a client that keeps none is evaluated.
+        include_absent (`bool`, *optional*, defaults to `False`): Whether clients that did not take part have their
+            part in the average all the same, with the modules of before the round. Weights are then n_c / n over all
+            clients.
     """
 
     name = "pfedmm"

@@ -1,17 +1,21 @@
 """Each client's personal model on its own test rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import FederatedDataset
+from ..data.split_checks import check_label_range, check_same_features, read_labels
 from ..federation import Federation, load_federation
+from ..models import AdapterExpert
 from ..reporting import ClientScore, score_client, summarise_clients, write_client_table
-from ..weights import release
+from ..weights import copy_module, release
 
 
 CLIENT_TABLE_NAME = "client_metrics.csv"
@@ -40,18 +44,78 @@ class ClientEvaluation:
                 "`train_dataset` has no test rows of its clients: hold some out, "
                 "`hold_out_client_tests(data, test_share=0.2)`."
             )
+        with self._current_federation() as federation:
+            self.client_table = score_clients(federation, data, self._columns_of_clients(), self.data_collator)
+        write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
+        metrics = {f"clients_{name}": value for name, value in summarise_clients(self.client_table).items()}
+        self.log(dict(metrics))  # which adds the epoch
+        return metrics
+
+    def personalize(self, client: int | datasets.Dataset) -> nn.Module:
+        """
+        One client's personal model as a model of the caller's own, to use, save or push. Nothing of the run changes.
+
+        Args:
+            client (`int` or `datasets.Dataset`):
+                The number of a client, training or unseen. Or the labelled examples of somebody whom the run does not
+                know, prepared like those of the clients: they get what an unseen client gets. FedEM and pFedMM fit
+                the mixture weights and train nothing; a method of one global model gives a copy of that; the others
+                train as their clients do, [`~strategies.Strategy.personal_model`].
+
+        Returns:
+            `nn.Module`: In evaluation mode. Like [`ClientEvaluation.evaluate_clients`], it may be asked for in a
+            callback during the run, or afterwards.
+
+        Raises:
+            ValueError: When there is no such client, or the examples cannot be learned from.
+        """
+        if self.federated_dataset is None:
+            raise ValueError("`train_dataset` is None: give the trainer the `FederatedDataset` of the run.")
+        number, examples = self._client_and_examples(client)
+        with self._current_federation() as federation:
+            model = federation.personal_model(number, examples)
+            # An adapter alone could not be saved.
+            own = copy_module(model.peft_model if isinstance(model, AdapterExpert) else model)
+        for wrapped in ("forward", "_original_forward"):  # by evaluation in mixed precision
+            vars(own).pop(wrapped, None)
+        return own.eval()
+
+    def _client_and_examples(self, client: int | datasets.Dataset) -> tuple[int, datasets.Dataset | None]:
+        """The number by which the federation asks, and the examples of a client that it does not know."""
+        data = self.federated_dataset
+        if not isinstance(client, datasets.Dataset):
+            count = data.num_clients + len(data.unseen_indices)
+            if not isinstance(client, int | np.integer) or not 0 <= client < count:
+                raise ValueError(
+                    f"`client` is {client!r}: give a client's number, 0 to {count - 1}, or a `datasets.Dataset` of a "
+                    "new client's labelled examples."
+                )
+            return int(client), None
+        if len(client) == 0:
+            raise ValueError("`client` has no rows: give labelled examples to personalise the model with.")
+        labels = read_labels(client, data.label_column, "client")
+        check_label_range(labels, data.num_labels, data.label_column, "client")
+        columns = self._columns_of_clients()
+        if missing := [name for name in columns.column_names if name not in client.column_names]:
+            raise ValueError(
+                f"`client` lacks the columns {missing}, which the run's clients have: prepare it as they were, with "
+                "the same tokenizer or columns of images."
+            )
+        client = client.select_columns(columns.column_names)
+        check_same_features(columns, client, "the run's clients", "client")
+        return data.num_clients, client
+
+    @contextmanager
+    def _current_federation(self) -> Iterator[Federation]:
+        """That of the round that has just run, or of the last one."""
         federation = self._active_federation or self._federation_of_the_last_round()
         try:
-            self.client_table = score_clients(federation, data, self._columns_of_clients(), self.data_collator)
+            yield federation
         finally:
             if self._active_federation is None:
                 for module in self.strategy.server_models(self.model):
                     release(module)
                 self.accelerator.free_memory()
-        write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
-        metrics = {f"clients_{name}": value for name, value in summarise_clients(self.client_table).items()}
-        self.log(dict(metrics))  # which adds the epoch
-        return metrics
 
     def _federation_of_the_last_round(self) -> Federation:
         federation = self._federation()
@@ -82,9 +146,9 @@ def score_clients(
     for client, rows in enumerate(data.client_test_indices):
         # Personal models live in one worker: each is scored before the next is made.
         model = federation.personal_model(client)
-        predicted_N, labels_N = _predict(model, Subset(pool, rows.tolist()), collate, federation)
+        probabilities_NC, labels_N = _predict(model, Subset(pool, rows.tolist()), collate, federation)
         unseen, train_size = client >= data.num_clients, len(data.client_rows(client))
-        table.append(score_client(client, unseen, train_size, predicted_N.numpy(), labels_N.numpy()))
+        table.append(score_client(client, unseen, train_size, probabilities_NC.numpy(), labels_N.numpy()))
     return table
 
 
@@ -92,13 +156,13 @@ def score_clients(
 def _predict(
     model: nn.Module, dataset: Dataset, collate: Callable, federation: Federation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted and true classes, each of shape `[N]`."""
+    """Probabilities `[N, C]` and true classes `[N]`."""
     local = federation.local_trainer
-    predicted, labels = [], []
+    probabilities, labels = [], []
     model.eval()
     for batch in DataLoader(dataset, local.args.eval_batch_size, collate_fn=collate):
         labels.append(batch.pop("labels"))
         batch = {name: tensor.to(local.accelerator.device) for name, tensor in batch.items()}
         with local.accelerator.autocast():
-            predicted.append(model(**batch).logits.argmax(-1).cpu())
-    return torch.cat(predicted), torch.cat(labels)
+            probabilities.append(model(**batch).logits.float().softmax(-1).cpu())
+    return torch.cat(probabilities), torch.cat(labels)

@@ -80,8 +80,8 @@ class FederatedTrainer(ClientEvaluation, Trainer):
         eval_dataset (`datasets.Dataset`, *optional*):
             For `evaluate`; `train_dataset.validation` if left out.
         data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
-            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy and macro-F1; with an image
-            processor `data_collator` defaults to [`~data.ImageCollator`].
+            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy, macro-F1 and AUC; with an
+            image processor `data_collator` defaults to [`~data.ImageCollator`].
         peft_config (`peft.PeftConfig`, *optional*):
             Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
         train_data_collator (`Callable`, *optional*):
@@ -252,6 +252,7 @@ class FederatedTrainer(ClientEvaluation, Trainer):
             layout.bank(modules),
             [layout.read_integers(module) for module in modules],
             weight_decay=args.weight_decay,
+            num_examples=int(data.client_sizes.sum()),
         )
         pool = self._columns_of_clients()
         reserved = None

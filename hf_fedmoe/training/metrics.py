@@ -8,9 +8,10 @@ from ..reporting import scores
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """
-    `accuracy` and `macro_f1` (mean over all classes of the model, a class that is never right counting 0).
+    `accuracy`, `macro_f1` (mean over all classes of the model, a class that is never right counting 0) and `auc` (mean
+    area under the ROC curve of each class among the examples against the rest).
 
     `evaluate.load("accuracy")` would need the Hub; scikit-learn gives the same figures without a network.
     """
     logits_BC = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return scores(torch.as_tensor(logits_BC), torch.as_tensor(prediction.label_ids))
+    return scores(torch.as_tensor(logits_BC).float().softmax(-1), torch.as_tensor(prediction.label_ids))

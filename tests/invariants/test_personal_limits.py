@@ -1,8 +1,11 @@
 """Equalities between personalised methods and simpler ones at the settings where they coincide."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.federation import LocalTrainer
 from hf_fedmoe.strategies import (
     AFL,
@@ -97,6 +100,26 @@ def test_local_is_fedavg_of_one_client(tmp_path):
     fedavg, local = (run(tmp_path, strategy, data, clients_per_round=1) for strategy in (FedAvg(), Local()))
     assert_rows_are(local, [kept(local)[0]["row_P"]], fedavg.model)
     assert_equal_states(state(local.model), state(tiny_expert()))
+
+
+@pytest.mark.parametrize(("strategy", "start"), [(FedEM, tiny_ensemble), (PFedMM, tiny_multi_head)])
+def test_with_nobody_absent_the_absent_do_not_count(tmp_path, strategy, start):
+    sizes = [0, 12, 20, 24, 40]
+    rows = tiny_federation().pool
+    clients = [range(begin, end) for begin, end in pairwise(sizes)]
+    results = {}
+    for per_round in (4, 2):
+        for include_absent in (False, True):
+            args = tiny_args(tmp_path / f"{per_round}{include_absent}", rounds=2, clients_per_round=per_round)
+            data = FederatedDataset(rows, clients)
+            run = FederatedTrainer(start(), args, data, strategy=strategy(include_absent=include_absent))
+            run.train()
+            results[per_round, include_absent] = state(run.model)
+    assert_equal_states(results[4, True], results[4, False])
+    name = "models.0.classifier.weight"
+    begin = state(start())[name]
+    steps = [(results[2, absent][name] - begin).norm() for absent in (True, False)]
+    assert 0 < steps[0] < 0.8 * steps[1]
 
 
 def test_fedem_of_one_model_is_fedavg(tmp_path):

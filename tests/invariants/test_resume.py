@@ -45,6 +45,7 @@ from tests.tiny_federation import (
     tiny_gated_experts,
     tiny_mixture,
     tiny_multi_head,
+    tiny_rows,
 )
 
 
@@ -64,6 +65,7 @@ RUNS = {
     "l2sgd": (L2SGD, {"keep_client_optimizer": True}),
     "fedem": (FedEM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "pfedmm": (PFedMM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
+    "pfedmm_absent": (lambda: PFedMM(include_absent=True), {}),
     "qffl": (QFFL, {}),
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
@@ -81,6 +83,7 @@ PERSONAL_RUNS = (
     "local",
     "fedem",
     "pfedmm",
+    "pfedmm_absent",
     "fedavg_plus",
     "fedrep",
     "pfedme",
@@ -93,6 +96,7 @@ PERSONAL_RUNS = (
 MODELS = {
     "fedem": tiny_ensemble,
     "pfedmm": tiny_multi_head,
+    "pfedmm_absent": tiny_multi_head,
     "fedmix": tiny_gated_experts,
     "fedjets": lambda: freeze_common_expert(tiny_mixture(num_routed_experts=3)),
 }
@@ -146,6 +150,8 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(name, tmp_path):
         for mine, theirs in zip(*states, strict=True):
             assert_equal_states(mine, theirs)
         assert resumed.evaluate_clients() == whole.evaluate_clients()
+        newcomer = tiny_rows(10, seed=5)
+        assert_equal_states(state(resumed.personalize(newcomer)), state(whole.personalize(newcomer)))
 
 
 def personal_models(run):

@@ -1,4 +1,5 @@
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -6,23 +7,43 @@ import pytest
 from hf_fedmoe.reporting import ClientScore, plot_clients, score_client, summarise_clients, write_client_table
 
 
+PROBABILITIES_NC = np.array([[0.6, 0.3, 0.1], [0.7, 0.1, 0.2], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]])
+
+
 def table():
-    seen = [ClientScore(i, False, 5, size, accuracy, 0.5) for i, (size, accuracy) in enumerate([(10, 0.9), (30, 0.5)])]
-    return [*seen, ClientScore(2, True, 5, 4, 0.25, 0.1)]
+    seen = [
+        ClientScore(0, False, 5, 10, 0.9, 0.5, 0.8),
+        ClientScore(1, False, 5, 30, 0.5, 0.5, 0.6),
+    ]
+    return [*seen, ClientScore(2, True, 5, 4, 0.25, 0.1, math.nan)]
 
 
 def test_one_client_by_hand():
-    score = score_client(3, True, 9, np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1]))
+    score = score_client(3, True, 9, PROBABILITIES_NC, np.array([0, 1, 1, 1]))
     assert (score.client, score.unseen, score.train_size, score.test_size) == (3, True, 9, 4)
     assert score.accuracy == 0.5
     # F1 of class 0: 2 / 3, of 1: 2 * 1 / (2 + 2), of 2: 0.
     assert score.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    # Class 0: .6 above .7, .2, .1 in 2 of 3 pairs. Class 1: .1, .6, .3 above .3 in 1.5 of 3. Class 2: no example.
+    assert score.auc == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_auc_where_it_has_no_value_and_where_it_is_perfect():
+    def auc(probabilities_NC, labels):
+        return score_client(0, False, 1, probabilities_NC, np.array(labels)).auc
+
+    assert math.isnan(auc(PROBABILITIES_NC, [2, 2, 2, 2]))
+    assert math.isnan(auc(PROBABILITIES_NC * np.nan, [0, 1, 2, 2]))
+    assert auc(PROBABILITIES_NC, [0, 0, 1, 2]) == 1.0
 
 
 def test_summary_by_hand():
     summary = summarise_clients(table())
     assert summary["accuracy"] == pytest.approx((10 * 0.9 + 30 * 0.5) / 40)
-    assert summary["macro_f1"] == pytest.approx(0.5)
+    assert summary["macro_f1"] == pytest.approx(0.5) and summary["auc"] == pytest.approx((10 * 0.8 + 30 * 0.6) / 40)
+    assert math.isnan(summary["unseen_auc"])  # its rows are of one class
+    with_one_class = [*table()[:2], ClientScore(3, False, 5, 50, 0.5, 0.5, math.nan)]
+    assert summarise_clients(with_one_class)["auc"] == summary["auc"]
     assert summary["bottom_decile"] == pytest.approx(0.5 + 0.1 * 0.4) and summary["worst"] == 0.5
     assert summary["unseen_accuracy"] == summary["unseen_worst"] == summary["unseen_bottom_decile"] == 0.25
     assert not any(name.startswith("unseen") for name in summarise_clients(table()[:2]))

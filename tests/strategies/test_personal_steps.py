@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hf_fedmoe.models.ensemble.modeling_ensemble import mix_models
 from hf_fedmoe.strategies import (
@@ -24,11 +25,14 @@ from hf_fedmoe.strategies import (
     Local,
     PFedMe,
     PFedMM,
+    Server,
+    Uploads,
 )
 from hf_fedmoe.strategies.afl import project_to_simplex
 from hf_fedmoe.strategies.clustered import smaller_part
 from hf_fedmoe.strategies.decentralised import connected_graph, metropolis_weights
 from hf_fedmoe.strategies.fedem import expectation, model_losses
+from hf_fedmoe.weights import StateLayout
 from tests.strategies.test_fedavg import server_and_uploads
 from tests.tiny_client import Slope, row, tiny_local, tiny_server, tiny_task
 
@@ -275,6 +279,30 @@ def test_fedem_matches_the_worked_example():
     q_NM, pi_M = expectation(losses_NM, pi_M)
     close(q_NM, expected(data, "q_2_NM"))
     close(pi_M, expected(data, "pi_2"))
+
+
+def test_absent_clients_keep_their_part_of_the_average():
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor([1.0, -2.0]))
+    model.register_buffer("mixture_M", torch.tensor([0.5, 0.5]))
+    layout = StateLayout.of(model)
+
+    def updated(strategy, num_examples):
+        bank_SP = torch.zeros(1, layout.size)
+        rows_mP = torch.zeros(2, layout.size)
+        for row_P, w in ((bank_SP[0], [1.0, -2.0]), (rows_mP[0], [3.0, 0.0]), (rows_mP[1], [5.0, 6.0])):
+            layout.views(row_P)["w"].copy_(torch.tensor(w))
+            layout.views(row_P)["mixture_M"].fill_(0.5)
+        server = Server(model, model, layout, bank_SP, [{}], num_examples=num_examples)
+        strategy.update(server, Uploads([4, 1], rows_mP, [{}, {}], torch.tensor([10.0, 30.0])), None, 0, 0)
+        assert layout.views(bank_SP[0])["mixture_M"].tolist() == [0.5, 0.5]
+        return layout.views(bank_SP[0])["w"].clone()
+
+    for method in (FedEM, PFedMM):
+        # 10 and 30 of 80 examples took part, so that half of the old models stays: 3/8 + 15/8 + 1/2, 0 + 18/8 - 1.
+        assert updated(method(include_absent=True), 80).tolist() == [2.75, 1.25]
+        assert updated(method(), 80).tolist() == [4.5, 4.5]
+        assert torch.equal(updated(method(include_absent=True), 40), updated(method(), 40))
 
 
 @pytest.mark.parametrize("num_em_steps", [1, 2])
