@@ -11,6 +11,7 @@ from .fedem import FedEM
 from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
 from .fedrep import FedRep
+from .fedrolex import FedRolex, HeteroFL
 from .l2sgd import L2SGD
 from .local import Local
 from .pfedme import PFedMe
@@ -36,6 +37,8 @@ __all__ = [
     "FedMoESettings",
     "FedProx",
     "FedRep",
+    "FedRolex",
+    "HeteroFL",
     "Local",
     "PFedMM",
     "PFedMe",
