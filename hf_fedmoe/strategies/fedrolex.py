@@ -1,8 +1,9 @@
 """FedRolex: Alam et al. 2022, "FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model Extraction",
-Algorithm 1; HeteroFL: Diao, Ding and Tarokh 2021, "HeteroFL: Computation and Communication Efficient Federated Learning
-for Heterogeneous Clients".
+Algorithm 1. HeteroFL: Diao, Ding and Tarokh 2021, "HeteroFL: Computation and Communication Efficient Federated
+Learning for Heterogeneous Clients".
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,12 +38,14 @@ class FedRolex(Strategy):
     """
     Weak clients train narrower models: a window of the channels of each layer, which moves on by one in each round.
 
-    Client k has the share `capacities[k % len(capacities)]` of the channels, rounded up, of whole attention heads;
-    all classes stay. The server takes the mean of each element over the participants that hold it, each with the same
-    weight. Of elements that two windows of one width choose, those further apart than the window are reached only by
-    wider clients.
+    Client k has the share `capacities[k % len(capacities)]` of each layer's channels, rounded up; attention heads stay
+    whole, and so do the classes. The server takes the plain mean of each element over the participants that hold it.
+    A weight between two channels of equally wide layers is held only where one window has both: if every client is
+    narrow, some are never trained.
 
-    A client is evaluated with the narrower model that the next round would send it.
+    Running statistics of BatchNorm depend on what is summed, so that the server has those of the widest clients only.
+    A narrower client is evaluated with its window of the last round and with statistics measured on its own training
+    examples.
 
     Args:
         capacities (`tuple[float]`, *optional*, defaults to `(1, 1/2, 1/4, 1/8, 1/16)`): Of the clients, over and
@@ -56,7 +59,9 @@ class FedRolex(Strategy):
 
     def __post_init__(self) -> None:
         if not self.capacities or not all(0 < capacity <= 1 for capacity in self.capacities):
-            raise ValueError(f"`capacities` is {self.capacities}: give shares above 0 and up to 1, for example (1, 0.5).")
+            raise ValueError(
+                f"`capacities` is {self.capacities}: give shares above 0 and up to 1, for example (1, 0.5)."
+            )
 
     def shift(self, round_index: int) -> int:
         """Where the windows of a round start."""
@@ -78,6 +83,11 @@ class FedRolex(Strategy):
         return [module]
 
     def setup(self, server: Server, num_clients: int) -> None:
+        if num_clients < len(self.capacities):
+            raise ValueError(
+                f"`capacities` has {len(self.capacities)} entries for {num_clients} clients: give each client one, or "
+                "fewer that are used over and over."
+            )
         for capacity in self.capacities:
             self.narrow_layout(server, capacity)
         server.tensors["round"] = torch.tensor(0)
@@ -96,24 +106,26 @@ class FedRolex(Strategy):
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
-        places_m = [
-            sub_places(
-                server.worker.config,
-                server.layout,
-                self.narrow_layout(server, self.capacity(client)),
-                self.shift(round_index),
-                server.bank_SP.device,
-            )
-            for client in uploads.clients
-        ]
+        statistics = {slot.name for pair in server.layout.batchnorm for slot in pair}
+        places_m = []
+        for capacity in map(self.capacity, uploads.clients):
+            narrow, shift = self.narrow_layout(server, capacity), self.shift(round_index)
+            places = sub_places(server.worker.config, server.layout, narrow, shift, server.bank_SP.device)
+            if capacity < max(self.capacities):
+                places = {name: place for name, place in places.items() if name not in statistics}
+            places_m.append(places)
         counts_P = average_held_(server.bank_SP[0], uploads.rows_mP, places_m, server.layout)
         server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
-        server.tensors["round"].fill_(round_index + 1)
+        server.tensors["round"].fill_(round_index)
         return {"held_share": (counts_P > 0).sum().item() / server.layout.num_elements}
 
     def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
         sub, places = self.sub_model(local, task.client, int(server.tensors["round"]))
-        return sub.load(take_held(task.received_P, local.layout, sub.layout, places), task.integers)
+        model = sub.load(take_held(task.received_P, local.layout, sub.layout, places), task.integers)
+        if self.capacity(task.client) < 1 and sub.layout.batchnorm:
+            with local.accelerator.autocast():
+                measure_statistics(model, sub.in_order(task.dataset, task.seed))
+        return model
 
     def sub_model(self, local: "LocalTrainer", client: int, round_index: int) -> "tuple[LocalTrainer, Places]":
         """The trainer of a client's narrower model, and where the model stands in the server's."""
@@ -137,3 +149,18 @@ class HeteroFL(FedRolex):
 
     def shift(self, round_index: int) -> int:
         return 0
+
+
+@torch.no_grad()
+def measure_statistics(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
+    """The running statistics of BatchNorm layers become their means over these batches."""
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a cumulative mean
+    model.train()
+    for batch in batches:
+        model(**batch)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum

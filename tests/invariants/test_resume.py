@@ -26,6 +26,8 @@ from hf_fedmoe.strategies import (
     FedEM,
     FedProx,
     FedRep,
+    FedRolex,
+    HeteroFL,
     Local,
     PFedMe,
     PFedMM,
@@ -64,6 +66,8 @@ RUNS = {
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
     "decentralised": (Decentralised, {}),
+    "fedrolex": (lambda: FedRolex((1.0, 0.5)), {}),
+    "heterofl": (lambda: HeteroFL((0.5, 1.0)), {}),
     "fedmoe": (None, {}),
     "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
     "fedmoe_paper_top_k": (None, {"preset": "paper", "upload_compression": "top_k"}),
@@ -82,6 +86,8 @@ PERSONAL_RUNS = (
     "l2sgd",
     "clustered",
     "decentralised",
+    "fedrolex",
+    "heterofl",
 )
 # The same with adapters in the place of whole models.
 LORA_RUNS = {

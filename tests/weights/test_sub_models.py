@@ -193,7 +193,10 @@ def test_mean_over_those_who_hold_an_element_by_hand():
     ("make", "message"),
     [
         (tiny_vit, "`model` is of the type 'vit', of which no narrower model can be made: choose one of bert"),
-        (lambda: tiny_resnet(embedding_size=4, hidden_sizes=[3, 8]), r"capacity of 0.25 a SmallImageResNet.* loses or gains `resnet.encoder.stages.0.*shortcut"),
+        (
+            lambda: tiny_resnet(embedding_size=4, hidden_sizes=[3, 8]),
+            r"capacity of 0.25 a SmallImageResNet.* loses or gains `resnet.encoder.stages.0.*shortcut",
+        ),
     ],
 )
 def test_models_that_cannot_be_cut(make, message):
