@@ -43,9 +43,9 @@ class FedRolex(Strategy):
     A weight between two channels of equally wide layers is held only where one window has both: if every client is
     narrow, some are never trained.
 
-    Running statistics of BatchNorm depend on what is summed, so that the server has those of the widest clients only.
-    A narrower client is evaluated with its window of the last round and with statistics measured on its own training
-    examples.
+    Running statistics of BatchNorm depend on how many channels are summed: the server has those of the clients of the
+    largest capacity, which should be 1. A narrower client is evaluated with its window of the last round and with
+    statistics measured on its own training examples.
 
     Args:
         capacities (`tuple[float]`, *optional*, defaults to `(1, 1/2, 1/4, 1/8, 1/16)`): Of the clients, over and
