@@ -51,7 +51,8 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
             "federated run. To start from a model, load it with `from_pretrained` instead."
         )
     saved = json.loads(path.read_text())["identity"]
-    for name, value in identity.items():
+    # JSON knows lists only, settings may be tuples.
+    for name, value in json.loads(json.dumps(identity)).items():
         # A setting that did not exist when the checkpoint was written had no other value.
         if saved.get(name, value) != value:
             raise ValueError(

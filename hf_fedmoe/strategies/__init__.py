@@ -13,6 +13,7 @@ from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
 from .fedrep import FedRep
+from .fedrolex import FedRolex, HeteroFL
 from .l2sgd import L2SGD
 from .local import Local
 from .pfedme import PFedMe
@@ -40,6 +41,8 @@ __all__ = [
     "FedMoESettings",
     "FedProx",
     "FedRep",
+    "FedRolex",
+    "HeteroFL",
     "Local",
     "PFedMM",
     "PFedMe",

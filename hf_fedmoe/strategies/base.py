@@ -116,6 +116,8 @@ class Strategy:
     name: str = "fedavg"
     # Whether the server knows what each client starts from, which is what an encoded update is measured from.
     compressible: bool = True
+    # Whether a client can go on with the optimizer state of its last round.
+    keeps_optimizer: bool = True
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""

@@ -53,6 +53,11 @@ def check_run(
             f"`upload_compression` is {args.upload_compression!r}, but in {strategy.name!r} no receiver knows the "
             'model that an update starts from: choose "none".'
         )
+    if args.keep_client_optimizer and not strategy.keeps_optimizer:
+        raise ValueError(
+            f"`keep_client_optimizer` is True, but {strategy.name!r} starts each round with a fresh optimizer: leave "
+            "it out."
+        )
     if data.num_labels > model.config.num_labels:
         raise ValueError(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "

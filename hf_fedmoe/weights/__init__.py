@@ -5,6 +5,7 @@ from .fusion import collapse, fuse_, fuse_integers
 from .layout import StateLayout, copy_module, release
 from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows
 from .payload import Payload, keep_private_, payload_fault
+from .sub_models import average_held_, narrow_config, narrow_layout, narrow_model, put_held_, sub_places, take_held
 
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Codec",
     "Payload",
     "StateLayout",
+    "average_held_",
     "bytes_at_rank",
     "collapse",
     "compress_upload",
@@ -23,6 +25,12 @@ __all__ = [
     "keep_private_",
     "make_codec",
     "mix_rows",
+    "narrow_config",
+    "narrow_layout",
+    "narrow_model",
     "payload_fault",
+    "put_held_",
     "release",
+    "sub_places",
+    "take_held",
 ]

@@ -20,7 +20,7 @@ SETTINGS = {
     "model_config": {"channels": [2], "kernel_size": 3, "padding": 1, "hidden_size": 8},
     "image_size": 8,
     "partition": "iid",
-    "num_clients": 4,
+    "num_clients": 8,  # of which two are unseen; FedRolex has five capacities
     "clients_per_round": 2,
     "examples_per_client": 20,
     "reserved_size": 30,
@@ -134,7 +134,7 @@ def test_sizes_and_settings_go_before_one_another(tmp_path):
     )
     args = [run.parse()[1] for run in (small, paper, told)]
     assert [(a.rounds, a.num_train_epochs, a.clients_per_round) for a in args] == [(2, 2, 3), (50, 1, 3), (7, 1, 3)]
-    assert [a.save_steps for a in args] == [1, 10, 1] and small.parse()[0].num_clients == 4
+    assert [a.save_steps for a in args] == [1, 10, 1] and small.parse()[0].num_clients == 8
     assert args[0].learning_rate == 0.5 != args[1].learning_rate
 
 

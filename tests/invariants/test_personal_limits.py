@@ -18,6 +18,8 @@ from hf_fedmoe.strategies import (
     FedAvgPlus,
     FedEM,
     FedRep,
+    FedRolex,
+    HeteroFL,
     Local,
     PFedMe,
     PFedMM,
@@ -93,6 +95,14 @@ def test_fairness_that_is_switched_off_is_fedavg_of_clients_of_one_size(tmp_path
     settings = dict(optim="sgd", learning_rate=0.1)
     fair, plain = run(tmp_path, strategy, **settings), run(tmp_path, FedAvg(), **settings)
     assert_equal_states(state(fair.model), state(plain.model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", [FedRolex((1.0,)), HeteroFL((1.0,))], ids=lambda strategy: strategy.name)
+def test_clients_of_full_capacity_are_fedavg_of_clients_of_one_size(tmp_path, strategy):
+    settings = dict(optim="sgd", learning_rate=0.1)
+    wide, plain = run(tmp_path, strategy, **settings), run(tmp_path, FedAvg(), **settings)
+    assert_equal_states(state(wide.model), state(plain.model), atol=1e-6, rtol=0)
+    assert [report.bytes_up for report in wide.rounds] == [report.bytes_up for report in plain.rounds]
 
 
 def test_local_is_fedavg_of_one_client(tmp_path):

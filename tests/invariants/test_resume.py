@@ -28,6 +28,8 @@ from hf_fedmoe.strategies import (
     FedMix,
     FedProx,
     FedRep,
+    FedRolex,
+    HeteroFL,
     Local,
     PFedMe,
     PFedMM,
@@ -72,6 +74,8 @@ RUNS = {
     "decentralised": (Decentralised, {}),
     "fedmix": (FedMix, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "fedjets": (lambda: FedJETs(experts_per_client=1), {"keep_client_optimizer": True, "clients_per_round": 3}),
+    "fedrolex": (lambda: FedRolex((1.0, 0.5)), {}),
+    "heterofl": (lambda: HeteroFL((0.5, 1.0)), {}),
     "fedmoe": (None, {}),
     "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
     "fedmoe_paper_top_k": (None, {"preset": "paper", "upload_compression": "top_k"}),
@@ -91,6 +95,8 @@ PERSONAL_RUNS = (
     "l2sgd",
     "clustered",
     "decentralised",
+    "fedrolex",
+    "heterofl",
 )
 # What is trained, where that is not one classifier.
 MODELS = {

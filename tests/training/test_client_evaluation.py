@@ -25,6 +25,8 @@ from hf_fedmoe.strategies import (
     FedAvgPlus,
     FedEM,
     FedRep,
+    FedRolex,
+    HeteroFL,
     Local,
     PFedMe,
     PFedMM,
@@ -58,7 +60,11 @@ METHODS = {
     "afl": AFL,
     "clustered": lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1),
     "decentralised": Decentralised,
+    "fedrolex": lambda: FedRolex((1.0, 0.5)),
+    "heterofl": lambda: HeteroFL((0.5, 1.0)),
 }
+# Methods that train what has no adapter.
+WHOLE_MODELS = ("fedem", "pfedmm", "fedrolex", "heterofl")
 
 
 def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
@@ -371,7 +377,7 @@ def image_model(method):
 
 
 @pytest.mark.parametrize("fusion", ["svd", "factors", "ffa"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("fedem", "pfedmm")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in WHOLE_MODELS])
 def test_clients_of_adapters(tmp_path, method, fusion):
     data = hold_out_client_tests(tiny_federation(), unseen_share=0.25)
     args = tiny_args(tmp_path, rounds=2, lora_fusion=fusion)
