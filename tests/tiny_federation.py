@@ -12,8 +12,9 @@ from hf_fedmoe.models import (
     FedMoEForSequenceClassification,
     MultiHeadForSequenceClassification,
 )
+from hf_fedmoe.strategies import PFedMoE
 from hf_fedmoe.training import FederatedTrainingArguments
-from tests.tiny_models import VOCAB_SIZE, tiny_bert
+from tests.tiny_models import VOCAB_SIZE, tiny_bert, tiny_gpt2
 
 
 NUM_LABELS = 3
@@ -63,6 +64,12 @@ def tiny_ensemble(num_models: int = 2) -> EnsembleForSequenceClassification:
 
 def tiny_multi_head(num_heads: int = 2) -> MultiHeadForSequenceClassification:
     return MultiHeadForSequenceClassification.from_classifier(tiny_expert(), num_heads)
+
+
+def tiny_pfedmoe(**settings) -> PFedMoE:
+    """Own models of two architectures, one of them narrower than the shared model."""
+    own = [tiny_bert(NUM_LABELS, hidden_size=8).config, tiny_gpt2(NUM_LABELS).config]
+    return PFedMoE(own, **{"gate_hidden_size": 5} | settings)
 
 
 def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:

@@ -15,6 +15,7 @@ from .l2sgd import L2SGD
 from .local import Local
 from .pfedme import PFedMe
 from .pfedmm import PFedMM
+from .pfedmoe import PFedMoE, pfedmoe_cnns
 from .qffl import QFFL
 from .relevance import client_mixture, correlate
 
@@ -39,9 +40,11 @@ __all__ = [
     "Local",
     "PFedMM",
     "PFedMe",
+    "PFedMoE",
     "Server",
     "Strategy",
     "Uploads",
     "client_mixture",
     "correlate",
+    "pfedmoe_cnns",
 ]

@@ -41,6 +41,7 @@ from tests.tiny_federation import (
     tiny_federation,
     tiny_mixture,
     tiny_multi_head,
+    tiny_pfedmoe,
 )
 
 
@@ -60,6 +61,7 @@ RUNS = {
     "l2sgd": (L2SGD, {"keep_client_optimizer": True}),
     "fedem": (FedEM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "pfedmm": (PFedMM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
+    "pfedmoe": (tiny_pfedmoe, {"upload_compression": "top_k"}),
     "qffl": (QFFL, {}),
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
@@ -75,6 +77,7 @@ PERSONAL_RUNS = (
     "local",
     "fedem",
     "pfedmm",
+    "pfedmoe",
     "fedavg_plus",
     "fedrep",
     "pfedme",
