@@ -25,8 +25,8 @@ class PairedExpertsConfig(PreTrainedConfig):
         gate_hidden_size (`int`, *optional*, defaults to 64):
             Width of the gate's hidden layer.
         gate_input_size (`int`, *optional*):
-            Width of what the gate reads: of images `num_channels * image_size**2`, which is the default where
-            `shared_config` has an `image_size`; of texts the width of the shared extractor's embeddings, always.
+            Width of what the gate reads: of images their channels * height * width, by default those that `shared_config` names, if it
+            has an `image_size`; of texts the width of the shared extractor's embeddings, always.
 
     Raises:
         `ValueError`: If the two classifiers do not go together.
@@ -78,7 +78,7 @@ class PairedExpertsConfig(PreTrainedConfig):
                 f"`own_config` has {self.own_config.num_labels} labels (`num_labels`), `shared_config` "
                 f"{self.shared_config.num_labels}: make them equal."
             )
-        for field in ("num_channels", "image_size", "pad_token_id"):
+        for field in ("num_channels", "pad_token_id"):
             mine, theirs = own.get(field), shared.get(field)
             if mine is not None and theirs is not None and mine != theirs:
                 raise ValueError(

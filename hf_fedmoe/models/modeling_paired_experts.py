@@ -251,5 +251,14 @@ class PairedExpertsForImageClassification(PairedExpertsPreTrainedModel):
 
         Returns:
             [`PairedExpertsOutput`]
+
+        Raises:
+            `ValueError`: If the gate was built for images of another size.
         """
-        return self._classify({"pixel_values": pixel_values}, pixel_values.flatten(1), labels)
+        pixels_BD = pixel_values.flatten(1)
+        if pixels_BD.shape[1] != self._gate_input_size():
+            raise ValueError(
+                f"`gate_input_size` is {self._gate_input_size()}, but `pixel_values` has the shape "
+                f"{tuple(pixel_values.shape)}: build the model with gate_input_size={pixels_BD.shape[1]}."
+            )
+        return self._classify({"pixel_values": pixel_values}, pixels_BD, labels)
