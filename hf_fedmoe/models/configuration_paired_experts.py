@@ -25,8 +25,8 @@ class PairedExpertsConfig(PreTrainedConfig):
         gate_hidden_size (`int`, *optional*, defaults to 64):
             Width of the gate's hidden layer.
         gate_input_size (`int`, *optional*):
-            Width of what the gate reads: of images their channels * height * width, by default those that `shared_config` names, if it
-            has an `image_size`; of texts the width of the shared extractor's embeddings, always.
+            Width of what the gate reads. Of images channels * height * width, by default as `shared_config` names them
+            if it has an `image_size`; of texts always the width of the shared extractor's embeddings.
 
     Raises:
         `ValueError`: If the two classifiers do not go together.

@@ -1,4 +1,7 @@
-"""pFedMoE: Yi et al. 2024, "pFedMoE: Data-Level Personalization with Mixture of Experts for ...", Algorithm 1."""
+"""
+pFedMoE: Yi et al. 2024, "pFedMoE: Data-Level Personalization with Mixture of Experts for Model-Heterogeneous
+Personalized Federated Learning".
+"""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from ..models import (
     SmallCNNConfig,
     classification_head,
 )
-from ..weights import Payload
+from ..weights import Payload, StateLayout
 from .base import ClientTask, Server, Strategy, Uploads
 from .fedrep import average_body_into_
 from .local import kept_or_trained
@@ -35,7 +38,7 @@ class PFedMoE(Strategy):
     [a_G, a_F] = gate(x) a client classifies by header(a_G G(x) + a_F F(x)), see [`PairedExpertsConfig`]; one loss
     trains all four parts in the same steps. The server averages G.
 
-    The last layer of the server's model is never trained, so that to evaluate the server's model means nothing:
+    The server's model keeps the last layer that it starts with, so that evaluating it says nothing:
     `evaluate_clients` evaluates the clients' models. Their optimizers are fresh in each round.
 
     Args:
@@ -84,7 +87,7 @@ class PFedMoE(Strategy):
     def setup(self, server: Server, num_clients: int) -> None:
         with torch.device("meta"):
             for index in range(len(self.client_models)):
-                self.make_pair(server.worker, index, seed=0)
+                self.make_pair(server.worker, index, seed=0)  # raises where two do not go together
 
     def pair_config(self, model: PreTrainedModel, index: int) -> PairedExpertsConfig:
         """The configuration of the clients of `client_models[index]` under a server's `model`."""
@@ -103,7 +106,7 @@ class PFedMoE(Strategy):
             torch.manual_seed(seed)
             return kind(self.pair_config(model, index))
 
-    def body(self, layout: Any, model: PreTrainedModel) -> set[str]:
+    def body(self, layout: StateLayout, model: PreTrainedModel) -> set[str]:
         """Names of the tensors of G in the server's model."""
         head = classification_head(model)
         names = {slot.name for slot in layout.slots} | set(layout.integers)

@@ -222,7 +222,7 @@ def test_labels_and_padding():
             tiny_cnn,
             lambda: tiny_cnn(num_channels=1),
             {},
-            "`num_channels` is 1 in `own_config` and 3 in `shared_config`",
+            "`num_channels` is 1 in `own_config` and 3 in",
         ),
         (tiny_cnn, tiny_cnn, {"gate_hidden_size": 0}, "`gate_hidden_size` is 0: pass an integer of at least 1"),
     ],
