@@ -12,8 +12,9 @@ from hf_fedmoe.models import (
     FedMoEForSequenceClassification,
     MultiHeadForSequenceClassification,
 )
+from hf_fedmoe.strategies import PFedMoE
 from hf_fedmoe.training import FederatedTrainingArguments
-from tests.tiny_models import VOCAB_SIZE, tiny_bert
+from tests.tiny_models import VOCAB_SIZE, tiny_bert, tiny_gpt2
 
 
 NUM_LABELS = 3
@@ -74,6 +75,12 @@ def tiny_gated_experts(num_routed_experts: int = 2, **config) -> FedMoEForSequen
     """Experts with heads of their own and a gate that is a model, no main expert."""
     experts = list(tiny_ensemble(num_routed_experts).models)
     return FedMoEForSequenceClassification.from_experts([], experts, tiny_gate(num_routed_experts), **config)
+
+
+def tiny_pfedmoe(**settings) -> PFedMoE:
+    """Own models of two architectures, one of them narrower than the shared model."""
+    own = [tiny_bert(NUM_LABELS, hidden_size=8).config, tiny_gpt2(NUM_LABELS).config]
+    return PFedMoE(own, **{"gate_hidden_size": 5} | settings)
 
 
 def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:

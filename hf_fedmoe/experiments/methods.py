@@ -34,6 +34,7 @@ from ..strategies import (
     Local,
     PFedMe,
     PFedMM,
+    PFedMoE,
     Strategy,
     freeze_common_expert,
 )
@@ -62,6 +63,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedem": FedEM,
     "fedrep": FedRep,
     "pfedmm": PFedMM,
+    "pfedmoe": PFedMoE,
     "decentralised": Decentralised,
 }
 # Trained on the reserved set alone.
@@ -100,7 +102,7 @@ def make_trainer(
         # Cent-MoE: experts, gate and alpha together, by the loss of the mixture, on the reserved set alone.
         mixture.config.entropy_weight = args.entropy_weight
         return FederatedTrainer(mixture, **shared | centralised(args, data))
-    strategy = None if method in CENTRALISED else make_strategy(method, experiment, args)
+    strategy = None if method in CENTRALISED else make_strategy(method, experiment, args, expert)
     if method in ("fedmix", "fedjets"):
         if experiment.peft_config() is not None:
             raise ValueError(f"`peft` is 'lora', but {method!r} has whole experts here: leave it out for this method.")
@@ -170,8 +172,13 @@ def own_settings(method: str) -> list[str]:
     return [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
 
 
-def make_strategy(method: str, experiment: Experiment, args: FederatedTrainingArguments) -> Strategy:
-    """The strategy of a method of [`STRATEGIES`], with its `method_settings`."""
+def make_strategy(
+    method: str, experiment: Experiment, args: FederatedTrainingArguments, expert: PreTrainedModel
+) -> Strategy:
+    """
+    The strategy of a method of [`STRATEGIES`], with its `method_settings`. The `client_models` of pFedMoE are given
+    there by what differs from the `expert`'s configuration; left out, own models have that of the shared one.
+    """
     # The controls train on the reserved set at the learning rate of Fed-MoE's experts and as long, if those do.
     server = dict(learning_rate=args.expert_learning_rate, batch_size=args.gate_batch_size)
     defaults: dict[str, dict[str, Any]] = {
@@ -180,6 +187,9 @@ def make_strategy(method: str, experiment: Experiment, args: FederatedTrainingAr
         "fedavg_moving_average": dict(rate=args.fusion_rate),
     }
     settings = defaults.get(method, {}) | json.loads(experiment.method_settings).get(method, {})
+    if method == "pfedmoe":
+        changes = settings.get("client_models", [{}])
+        settings["client_models"] = [expert.config.to_dict() | changed for changed in changes]
     return STRATEGIES[method](**settings)
 
 

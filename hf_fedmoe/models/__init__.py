@@ -9,7 +9,9 @@ from transformers import (
 
 from .adapters_fedmoe import AdapterExpert, as_expert
 from .char_lstm import CharLSTMConfig, CharLSTMForSequenceClassification, CharLSTMModel
+from .classification_head import classification_head
 from .configuration_fedmoe import FedMoEConfig
+from .configuration_paired_experts import PairedExpertsConfig
 from .ensemble import (
     EnsembleConfig,
     EnsembleForImageClassification,
@@ -25,6 +27,11 @@ from .linear import LinearConfig, LinearForClassification
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
 from .modeling_fedmoe_vision import FedMoEForImageClassification
+from .modeling_paired_experts import (
+    PairedExpertsForImageClassification,
+    PairedExpertsForSequenceClassification,
+    PairedExpertsPreTrainedModel,
+)
 from .small_cnn import SmallCNNConfig, SmallCNNForImageClassification, SmallCNNModel
 from .small_image_resnet import SmallImageResNetConfig, SmallImageResNetForImageClassification
 
@@ -33,12 +40,18 @@ from .small_image_resnet import SmallImageResNetConfig, SmallImageResNetForImage
 AutoConfig.register(FedMoEConfig.model_type, FedMoEConfig, exist_ok=True)
 AutoModelForImageClassification.register(FedMoEConfig, FedMoEForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(FedMoEConfig, FedMoEForSequenceClassification, exist_ok=True)
+AutoConfig.register(PairedExpertsConfig.model_type, PairedExpertsConfig, exist_ok=True)
+AutoModelForImageClassification.register(PairedExpertsConfig, PairedExpertsForImageClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(PairedExpertsConfig, PairedExpertsForSequenceClassification, exist_ok=True)
 # Found by its name, whatever model lies beside it.
 AutoImageProcessor.register(SmallCNNConfig, image_processor_classes={"pil": SmallImageProcessor}, exist_ok=True)
 # Puts the source files beside saved weights, so that they load where this package is not installed.
 FedMoEConfig.register_for_auto_class()
 FedMoEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PairedExpertsConfig.register_for_auto_class()
+PairedExpertsForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+PairedExpertsForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
@@ -61,6 +74,10 @@ __all__ = [
     "MultiHeadForImageClassification",
     "MultiHeadForSequenceClassification",
     "MultiHeadPreTrainedModel",
+    "PairedExpertsConfig",
+    "PairedExpertsForImageClassification",
+    "PairedExpertsForSequenceClassification",
+    "PairedExpertsPreTrainedModel",
     "SmallCNNConfig",
     "SmallCNNForImageClassification",
     "SmallCNNModel",
@@ -68,6 +85,7 @@ __all__ = [
     "SmallImageResNetConfig",
     "SmallImageResNetForImageClassification",
     "as_expert",
+    "classification_head",
     "dense_mixture",
     "gating_entropy",
     "load_imbalance",

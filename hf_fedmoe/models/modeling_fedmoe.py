@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 
 from .adapters_fedmoe import AdapterExpert, activate, adapter_submodule, ids_of_adapters, with_adapters
 from .building_fedmoe import FedMoEBuilding
+from .classification_head import classification_head
 from .configuration_fedmoe import FedMoEConfig
 from .mixture_fedmoe import (
     FedMoEOutput,
@@ -33,16 +34,15 @@ def _forward_names(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
 
 
-def _classification_head(expert: PreTrainedModel, gate: str) -> str:
-    """Name of the linear layer that gives the class scores: the last one with `num_labels` outputs."""
-    count = expert.config.num_labels
-    heads = [name for name, m in expert.named_modules() if isinstance(m, nn.Linear) and m.out_features == count]
-    if not heads:
+def _features_head(expert: PreTrainedModel, gate: str) -> str:
+    """Name of the head whose input the gate reads."""
+    name = classification_head(expert)
+    if name is None:
         raise ValueError(
             f"`gate` is {gate!r}, but {type(expert).__name__} has no linear layer with `num_labels` = "
             f"{expert.config.num_labels} outputs to read features from: pass `gate='model'` and a `gate_config`."
         )
-    return heads[-1]
+    return name
 
 
 def _keep_inputs_of(head: nn.Linear) -> None:
@@ -126,7 +126,7 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             self._gate_names = _forward_names(self.gate)
             sub_models.append(("gate", self.gate))
         else:
-            self._head_name = _classification_head(sub_models[0][1], config.gate)
+            self._head_name = _features_head(sub_models[0][1], config.gate)
             head = sub_models[0][1].get_submodule(self._head_name)
             # Without a bias where the head has none: merged, the gate's adapter is a classifier of the same kind.
             bias = config.gate != "adapter" or head.bias is not None

@@ -18,6 +18,7 @@ from .l2sgd import L2SGD
 from .local import Local
 from .pfedme import PFedMe
 from .pfedmm import PFedMM
+from .pfedmoe import PFedMoE, pfedmoe_cnns
 from .qffl import QFFL
 from .relevance import client_mixture, correlate
 
@@ -46,10 +47,12 @@ __all__ = [
     "Local",
     "PFedMM",
     "PFedMe",
+    "PFedMoE",
     "Server",
     "Strategy",
     "Uploads",
     "client_mixture",
     "correlate",
     "freeze_common_expert",
+    "pfedmoe_cnns",
 ]

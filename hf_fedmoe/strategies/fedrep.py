@@ -78,13 +78,7 @@ class FedRep(Strategy):
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
-        head = self.head_names(server.layout, server.worker)
-        views = server.layout.views(server.bank_SP[0])
-        before = {name: views[name].clone() for name in head}
-        average_into_(server, uploads)
-        # No client sent one: not even the rounding of a mean of equal values may change the server's.
-        for name, tensor in before.items():
-            views[name].copy_(tensor)
+        average_body_into_(server, uploads, self.head_names(server.layout, server.worker))
         return {}
 
     def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
@@ -99,3 +93,13 @@ class FedRep(Strategy):
             for name in self.head_names(local.layout, local.worker) & kept.keys():
                 views[name].copy_(kept[name])
         return row_P
+
+
+def average_body_into_(server: Server, uploads: Uploads, head: set[str]) -> None:
+    """As [`average_into_`], for models whose `head`, a set of names, stays with the clients."""
+    views = server.layout.views(server.bank_SP[0])
+    before = {name: views[name].clone() for name in head}
+    average_into_(server, uploads)
+    # No client sent one: not even the rounding of a mean of equal values may change the server's.
+    for name, tensor in before.items():
+        views[name].copy_(tensor)

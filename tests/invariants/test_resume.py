@@ -47,6 +47,7 @@ from tests.tiny_federation import (
     tiny_gated_experts,
     tiny_mixture,
     tiny_multi_head,
+    tiny_pfedmoe,
     tiny_rows,
 )
 
@@ -68,6 +69,7 @@ RUNS = {
     "fedem": (FedEM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "pfedmm": (PFedMM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
     "pfedmm_absent": (lambda: PFedMM(include_absent=True), {}),
+    "pfedmoe": (tiny_pfedmoe, {"upload_compression": "top_k"}),
     "qffl": (QFFL, {}),
     "afl": (AFL, {}),
     "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
@@ -88,6 +90,7 @@ PERSONAL_RUNS = (
     "fedem",
     "pfedmm",
     "pfedmm_absent",
+    "pfedmoe",
     "fedavg_plus",
     "fedrep",
     "pfedme",

@@ -30,6 +30,7 @@ from hf_fedmoe.strategies import (
     Local,
     PFedMe,
     PFedMM,
+    PFedMoE,
 )
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import (
@@ -41,9 +42,10 @@ from tests.tiny_federation import (
     tiny_federation,
     tiny_mixture,
     tiny_multi_head,
+    tiny_pfedmoe,
     tiny_rows,
 )
-from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
+from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
 
 
 METHODS = {
@@ -52,6 +54,7 @@ METHODS = {
     "fedavg_plus": FedAvgPlus,
     "fedem": FedEM,
     "pfedmm": PFedMM,
+    "pfedmoe": tiny_pfedmoe,
     "fedrep": FedRep,
     "pfedme": PFedMe,
     "apfl": lambda: APFL(adapt=True),
@@ -64,7 +67,7 @@ METHODS = {
     "heterofl": lambda: HeteroFL((0.5, 1.0)),
 }
 # Methods that train what has no adapter.
-WHOLE_MODELS = ("fedem", "pfedmm", "fedrolex", "heterofl")
+WHOLE_MODELS = ("fedem", "pfedmm", "pfedmoe", "fedrolex", "heterofl")
 
 
 def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
@@ -288,6 +291,20 @@ def test_of_fedrep_only_the_body_travels(tmp_path, compression):
     assert changed and all(name.startswith("bert.") for name in changed)
 
 
+def test_of_pfedmoe_only_the_shared_extractor_travels(tmp_path):
+    trainer = trained(tmp_path, "pfedmoe", rounds=1)
+    expert = tiny_expert()
+    body = sum(p.numel() for p in expert.parameters()) - sum(p.numel() for p in expert.classifier.parameters())
+    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == 2 * body * 4
+    start, end = state(tiny_expert()), state(trainer.model)
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed and not any(name.startswith("classifier") for name in changed)
+    store = trainer._federation_of_the_last_round().store
+    for client in trainer.rounds[0].clients:
+        assert {name.split(".")[0] for name in store.get(client)} >= {"own", "header", "gate"}
+        assert not any(name.startswith("shared") for name in store.get(client))
+
+
 def test_l2sgd_travels_in_the_rounds_that_mix(tmp_path):
     trainer = trained(tmp_path, "l2sgd", rounds=6)
     whole = 2 * sum(parameter.numel() for parameter in tiny_expert().parameters()) * 4
@@ -351,7 +368,7 @@ def test_normalisation_layers_and_augmentation(tmp_path, method):
             image_model(method),
             tiny_args(tmp_path / folder, rounds=2),
             data,
-            strategy=METHODS[method](),
+            strategy=image_strategy(method),
             processing_class=tiny_processor(),
             train_data_collator=ImageCollator(tiny_processor(), AUGMENTATIONS["photographs"]),
         )
@@ -365,6 +382,12 @@ def test_normalisation_layers_and_augmentation(tmp_path, method):
         assert_equal_states(first, second)
         variances = [tensor for name, tensor in first.items() if name.endswith("running_var")]
         assert variances and all((variance > 0).all() for variance in variances)
+
+
+def image_strategy(method):
+    if method == "pfedmoe":
+        return PFedMoE([tiny_cnn().config, tiny_resnet().config], gate_input_size=3 * 8 * 8)
+    return METHODS[method]()
 
 
 def image_model(method):

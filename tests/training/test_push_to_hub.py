@@ -73,6 +73,7 @@ def test_push_sends_model_code_and_card_and_comes_back_bit_equal(tmp_path):
     code = {
         "adapters_fedmoe.py",
         "building_fedmoe.py",
+        "classification_head.py",
         "configuration_fedmoe.py",
         "mixture_fedmoe.py",
         "modeling_fedmoe.py",
