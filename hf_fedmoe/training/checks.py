@@ -58,13 +58,11 @@ def check_run(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "
             f"`num_labels={data.num_labels}`."
         )
-    if args.parallel_mode.value == "distributed":
-        raise ValueError(
-            f"This run was launched with {args.world_size} processes; rounds run in one process for now: launch with "
-            "`--num_processes 1`."
-        )
     if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs are visible and rounds use one: set CUDA_VISIBLE_DEVICES=0.")
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and a process uses one: start a process for each, `accelerate launch "
+            f"--multi_gpu --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
+        )
     if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.pad_token is None:
         raise ValueError(
             "`processing_class` has no pad token, so that texts of different lengths make no batch: set "
