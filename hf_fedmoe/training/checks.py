@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before a run starts."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -57,6 +58,12 @@ def check_run(
         raise ValueError(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "
             f"`num_labels={data.num_labels}`."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, but none knows of the others: without GPUs give the arguments "
+            "`use_cpu=True`, or set ACCELERATE_USE_CPU=true."
         )
     if args.n_gpu > 1:
         raise ValueError(

@@ -22,8 +22,8 @@ class SeveralProcesses:
         # loss of evaluation by the number of processes.
         self.model_accepts_loss_kwargs = False
         if self.accelerator.device.type == "cpu":
-            # Everything is there already, but Accelerate calls it "cpu:0" among several processes, which is another device
-            # to PyTorch: before an evaluation it would copy the model, and part it from the bank.
+            # Everything is there already, but Accelerate calls it "cpu:0" among several processes, which is another
+            # device to PyTorch: before an evaluation it would copy the model, and part it from the bank.
             self.accelerator.device_placement = False
 
     @cached_property
