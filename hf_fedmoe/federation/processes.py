@@ -1,4 +1,8 @@
-"""The processes of one launch (`accelerate launch`, `torchrun`): each trains other clients of a round."""
+"""
+The processes of one launch (`accelerate launch`, `torchrun`): each trains other clients of a round.
+
+Shape suffixes: m uploads, P elements of a row.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..strategies import Server
+from ..weights import Slot
 
 
 T = TypeVar("T")
@@ -60,6 +65,21 @@ class Processes:
         dist.broadcast(sent.view(-1).view(torch.uint8), source)
         if sent.data_ptr() != tensor.data_ptr():
             tensor.copy_(sent)
+
+    @torch.no_grad()
+    def weighted_sum(self, rows_mP: Tensor, weights_m: Tensor, batchnorm: tuple[tuple[Slot, Slot], ...]) -> Tensor:
+        """
+        The sum `[1, P]` of all processes' rows by their weights, which are 1 together. Running variances follow the
+        rule of [`~weights.fuse_`]; those of `rows_mP` are overwritten.
+        """
+        for mean, variance in batchnorm:
+            rows_mP[:, variance.start : variance.stop] += rows_mP[:, mean.start : mean.stop].square()
+        sum_1P = weights_m[None].to(rows_mP) @ rows_mP
+        if self.count > 1:
+            dist.all_reduce(sum_1P)
+        for mean, variance in batchnorm:
+            sum_1P[:, variance.start : variance.stop] -= sum_1P[:, mean.start : mean.stop].square()
+        return sum_1P
 
     def broadcast_model_(self, model: nn.Module) -> None:
         """All parameters and buffers become those of the main process."""

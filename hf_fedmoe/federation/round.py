@@ -95,6 +95,7 @@ class Federation:
             server's if left out.
         client_sizes (`Sequence[int]`): Examples of each client, by which processes share a round's clients out.
         processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
+        sums (`bool`): Whether processes exchange weighted sums of uploads instead of the uploads.
     """
 
     server: Server
@@ -112,6 +113,7 @@ class Federation:
     client_ranks: list[int] | None = None
     client_sizes: Sequence[int] = field(kw_only=True)
     processes: Processes = field(kw_only=True, default_factory=Processes)
+    sums: bool = field(kw_only=True, default=False)
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -125,9 +127,13 @@ class Federation:
         server, layout, started = self.server, self.server.layout, time.perf_counter()
         chosen = self.strategy.participants(server, self.draw(round_index, clients_per_round), round_index)
         report = RoundReport(chosen)
-        rows_mP = torch.zeros(len(chosen), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
         owners = balance([self.client_sizes[client] for client in chosen], self.processes.count)
-        replies, stays = self._train_clients(chosen, owners, round_index, rows_mP, on_client)
+        # The places in `chosen` of the rows that this process holds.
+        held = [place for place, owner in enumerate(owners) if not self.sums or owner == self.processes.index]
+        rows_mP = torch.zeros(len(held), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
+        replies, stays = self._train_clients(
+            chosen, owners, round_index, dict(zip(held, rows_mP, strict=True)), on_client
+        )
         for client, reply in zip(chosen, replies, strict=True):
             links = self.strategy.links(server, client, chosen)
             report.bytes_down += links * reply.received_bytes
@@ -143,11 +149,15 @@ class Federation:
         num_examples = [replies[place].num_examples for place in places]
         uploads = Uploads(
             [chosen[place] for place in places],
-            rows_mP if len(places) == len(chosen) else rows_mP[places],
+            rows_mP if len(places) == len(chosen) else rows_mP[[place in places for place in held]],
             [{name: t.to(rows_mP.device) for name, t in replies[place].integers.items()} for place in places],
             torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
             [replies[place].metrics for place in places],
+            averaged=self.sums,
         )
+        if self.sums:
+            weights_m = uploads.weights_m[[place in held for place in places]]
+            uploads.rows_mP = self.processes.weighted_sum(uploads.rows_mP, weights_m, layout.batchnorm)
         report.num_examples = sum(num_examples)
         report.loss = float(np.average([metrics["loss"] for metrics in uploads.metrics], weights=num_examples))
         report.seconds["clients"] = time.perf_counter() - started
@@ -173,12 +183,12 @@ class Federation:
         chosen: list[int],
         owners: list[int],
         round_index: int,
-        rows_mP: Tensor,
+        rows: dict[int, Tensor],
         on_client: Callable[[int], None] | None,
     ) -> tuple[list[Reply], dict[int, dict[str, Tensor]]]:
         """
-        Each process trains the participants that it owns, and gets the rows and replies of the others. What stays with
-        a client is returned by its owner only.
+        Each process trains the participants that it owns, and gets the replies of the others, and their rows if `rows`
+        has places for them. What stays with a client is returned by its owner only.
         """
         stays: dict[int, dict[str, Tensor]] = {}
 
@@ -186,7 +196,7 @@ class Federation:
             replies = {}
             for place, client in enumerate(chosen):
                 if owners[place] == self.processes.index:
-                    replies[place], stays[client] = self._train_client(client, round_index, rows_mP[place])
+                    replies[place], stays[client] = self._train_client(client, round_index, rows[place])
                     if on_client is not None:
                         on_client(client)
             return replies
@@ -194,8 +204,8 @@ class Federation:
         gathered = self.processes.gather(train_own)
         replies = [gathered[owner][place] for place, owner in enumerate(owners)]
         for place, owner in enumerate(owners):
-            if replies[place].fault is None:
-                self.processes.broadcast_(rows_mP[place], owner)
+            if replies[place].fault is None and not self.sums:
+                self.processes.broadcast_(rows[place], owner)
             if owner != self.processes.index and on_client is not None:
                 on_client(chosen[place])
         return replies, stays

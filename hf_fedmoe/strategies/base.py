@@ -55,10 +55,11 @@ class Uploads:
 
     Args:
         clients (`list[int]`): The participants, in the order of the draw.
-        rows_mP (`Tensor` of shape `[m, P]`): Their models.
+        rows_mP (`Tensor` of shape `[m, P]`): Their models; if `averaged`, `[1, P]`, the mean of them by `weights_m`.
         integers (`list[dict[str, Tensor]]`): Their integer buffers.
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
         metrics (`list[dict[str, float]]`, *optional*): What they report.
+        averaged (`bool`, *optional*, defaults to `False`): Whether no process has all of their models.
     """
 
     clients: list[int]
@@ -66,6 +67,7 @@ class Uploads:
     integers: list[dict[str, Tensor]]
     num_examples_m: Tensor
     metrics: list[dict[str, float]] = field(default_factory=list)
+    averaged: bool = False
 
     @property
     def weights_m(self) -> Tensor:
@@ -115,6 +117,8 @@ class Strategy:
     name: str = "fedavg"
     # Whether the server knows what each client starts from, which is what an encoded update is measured from.
     compressible: bool = True
+    # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
+    averages: bool = False
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
@@ -189,7 +193,8 @@ class Strategy:
 def average_into_(server: Server, uploads: Uploads) -> dict[str, float]:
     """bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1), and what there is to log of it."""
     keep_S = torch.zeros(1, device=server.bank_SP.device)
-    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, uploads.weights_m[None], keep_S, server.layout)
+    weights_m = torch.ones_like(keep_S) if uploads.averaged else uploads.weights_m
+    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, weights_m[None], keep_S, server.layout)
     server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
     return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
 

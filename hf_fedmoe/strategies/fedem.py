@@ -41,6 +41,7 @@ class FedEM(Strategy):
 
     num_em_steps: int = 1
     name = "fedem"
+    averages = True
 
     def __post_init__(self) -> None:
         if self.num_em_steps < 1:

@@ -54,6 +54,11 @@ def check_run(
             f"`upload_compression` is {args.upload_compression!r}, but in {strategy.name!r} no receiver knows the "
             'model that an update starts from: choose "none".'
         )
+    if args.client_parallelism == "sums" and not strategy.averages:
+        raise ValueError(
+            f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than average them: choose "
+            '"clients".'
+        )
     if data.num_labels > model.config.num_labels:
         raise ValueError(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "

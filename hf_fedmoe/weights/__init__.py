@@ -2,7 +2,7 @@
 
 from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
 from .fusion import collapse, fuse_, fuse_integers
-from .layout import StateLayout, copy_module, release
+from .layout import Slot, StateLayout, copy_module, release
 from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows
 from .payload import Payload, keep_private_, payload_fault
 
@@ -11,6 +11,7 @@ __all__ = [
     "COMPRESSIONS",
     "Codec",
     "Payload",
+    "Slot",
     "StateLayout",
     "bytes_at_rank",
     "collapse",

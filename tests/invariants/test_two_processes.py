@@ -19,6 +19,7 @@ from hf_fedmoe.strategies import FedAvg
 from hf_fedmoe.training import FederatedTrainer
 from tests.invariants.test_resume import LORA_RUNS, PERSONAL_RUNS, RUNS, trainer
 from tests.tiny_federation import assert_equal_states, state, timeless, tiny_args, tiny_expert, tiny_federation
+from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
 
 
 ROOT = Path(__file__).parents[2]
@@ -81,11 +82,27 @@ def other_weights_in_one_process(output_dir):
     return run
 
 
+class CountingRows(FailingClient):
+    def update(self, server, uploads, reserved, round_index, seed):
+        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(uploads.rows_mP)}
+
+
+def sums(output_dir):
+    torch.manual_seed(5)
+    args = tiny_args(output_dir, client_parallelism="sums", optim="sgd", max_grad_norm=0.0, clients_per_round=4)
+    data, processor = tiny_image_federation(), tiny_processor()
+    run = FederatedTrainer(tiny_resnet(), args, data, CountingRows(), processing_class=processor)
+    run.train()
+    return run
+
+
 CASES = {
     "failing_client": failing_client,
     "an_idle_process": an_idle_process,
     "other_weights_in_one_process": other_weights_in_one_process,
 }
+# Equal but for rounding.
+SUMS = {"sums": sums}
 QUICK = {name: functools.partial(run_by_name, name) for name in QUICK_RUNS} | CASES
 REST = {name: functools.partial(run_by_name, name) for name in [*RUNS, *LORA_RUNS] if name not in QUICK_RUNS}
 
@@ -179,7 +196,7 @@ def process(index, port, folder, names):
         elif name == "resumed":
             record(resumed(folder / name), folder / f"{name}-{index}")
         else:
-            record((QUICK | REST)[name](folder / name), folder / f"{name}-{index}")
+            record((QUICK | SUMS | REST)[name](folder / name), folder / f"{name}-{index}")
 
 
 def launch(folder, names):
@@ -201,7 +218,7 @@ def launch(folder, names):
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
     interrupted(folder / "resumed")
-    launch(folder, [*QUICK, *ERRORS, "interrupted", "resumed"])
+    launch(folder, [*QUICK, *SUMS, *ERRORS, "interrupted", "resumed"])
     return folder
 
 
@@ -254,6 +271,20 @@ def test_a_failing_client_of_one_process_is_refused_by_all(quick):
         assert refused and all(faults == {"2": "OSError: battery empty"} for faults in refused)
 
 
+def test_sums_of_uploads_end_like_one_process_but_for_rounding(quick, tmp_path):
+    record(sums(tmp_path / "sums"), tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert [report["rows"] for _, _, report in alone["rounds"]] == [3, 3, 3]
+    for index in range(PROCESSES):
+        facts = json.loads((quick / f"sums-{index}.json").read_text())
+        assert [report["rows"] for _, _, report in facts["rounds"]] == [1, 1, 1]
+        assert [entry["loss"] for entry in facts["log"][:-1]] == pytest.approx(
+            [entry["loss"] for entry in alone["log"][:-1]], rel=1e-5
+        )
+        states = (load_file(f"{path}.safetensors") for path in (quick / f"sums-{index}", tmp_path / "alone"))
+        assert_equal_states(*states, atol=1e-6, rtol=1e-5)
+
+
 def test_resumes_with_more_processes_and_with_fewer(quick, tmp_path):
     record(run_by_name("fedmoe_paper", tmp_path / "whole"), tmp_path / "whole")
     record(resumed(quick / "interrupted"), tmp_path / "fewer")
@@ -283,7 +314,7 @@ def test_processes_with_different_data_are_refused(quick):
 
 SCRIPT = """
 import sys
-from tests.invariants.test_processes import index_of_this_process, run_by_name, trainer
+from tests.invariants.test_two_processes import index_of_this_process, run_by_name, trainer
 from transformers import TrainerCallback
 
 if sys.argv[1] == "sound":
