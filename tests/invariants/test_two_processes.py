@@ -1,8 +1,10 @@
 """A run in two processes ends with the bits of a run in one."""
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -333,6 +335,19 @@ else:
 """
 
 
+def run_to_its_end(command):
+    """Exit code and output of a launcher; nothing that it started outlives this."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=variables, start_new_session=True, **pipes) as launcher:
+        try:
+            output, _ = launcher.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    return launcher.returncode, output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_launchers(launcher, tmp_path):
@@ -344,13 +359,10 @@ def test_launchers(launcher, tmp_path):
         "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
     }
     command = [sys.executable, "-m", *modules[launcher], str(script)]
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    kept = dict(capture_output=True, text=True, timeout=120, env=variables)
-    sound = subprocess.run([*command, "sound", str(tmp_path / "two")], **kept)
-    assert sound.returncode == 0, sound.stderr
-    assert sound.stdout.count("2 processes") == 2
+    code, output = run_to_its_end([*command, "sound", str(tmp_path / "two")])
+    assert code == 0 and output.count("2 processes") == 2, output
     alone = run_by_name("fedavg", tmp_path / "alone")
     assert_equal_states(load_file(tmp_path / "two" / "final" / "model.safetensors"), state(alone.model))
     # Here one process leaves where no other can know of it: the launcher ends the rest.
-    broken = subprocess.run([*command, "broken", str(tmp_path / "broken")], **kept)
-    assert broken.returncode != 0 and "OSError: no callback" in broken.stderr
+    code, output = run_to_its_end([*command, "broken", str(tmp_path / "broken")])
+    assert code != 0 and "OSError: no callback" in output
