@@ -1,5 +1,6 @@
 """
-The processes of one launch (`accelerate launch`, `torchrun`): each trains other clients of a round.
+The processes of one launch (`accelerate launch`, `torchrun`): each trains other clients of a round, and the main one
+is the server as well.
 
 Shape suffixes: m uploads, P elements of a row.
 """
@@ -55,28 +56,43 @@ class Processes:
                 raise RuntimeError(f"Process {index} failed: {fault}")
         return [made for made, _ in told]
 
+    def on_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the main process, the only one that calls it; see [`Processes.gather`]."""
+        return self.gather(lambda: make() if self.index == 0 else None)[0]
+
     @torch.no_grad()
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
-        """`tensor` becomes that of process `source`."""
+    def move_(self, tensor: Tensor, source: int, target: int) -> None:
+        """`tensor` of process `target` becomes that of `source`; of no concern to others."""
+        if source == target or self.index not in (source, target):
+            return
+        moved = tensor.detach().to(self.device).contiguous()
+        if self.index == source:
+            dist.send(_bytes(moved), target)
+        else:
+            dist.recv(_bytes(moved), source)
+            tensor.copy_(moved)
+
+    @torch.no_grad()
+    def broadcast_(self, tensor: Tensor) -> None:
+        """`tensor` becomes that of the main process."""
         if self.count == 1:
             return
         sent = tensor.detach().to(self.device).contiguous()
-        # As bytes: not every backend knows every dtype.
-        dist.broadcast(sent.view(-1).view(torch.uint8), source)
-        if sent.data_ptr() != tensor.data_ptr():
+        dist.broadcast(_bytes(sent), 0)
+        if self.index:
             tensor.copy_(sent)
 
     @torch.no_grad()
     def weighted_sum(self, rows_mP: Tensor, weights_m: Tensor, batchnorm: tuple[tuple[Slot, Slot], ...]) -> Tensor:
         """
-        The sum `[1, P]` of all processes' rows by their weights, which are 1 together. Running variances follow the
-        rule of [`~weights.fuse_`]; those of `rows_mP` are overwritten.
+        The sum `[1, P]` of all processes' rows by their weights, which are 1 together, in the main process. Running
+        variances follow the rule of [`~weights.fuse_`]; those of `rows_mP` are overwritten.
         """
         for mean, variance in batchnorm:
             rows_mP[:, variance.start : variance.stop] += rows_mP[:, mean.start : mean.stop].square()
         sum_1P = weights_m[None].to(rows_mP) @ rows_mP
         if self.count > 1:
-            dist.all_reduce(sum_1P)
+            dist.reduce(sum_1P, 0)
         for mean, variance in batchnorm:
             sum_1P[:, variance.start : variance.stop] -= sum_1P[:, mean.start : mean.stop].square()
         return sum_1P
@@ -87,10 +103,7 @@ class Processes:
             self.broadcast_(tensor)
 
     def broadcast_server_(self, server: Server) -> None:
-        """
-        The server's state becomes that of the main process. All have computed it from the same uploads, and on one
-        kind of CPU to the same bits; on others, differences of rounding must not grow from round to round.
-        """
+        """The server's state becomes that of the main process."""
         if self.count == 1:
             return
         self.broadcast_(server.bank_SP)
@@ -105,7 +118,6 @@ class Processes:
         dist.broadcast_object_list(told, 0)
         if self.index:
             kinds, integers = told
-            # Names and shapes may be others too: a method may decide by a comparison.
             server.tensors = {
                 name: torch.empty(shape, dtype=dtype, device="cpu" if device == "cpu" else self.device)
                 for name, (shape, dtype, device) in kinds.items()
@@ -113,6 +125,11 @@ class Processes:
             server.integers = [{name: t.to(self.device) for name, t in taken.items()} for taken in integers]
         for tensor in server.tensors.values():
             self.broadcast_(tensor)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: not every backend knows every dtype."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def balance(sizes: Sequence[int], count: int) -> list[int]:

@@ -128,19 +128,20 @@ class Federation:
         chosen = self.strategy.participants(server, self.draw(round_index, clients_per_round), round_index)
         report = RoundReport(chosen)
         owners = balance([self.client_sizes[client] for client in chosen], self.processes.count)
-        # The places in `chosen` of the rows that this process holds.
-        held = [place for place, owner in enumerate(owners) if not self.sums or owner == self.processes.index]
+        serves = self.processes.index == 0
+        # The places in `chosen` of the rows that this process holds: its own, and the server all that it needs.
+        needed = serves and not self.sums
+        held = [place for place, owner in enumerate(owners) if needed or owner == self.processes.index]
         rows_mP = torch.zeros(len(held), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
-        replies, stays = self._train_clients(
-            chosen, owners, round_index, dict(zip(held, rows_mP, strict=True)), on_client
-        )
+        rows = dict(zip(held, rows_mP, strict=True))
+        replies, stays = self._train_clients(chosen, owners, round_index, rows, on_client)
         for client, reply in zip(chosen, replies, strict=True):
             links = self.strategy.links(server, client, chosen)
             report.bytes_down += links * reply.received_bytes
             report.bytes_up += links * reply.sent_bytes
             if reply.fault is not None:
                 report.refused[client] = reply.fault
-                if self.processes.index == 0:
+                if serves:
                     logger.warning(f"Round {round_index + 1} goes on without client {client}: {reply.fault}.")
         places = [place for place, reply in enumerate(replies) if reply.fault is None]
         if not places:
@@ -163,9 +164,9 @@ class Federation:
         report.seconds["clients"] = time.perf_counter() - started
         started = time.perf_counter()
         seed = seed_of(self.seed, Stream.SERVER, round_index)
-        report.metrics = self.processes.gather(
+        report.metrics = self.processes.on_main(
             lambda: self.strategy.update(server, uploads, self.reserved, round_index, seed)
-        )[0]
+        )
         self.processes.broadcast_server_(server)
         # The bank is the model's own memory, but for these.
         if layout.integers:
@@ -173,8 +174,7 @@ class Federation:
                 layout.write_integers(taken, module)
         report.seconds["server"] = time.perf_counter() - started
         started = time.perf_counter()
-        for written in self.processes.gather(lambda: self._keep(uploads, stays)):
-            self.store.manifest |= written
+        self._synchronise(uploads, dict(zip(chosen, owners, strict=True)), stays)
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
@@ -187,8 +187,8 @@ class Federation:
         on_client: Callable[[int], None] | None,
     ) -> tuple[list[Reply], dict[int, dict[str, Tensor]]]:
         """
-        Each process trains the participants that it owns, and gets the replies of the others, and their rows if `rows`
-        has places for them. What stays with a client is returned by its owner only.
+        Each process trains the participants that it owns and gets the replies of the others; the server gets their
+        rows too. What stays with a client is returned by its owner only.
         """
         stays: dict[int, dict[str, Tensor]] = {}
 
@@ -204,11 +204,38 @@ class Federation:
         gathered = self.processes.gather(train_own)
         replies = [gathered[owner][place] for place, owner in enumerate(owners)]
         for place, owner in enumerate(owners):
-            if replies[place].fault is None and not self.sums:
-                self.processes.broadcast_(rows[place], owner)
+            if replies[place].fault is None and place in rows and not self.sums:
+                self.processes.move_(rows[place], owner, 0)
             if owner != self.processes.index and on_client is not None:
                 on_client(chosen[place])
         return replies, stays
+
+    def _synchronise(self, uploads: Uploads, owners: dict[int, int], stays: dict[int, dict[str, Tensor]]) -> None:
+        """Hands what the server has for participants to their processes, each of which writes what its own keep."""
+        rows: dict[int, Tensor] = {}
+
+        def synchronise() -> list[int]:
+            rows.update(self.strategy.synchronise(self.server, uploads))
+            return list(rows)
+
+        for client in self.processes.on_main(synchronise):
+            if self.processes.index == owners[client] and client not in rows:
+                rows[client] = torch.empty_like(self.server.bank_SP[0])
+            if client in rows:
+                self.processes.move_(rows[client], 0, owners[client])
+
+        def write() -> dict[int, str]:
+            written = {}
+            for client in uploads.clients:
+                tensors = stays.get(client, {})
+                if client in stays and client in rows:
+                    tensors |= {"row_P": rows[client]}
+                if tensors:
+                    written[client] = self.store.put(client, tensors)
+            return written
+
+        for written in self.processes.gather(write):
+            self.store.manifest |= written
 
     def _train_client(self, client: int, round_index: int, out_P: Tensor) -> tuple[Reply, dict[str, Tensor]]:
         """A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted."""
@@ -249,14 +276,6 @@ class Federation:
         if residual_U is not None:
             stays["residual_U"] = residual_U
         return payload, stays
-
-    def _keep(self, uploads: Uploads, stays: dict[int, dict[str, Tensor]]) -> dict[int, str]:
-        """Writes what stays with the participants of this process; the names of the files."""
-        rows = self.strategy.synchronise(self.server, uploads)
-        for client in uploads.clients:
-            if client in stays and (tensors := stays[client] | ({"row_P": rows[client]} if client in rows else {})):
-                self.store.put(client, tensors)
-        return {client: self.store.manifest[client] for client in stays if client in self.store.manifest}
 
     def task(self, client: int, round_index: int, out_P: Tensor) -> ClientTask:
         """What a client has at hand in a round, for an upload to `out_P`."""

@@ -190,8 +190,9 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             done = max(1, self.state.global_step - self._initial_global_step)
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
-            self.strategy.finish(federation.server, federation.reserved, seed_of(args.seed, Stream.SERVER, rounds))
-            federation.processes.broadcast_server_(federation.server)
+            seed = seed_of(args.seed, Stream.SERVER, rounds)
+            self.processes.on_main(lambda: self.strategy.finish(federation.server, federation.reserved, seed))
+            self.processes.broadcast_server_(federation.server)
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
@@ -389,7 +390,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best.exists() or best == target:
                 self.state.best_model_checkpoint = str(best)
-        self.processes.gather(lambda: self._write_checkpoint(run_dir, target) if self.args.should_save else None)
+        self.processes.on_main(lambda: self._write_checkpoint(run_dir, target))
 
     def _write_checkpoint(self, run_dir: Path, target: Path) -> None:
         self._active_federation.store.sync()

@@ -59,19 +59,20 @@ def an_idle_process(output_dir):
     return run
 
 
-class Drifting(FedAvg):
-    """A server whose process, or processor, does not compute what the main one does."""
-
-    def setup(self, server, num_clients):
-        server.tensors["number"] = torch.zeros(1 + index_of_this_process(), dtype=torch.bool)
+class OneServer(FedAvg):
+    """Its step may be taken in the main process only, but all have what comes of it."""
 
     def update(self, server, uploads, reserved, round_index, seed):
-        report = super().update(server, uploads, reserved, round_index, seed)
-        server.bank_SP += index_of_this_process()
-        return report | {"process": float(index_of_this_process())}
+        assert index_of_this_process() == 0
+        server.tensors[f"round {round_index}"] = torch.tensor([round_index, 1], dtype=torch.int16)
+        return super().update(server, uploads, reserved, round_index, seed)
+
+    def download(self, server, client, kept_P):
+        return server.bank_SP[0] * (1 + sum(tensor.sum() for tensor in server.tensors.values()))
 
     def finish(self, server, reserved, seed):
-        server.bank_SP += index_of_this_process()
+        assert index_of_this_process() == 0
+        server.bank_SP += 1
 
 
 def other_weights_in_one_process(output_dir):
@@ -79,7 +80,7 @@ def other_weights_in_one_process(output_dir):
     with torch.no_grad():
         model.classifier.weight += index_of_this_process()
     args = tiny_args(output_dir, eval_strategy="steps", eval_steps=1, **SETTINGS)
-    run = FederatedTrainer(model, args, tiny_federation(), Drifting())
+    run = FederatedTrainer(model, args, tiny_federation(), OneServer())
     run.train()
     return run
 
@@ -130,9 +131,7 @@ def resumed(output_dir):
 
 class BrokenServer(FedAvg):
     def update(self, server, uploads, reserved, round_index, seed):
-        if index_of_this_process():
-            raise MemoryError("no room")
-        return super().update(server, uploads, reserved, round_index, seed)
+        raise MemoryError("no room")
 
 
 def broken_server(output_dir):
@@ -155,7 +154,23 @@ def _raise(error, *args, **kwargs):
     raise error
 
 
-ERRORS = {"broken_server": broken_server, "other_data": other_data, "full_disk": full_disk}
+def no_place_for_kept(output_dir):
+    class ReadOnly(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            if index_of_this_process():
+                run._active_federation.store.put = functools.partial(_raise, OSError("read-only"))
+
+    run = trainer("local", output_dir, **SETTINGS)
+    run.add_callback(ReadOnly())
+    run.train()
+
+
+ERRORS = {
+    "no_place_for_kept": no_place_for_kept,
+    "broken_server": broken_server,
+    "other_data": other_data,
+    "full_disk": full_disk,
+}
 
 
 # The launch
@@ -300,8 +315,9 @@ def test_resumes_with_more_processes_and_with_fewer(quick, tmp_path):
 @pytest.mark.parametrize(
     ("name", "errors"),
     [
-        ("broken_server", ["RuntimeError: Process 1 failed: MemoryError: no room", "MemoryError: no room"]),
+        ("broken_server", ["MemoryError: no room", "RuntimeError: Process 0 failed: MemoryError: no room"]),
         ("full_disk", ["OSError: no space left", "RuntimeError: Process 0 failed: OSError: no space left"]),
+        ("no_place_for_kept", ["RuntimeError: Process 1 failed: OSError: read-only", "OSError: read-only"]),
     ],
 )
 def test_an_error_of_one_process_ends_all(quick, name, errors):
