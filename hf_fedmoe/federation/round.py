@@ -129,9 +129,9 @@ class Federation:
         report = RoundReport(chosen)
         owners = balance([self.client_sizes[client] for client in chosen], self.processes.count)
         serves = self.processes.index == 0
-        # The places in `chosen` of the rows that this process holds: its own, and the server all that it needs.
-        needed = serves and not self.sums
-        held = [place for place, owner in enumerate(owners) if needed or owner == self.processes.index]
+        # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
+        takes_all = serves and not self.sums
+        held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
         rows_mP = torch.zeros(len(held), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
         rows = dict(zip(held, rows_mP, strict=True))
         replies, stays = self._train_clients(chosen, owners, round_index, rows, on_client)
