@@ -180,6 +180,8 @@ def parse_settings(
     given = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
     defaults = []
     for key, value in settings.items():
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # which YAML takes for False
         if key not in given:
             words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             defaults += [f"--{key}", *map(str, words)]

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -34,20 +35,23 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main(experiment_class: type[Experiment], settings_file: Path) -> None:
-    """Runs the recipe as `accelerate launch` calls it."""
+    """Runs the recipe as `accelerate launch` calls it; of several processes the main one prints and writes."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs
     experiment, args = parse(experiment_class, settings_file, sys.argv[1:])
     output_dir, model_name = Path(args.output_dir), find_model(experiment.model)
+    is_main = PartialState().is_main_process
+    say = print if is_main else lambda *words: None
     processor = experiment.load_processor()
     dataset_name, data = experiment.load_data(processor, args.seed)
-    print(f"\n{settings_file.stem}, preset {experiment.preset_name}: {dataset_name}, experts {Path(model_name).name}")
-    print(data.summary())
+    say(f"\n{settings_file.stem}, preset {experiment.preset_name}: {dataset_name}, experts {Path(model_name).name}")
+    say(data.summary())
     output_dir.mkdir(parents=True, exist_ok=True)
-    data.plot(output_dir / "clients.png")
+    if is_main:
+        data.plot(output_dir / "clients.png")
     results, client_tables = {"majority_class": majority_scores(data)}, {}
     for method in experiment.compare:
-        print(f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {data.num_clients} clients")
+        say(f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {data.num_clients} clients")
         args.output_dir = str(output_dir / method)
         trainer = make_trainer(method, experiment, args, data, processor)
         # Called again, the recipe goes on where it stopped; with other settings it asks for another folder.
@@ -62,19 +66,21 @@ def main(experiment_class: type[Experiment], settings_file: Path) -> None:
     found = {}
     if experiment.compare[-1] == "fedmoe":
         analysis = analyse(trainer, data, args.eval_batch_size)
-        plot_gate(analysis.share_KC, data.label_names, output_dir / "gate.png")
+        if is_main:
+            plot_gate(analysis.share_KC, data.label_names, output_dir / "gate.png")
         results |= {f"  {name}": analysis.scores[name] for name in ("dense", "best_expert", "uniform_ensemble")}
         results["  oracle_expert"] = analysis.scores["oracle_expert"]
         found["gate_share_KC"] = analysis.share_KC
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nOn {len(data.test)} test examples:\n{table(results)}")
-    if client_tables:
+    if is_main:
+        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    say(f"\nOn {len(data.test)} test examples:\n{table(results)}")
+    if client_tables and is_main:
         plot_clients(client_tables, output_dir / "client_accuracies.png")
         served = {
             method: {"accuracy": results[method]["clients_accuracy"], "macro_f1": results[method]["clients_macro_f1"]}
             for method in client_tables
         }
-        print(f"\nClients' own models on their own test examples:\n{table(served)}")
+        say(f"\nClients' own models on their own test examples:\n{table(served)}")
 
     trainer.save_model(str(output_dir / "model"))
     trainer.create_model_card(
@@ -89,5 +95,6 @@ def main(experiment_class: type[Experiment], settings_file: Path) -> None:
         },
         **found,
     )
-    print(f"\nLoaded back from {output_dir / 'model'}:")
-    experiment.show(output_dir / "model", data, processor)
+    if is_main:
+        print(f"\nLoaded back from {output_dir / 'model'}:")
+        experiment.show(output_dir / "model", data, processor)

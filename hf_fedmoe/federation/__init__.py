@@ -5,6 +5,7 @@ from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .files import atomic_directory
 from .local_training import LocalTrainer, scale_learning_rates
+from .processes import Processes, balance
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
 
@@ -14,9 +15,11 @@ __all__ = [
     "ClientStore",
     "Federation",
     "LocalTrainer",
+    "Processes",
     "RoundReport",
     "Stream",
     "atomic_directory",
+    "balance",
     "check_identity",
     "load_federation",
     "read_manifest",

@@ -34,12 +34,13 @@ class ClientStore:
             )
         return load_file(path)
 
-    def put(self, client: int, tensors: dict[str, Tensor]) -> None:
-        """A new version of the client's tensors."""
+    def put(self, client: int, tensors: dict[str, Tensor]) -> str:
+        """Writes a new version of the client's tensors; the name of the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"client-{client:06d}-{uuid.uuid4().hex[:12]}.safetensors"
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.folder / name)
         self.manifest[client] = name
+        return name
 
     def sync(self) -> None:
         """Forces the current versions to disk, before a checkpoint names them."""

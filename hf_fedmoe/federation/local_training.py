@@ -106,9 +106,9 @@ class LocalTrainer:
         self._only: Collection[str] | None = None
         self._twins: list[LocalTrainer] = []
         self._others: dict[str, LocalTrainer] = {}
-        # Accelerate's wrapper looks for an optional package on disk in every step; without scaling and ranks it does
-        # nothing else.
-        if self.accelerator.scaler is None and self.accelerator.distributed_type == DistributedType.NO:
+        # Accelerate's wrapper looks for an optional package on disk in every step; without scaling it does nothing
+        # else, but on TPUs.
+        if self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.XLA:
             self.optimizer = self.optimizer.optimizer
         self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
 

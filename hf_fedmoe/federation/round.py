@@ -4,7 +4,7 @@ Shape suffixes: m participants, P elements of a model's row.
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..weights import Codec, Payload, bytes_at_rank, compress_upload, fit_rank_,
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
+from .processes import Processes, balance
 from .randomness import Stream, seed_of
 
 
@@ -51,6 +52,27 @@ class RoundReport:
 
 
 @dataclass
+class Reply:
+    """
+    What the server hears of a participant besides its row.
+
+    Args:
+        received_bytes (`int`, *optional*), sent_bytes (`int`, *optional*): Of one exchange.
+        integers (`dict[str, Tensor]`, *optional*): Integer buffers, on the CPU.
+        num_examples (`int`, *optional*): Its training examples.
+        metrics (`dict[str, float]`, *optional*): What it reports.
+        fault (`str`, *optional*): Why its training failed or its upload is refused.
+    """
+
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    integers: dict[str, Tensor] = field(default_factory=dict)
+    num_examples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    fault: str | None = None
+
+
+@dataclass
 class Federation:
     """
     Everything a round works on.
@@ -71,6 +93,9 @@ class Federation:
         codec ([`~weights.Codec`], *optional*): How uploads are compressed.
         client_ranks (`list[int]`, *optional*): Ranks of the clients' LoRA adapters, over and over; all that of the
             server's if left out.
+        client_sizes (`Sequence[int]`): Examples of each client, by which processes share a round's clients out.
+        processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
+        sums (`bool`): Whether processes exchange weighted sums of uploads instead of the uploads.
     """
 
     server: Server
@@ -86,6 +111,9 @@ class Federation:
     client_choice: str = "uniform"
     codec: Codec | None = None
     client_ranks: list[int] | None = None
+    client_sizes: Sequence[int] = field(kw_only=True)
+    processes: Processes = field(kw_only=True, default_factory=Processes)
+    sums: bool = field(kw_only=True, default=False)
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -99,65 +127,135 @@ class Federation:
         server, layout, started = self.server, self.server.layout, time.perf_counter()
         chosen = self.strategy.participants(server, self.draw(round_index, clients_per_round), round_index)
         report = RoundReport(chosen)
-        rows_mP = torch.zeros(len(chosen), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
-        accepted: dict[int, tuple[int, Payload]] = {}
-        stays: dict[int, dict[str, Tensor]] = {}
-        shared = self.strategy.shared(server, round_index)
-        for place, client in enumerate(chosen):
+        owners = balance([self.client_sizes[client] for client in chosen], self.processes.count)
+        serves = self.processes.index == 0
+        # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
+        takes_all = serves and not self.sums
+        held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
+        rows_mP = torch.zeros(len(held), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
+        rows = dict(zip(held, rows_mP, strict=True))
+        replies, stays = self._train_clients(chosen, owners, round_index, rows, on_client)
+        for client, reply in zip(chosen, replies, strict=True):
             links = self.strategy.links(server, client, chosen)
-            task = None
-            try:
-                task = self.task(client, round_index, rows_mP[place])
-                payload, stays[client] = self._train_client(task)
-                fault = payload_fault(payload, layout)
-            except Exception as error:  # whatever breaks on one client must not break the federation
-                fault = f"{type(error).__name__}: {error}"
-                logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)
-            if task is not None:
-                report.bytes_down += links * task.received_bytes
-            if fault is None:
-                accepted[client] = (place, payload)
-                report.bytes_up += links * payload.num_bytes(layout, shared)
-            else:
-                report.refused[client] = fault
-                logger.warning(f"Round {round_index + 1} goes on without client {client}: {fault}.")
-            if on_client is not None:
-                on_client(client)
-        if not accepted:
+            report.bytes_down += links * reply.received_bytes
+            report.bytes_up += links * reply.sent_bytes
+            if reply.fault is not None:
+                report.refused[client] = reply.fault
+                if serves:
+                    logger.warning(f"Round {round_index + 1} goes on without client {client}: {reply.fault}.")
+        places = [place for place, reply in enumerate(replies) if reply.fault is None]
+        if not places:
             reasons = "; ".join(f"client {client}: {fault}" for client, fault in report.refused.items())
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {reasons}")
-        places, payloads = zip(*accepted.values(), strict=True)
-        num_examples = [payload.num_examples for payload in payloads]
+        num_examples = [replies[place].num_examples for place in places]
         uploads = Uploads(
-            list(accepted),
-            rows_mP if len(places) == len(chosen) else rows_mP[list(places)],
-            [payload.integers for payload in payloads],
+            [chosen[place] for place in places],
+            rows_mP if len(places) == len(chosen) else rows_mP[[place in places for place in held]],
+            [{name: t.to(rows_mP.device) for name, t in replies[place].integers.items()} for place in places],
             torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
-            [payload.metrics for payload in payloads],
+            [replies[place].metrics for place in places],
+            averaged=self.sums,
         )
+        if self.sums:
+            weights_m = uploads.weights_m[[place in held for place in places]]
+            uploads.rows_mP = self.processes.weighted_sum(uploads.rows_mP, weights_m, layout.batchnorm)
         report.num_examples = sum(num_examples)
-        report.loss = float(np.average([payload.metrics["loss"] for payload in payloads], weights=num_examples))
+        report.loss = float(np.average([metrics["loss"] for metrics in uploads.metrics], weights=num_examples))
         report.seconds["clients"] = time.perf_counter() - started
         started = time.perf_counter()
-        report.metrics = self.strategy.update(
-            server, uploads, self.reserved, round_index, seed_of(self.seed, Stream.SERVER, round_index)
+        seed = seed_of(self.seed, Stream.SERVER, round_index)
+        report.metrics = self.processes.on_main(
+            lambda: self.strategy.update(server, uploads, self.reserved, round_index, seed)
         )
+        self.processes.broadcast_server_(server)
         # The bank is the model's own memory, but for these.
         if layout.integers:
             for module, taken in zip(self.strategy.server_models(server.model), server.integers, strict=True):
                 layout.write_integers(taken, module)
         report.seconds["server"] = time.perf_counter() - started
         started = time.perf_counter()
-        rows = self.strategy.synchronise(server, uploads)
-        for client in uploads.clients:
-            tensors = stays[client] | ({"row_P": rows[client]} if client in rows else {})
-            if tensors:
-                self.store.put(client, tensors)
+        self._synchronise(uploads, dict(zip(chosen, owners, strict=True)), stays)
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
-    def _train_client(self, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
-        """The upload, its row written to `task.out_P`, and what stays with the client if the upload is accepted."""
+    def _train_clients(
+        self,
+        chosen: list[int],
+        owners: list[int],
+        round_index: int,
+        rows: dict[int, Tensor],
+        on_client: Callable[[int], None] | None,
+    ) -> tuple[list[Reply], dict[int, dict[str, Tensor]]]:
+        """
+        Each process trains the participants that it owns and gets the replies of the others; the server gets their
+        rows too. What stays with a client is returned by its owner only.
+        """
+        stays: dict[int, dict[str, Tensor]] = {}
+
+        def train_own() -> dict[int, Reply]:
+            replies = {}
+            for place, client in enumerate(chosen):
+                if owners[place] == self.processes.index:
+                    replies[place], stays[client] = self._train_client(client, round_index, rows[place])
+                    if on_client is not None:
+                        on_client(client)
+            return replies
+
+        gathered = self.processes.gather(train_own)
+        replies = [gathered[owner][place] for place, owner in enumerate(owners)]
+        for place, owner in enumerate(owners):
+            if replies[place].fault is None and place in rows and not self.sums:
+                self.processes.move_(rows[place], owner, 0)
+            if owner != self.processes.index and on_client is not None:
+                on_client(chosen[place])
+        return replies, stays
+
+    def _synchronise(self, uploads: Uploads, owners: dict[int, int], stays: dict[int, dict[str, Tensor]]) -> None:
+        """Hands what the server has for participants to their processes, each of which writes what its own keep."""
+        rows: dict[int, Tensor] = {}
+
+        def synchronise() -> list[int]:
+            rows.update(self.strategy.synchronise(self.server, uploads))
+            return list(rows)
+
+        for client in self.processes.on_main(synchronise):
+            if self.processes.index == owners[client] and client not in rows:
+                rows[client] = torch.empty_like(self.server.bank_SP[0])
+            if client in rows:
+                self.processes.move_(rows[client], 0, owners[client])
+
+        def write() -> dict[int, str]:
+            written = {}
+            for client in uploads.clients:
+                tensors = stays.get(client, {})
+                if client in stays and client in rows:
+                    tensors |= {"row_P": rows[client]}
+                if tensors:
+                    written[client] = self.store.put(client, tensors)
+            return written
+
+        for written in self.processes.gather(write):
+            self.store.manifest |= written
+
+    def _train_client(self, client: int, round_index: int, out_P: Tensor) -> tuple[Reply, dict[str, Tensor]]:
+        """A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted."""
+        reply, stays, task = Reply(), {}, None
+        try:
+            task = self.task(client, round_index, out_P)
+            payload, stays = self._upload(task)
+            reply.fault = payload_fault(payload, self.server.layout)
+        except Exception as error:  # whatever breaks on one client must not break the federation
+            reply.fault = f"{type(error).__name__}: {error}"
+            logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)
+        if task is not None:
+            reply.received_bytes = task.received_bytes
+        if reply.fault is None:
+            reply.sent_bytes = payload.num_bytes(self.server.layout, self.strategy.shared(self.server, round_index))
+            reply.integers = {name: tensor.cpu() for name, tensor in payload.integers.items()}
+            reply.num_examples, reply.metrics = payload.num_examples, payload.metrics
+        return reply, stays
+
+    def _upload(self, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         payload, stays = self.strategy.train_client(self.local_trainer, task)
         shared = self.strategy.shared(self.server, task.round_index)
         if payload.row_bytes is None:

@@ -35,6 +35,7 @@ class APFL(Strategy):
     adapt: bool = False
     alpha_rate: float = 0.1
     name = "apfl"
+    averages = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -56,10 +56,11 @@ class Uploads:
 
     Args:
         clients (`list[int]`): The participants, in the order of the draw.
-        rows_mP (`Tensor` of shape `[m, P]`): Their models.
+        rows_mP (`Tensor` of shape `[m, P]`): Their models; if `averaged`, `[1, P]`, the mean of them by `weights_m`.
         integers (`list[dict[str, Tensor]]`): Their integer buffers.
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
         metrics (`list[dict[str, float]]`, *optional*): What they report.
+        averaged (`bool`, *optional*, defaults to `False`): Whether no process has all of their models.
     """
 
     clients: list[int]
@@ -67,6 +68,7 @@ class Uploads:
     integers: list[dict[str, Tensor]]
     num_examples_m: Tensor
     metrics: list[dict[str, float]] = field(default_factory=list)
+    averaged: bool = False
 
     @property
     def weights_m(self) -> Tensor:
@@ -118,6 +120,8 @@ class Strategy:
     compressible: bool = True
     # Whether a client can go on with the optimizer state of its last round.
     keeps_optimizer: bool = True
+    # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
+    averages: bool = False
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
@@ -196,8 +200,9 @@ def average_into_(server: Server, uploads: Uploads, num_examples: int | None = N
     """
     sent = uploads.num_examples_m.sum()
     n = sent if num_examples is None else num_examples
-    weights_1m, keep_S = (uploads.num_examples_m / n)[None], ((n - sent) / n)[None]
-    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, weights_1m, keep_S, server.layout)
+    weights_m = (sent / n)[None] if uploads.averaged else uploads.num_examples_m / n
+    keep_S = ((n - sent) / n)[None]
+    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, weights_m[None], keep_S, server.layout)
     server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
     return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
 

@@ -19,6 +19,7 @@ class FedAvg(Strategy):
     """Every round, the mean of the participants' models, weighted by their examples."""
 
     name = "fedavg"
+    averages = True
 
 
 @dataclass
@@ -38,6 +39,7 @@ class FedAvgReserved(Strategy):
     learning_rate: float = 1e-4
     batch_size: int = 32
     name = "fedavg_reserved"
+    averages = True
 
     def __post_init__(self) -> None:
         if self.when not in ("round", "end"):
@@ -74,6 +76,7 @@ class FedAvgMovingAverage(Strategy):
 
     rate: float = 0.3
     name = "fedavg_moving_average"
+    averages = True
 
     def setup(self, server: Server, num_clients: int) -> None:
         server.tensors["mean_P"] = server.bank_SP[0].clone()

@@ -26,6 +26,7 @@ class FedAvgPlus(Strategy):
 
     tuning_epochs: float = 1.0
     name = "fedavg_plus"
+    averages = True
 
     def __post_init__(self) -> None:
         if self.tuning_epochs <= 0:

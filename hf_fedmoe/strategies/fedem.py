@@ -45,6 +45,7 @@ class FedEM(Strategy):
     num_em_steps: int = 1
     include_absent: bool = False
     name = "fedem"
+    averages = True
 
     def __post_init__(self) -> None:
         if self.num_em_steps < 1:

@@ -18,6 +18,7 @@ class FedProx(Strategy):
 
     mu: float = 0.1
     name = "fedprox"
+    averages = True
 
     def __post_init__(self) -> None:
         if self.mu < 0:

@@ -33,6 +33,7 @@ class FedRep(Strategy):
     head: tuple[str, ...] | None = None
     head_epochs: float = 1.0
     name = "fedrep"
+    averages = True
 
     def __post_init__(self) -> None:
         if self.head_epochs <= 0:

@@ -58,6 +58,7 @@ class PFedMoE(Strategy):
     shared_rate: float = 1.0
     gate_rate: float = 1.0
     name = "pfedmoe"
+    averages = True
     keeps_optimizer = False
 
     def __post_init__(self) -> None:

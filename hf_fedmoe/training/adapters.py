@@ -49,6 +49,11 @@ def check_adapters(experts: list[nn.Module], args: FederatedTrainingArguments) -
             f"`client_ranks` is {args.client_ranks}, but the server's adapters have rank {largest}: build them with "
             f"`LoraConfig(r={max(args.client_ranks)})`, or lower the ranks."
         )
+    if args.client_parallelism == "sums" and args.lora_fusion == "svd" and largest is not None:
+        raise ValueError(
+            "`client_parallelism` is 'sums' and `lora_fusion` is 'svd', which needs all uploads at once: choose "
+            'client_parallelism="clients", or lora_fusion="ffa".'
+        )
     if args.lora_fusion == "ffa":
         starts = [_lora_a(expert) for expert in experts]
         if not starts[0]:

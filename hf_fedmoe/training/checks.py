@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before a run starts."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -58,18 +59,27 @@ def check_run(
             f"`keep_client_optimizer` is True, but {strategy.name!r} starts each round with a fresh optimizer: leave "
             "it out."
         )
+    if args.client_parallelism == "sums" and not strategy.averages:
+        raise ValueError(
+            f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than average them: choose "
+            '"clients".'
+        )
     if data.num_labels > model.config.num_labels:
         raise ValueError(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "
             f"`num_labels={data.num_labels}`."
         )
-    if args.parallel_mode.value == "distributed":
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and args.world_size == 1:
         raise ValueError(
-            f"This run was launched with {args.world_size} processes; rounds run in one process for now: launch with "
-            "`--num_processes 1`."
+            f"{launched} processes were launched, but none knows of the others: without GPUs give the arguments "
+            "`use_cpu=True`, or set ACCELERATE_USE_CPU=true."
         )
     if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs are visible and rounds use one: set CUDA_VISIBLE_DEVICES=0.")
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and a process uses one: start a process for each, `accelerate launch "
+            f"--multi_gpu --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
+        )
     if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.pad_token is None:
         raise ValueError(
             "`processing_class` has no pad token, so that texts of different lengths make no batch: set "

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import FederatedDataset
 from ..data.split_checks import check_label_range, check_same_features, read_labels
-from ..federation import Federation, load_federation
+from ..federation import Federation, balance, load_federation
 from ..models import AdapterExpert
 from ..reporting import ClientScore, score_client, summarise_clients, write_client_table
 from ..weights import copy_module, release
@@ -29,8 +29,8 @@ class ClientEvaluation:
         Evaluates each client's personal model ([`~strategies.Strategy.personal_model`]) on its own test rows.
 
         The scores of the clients, unseen ones included, become `client_table` and `client_metrics.csv` in
-        `args.output_dir`. May be called in a callback during the run, or afterwards; where the best model was loaded
-        at the end, what the clients keep is that of its round.
+        `args.output_dir`. May be called in a callback during the run, or afterwards, by all processes of a launch;
+        where the best model was loaded at the end, what the clients keep is that of its round.
 
         Returns:
             `dict[str, float]`: [`~reporting.summarise_clients`], each name with `clients_` before it.
@@ -44,9 +44,15 @@ class ClientEvaluation:
                 "`train_dataset` has no test rows of its clients: hold some out, "
                 "`hold_out_client_tests(data, test_share=0.2)`."
             )
+        owners = balance([len(rows) for rows in [*data.client_indices, *data.unseen_indices]], self.processes.count)
+        own = [client for client, owner in enumerate(owners) if owner == self.processes.index]
         with self._current_federation() as federation:
-            self.client_table = score_clients(federation, data, self._columns_of_clients(), self.data_collator)
-        write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
+            parts = self.processes.gather(
+                lambda: score_clients(federation, data, own, self._columns_of_clients(), self.data_collator)
+            )
+        self.client_table = sorted((score for part in parts for score in part), key=lambda score: score.client)
+        if self.is_world_process_zero():
+            write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
         metrics = {f"clients_{name}": value for name, value in summarise_clients(self.client_table).items()}
         self.log(dict(metrics))  # which adds the epoch
         return metrics
@@ -131,22 +137,24 @@ class ClientEvaluation:
 
 
 def score_clients(
-    federation: Federation, data: FederatedDataset, pool: datasets.Dataset, collate: Callable
+    federation: Federation, data: FederatedDataset, clients: list[int], pool: datasets.Dataset, collate: Callable
 ) -> list[ClientScore]:
     """
-    The scores of all clients, then of the unseen ones.
+    The scores of some clients.
 
     Args:
         federation ([`~federation.Federation`]): As it is now; nothing of it changes.
         data ([`~data.FederatedDataset`]): With client tests.
+        clients (`list[int]`): Their numbers; unseen ones follow the others.
         pool (`datasets.Dataset`): Its rows, with the columns that models take.
         collate (`Callable`): The data collator of evaluation.
     """
     table = []
-    for client, rows in enumerate(data.client_test_indices):
+    for client in clients:
         # Personal models live in one worker: each is scored before the next is made.
         model = federation.personal_model(client)
-        probabilities_NC, labels_N = _predict(model, Subset(pool, rows.tolist()), collate, federation)
+        tests = Subset(pool, data.client_test_indices[client].tolist())
+        probabilities_NC, labels_N = _predict(model, tests, collate, federation)
         unseen, train_size = client >= data.num_clients, len(data.client_rows(client))
         table.append(score_client(client, unseen, train_size, probabilities_NC.numpy(), labels_N.numpy()))
     return table

@@ -10,6 +10,7 @@ from ..weights import COMPRESSIONS, make_codec
 
 
 LORA_FUSIONS = ("svd", "ffa", "factors")
+CLIENT_PARALLELISMS = ("clients", "sums")
 
 
 @dataclass
@@ -51,6 +52,11 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         lr_scheduler_scope (`str`, *optional*, defaults to `"round"`):
             What `lr_scheduler_type` stretches over: `"round"` (a client's local steps, as in a plain `Trainer` run of
             them) or `"run"` (the rounds; constant within each).
+        client_parallelism (`str`, *optional*, defaults to `"clients"`):
+            What several processes (`accelerate launch`, `torchrun`), of which each trains other clients of a round,
+            tell each other: `"clients"` (every upload; on CPUs of one kind a run ends with the bits of one process) or
+            `"sums"` (weighted sums of their uploads, so that none holds all of them: for methods that only average,
+            and a run ends like that of one process but for rounding).
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
@@ -63,6 +69,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     lora_fusion: str = field(default="svd", metadata={"help": f"One of {', '.join(LORA_FUSIONS)}."})
     client_ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of clients' adapters, in turn."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
+    client_parallelism: str = field(default="clients", metadata={"help": "What processes exchange: clients or sums."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
     save_steps: float = field(default=1, metadata={"help": "Save a checkpoint every so many rounds."})
@@ -80,6 +87,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             )
         if self.lr_scheduler_scope not in ("round", "run"):
             raise ValueError(f'`lr_scheduler_scope` is {self.lr_scheduler_scope!r}: choose "round" or "run".')
+        if self.client_parallelism not in CLIENT_PARALLELISMS:
+            raise ValueError(f'`client_parallelism` is {self.client_parallelism!r}: choose "clients" or "sums".')
         make_codec(self.upload_compression, self.top_k_share)
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(

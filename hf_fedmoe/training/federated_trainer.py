@@ -55,13 +55,14 @@ from .client_evaluation import ClientEvaluation
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
 from .run_facts import run_facts
+from .several_processes import SeveralProcesses
 
 
 # The underscore keeps it from the Hub: `push_to_hub` leaves out `_*`, and clients' own models belong to nobody else.
 CLIENTS_FOLDER = "_clients"
 
 
-class FederatedTrainer(ClientEvaluation, Trainer):
+class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -163,6 +164,7 @@ class FederatedTrainer(ClientEvaluation, Trainer):
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
     ) -> TrainOutput:
         self.accelerator.free_memory()
+        self._start_alike()
         rounds = args.rounds
         self._init_training_state(rounds, 1, rounds, resume_from_checkpoint, trial)
         federation = self._federation()
@@ -188,7 +190,9 @@ class FederatedTrainer(ClientEvaluation, Trainer):
             done = max(1, self.state.global_step - self._initial_global_step)
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
-            self.strategy.finish(federation.server, federation.reserved, seed_of(args.seed, Stream.SERVER, rounds))
+            seed = seed_of(args.seed, Stream.SERVER, rounds)
+            self.processes.on_main(lambda: self.strategy.finish(federation.server, federation.reserved, seed))
+            self.processes.broadcast_server_(federation.server)
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
@@ -291,6 +295,9 @@ class FederatedTrainer(ClientEvaluation, Trainer):
             args.client_choice,
             make_codec(args.upload_compression, args.top_k_share),
             args.client_ranks,
+            client_sizes=data.client_sizes.tolist(),
+            processes=self.processes,
+            sums=args.client_parallelism == "sums" and self.processes.count > 1,
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
@@ -384,8 +391,9 @@ class FederatedTrainer(ClientEvaluation, Trainer):
             best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if best.exists() or best == target:
                 self.state.best_model_checkpoint = str(best)
-        if not self.args.should_save:
-            return
+        self.processes.on_main(lambda: self._write_checkpoint(run_dir, target))
+
+    def _write_checkpoint(self, run_dir: Path, target: Path) -> None:
         self._active_federation.store.sync()
         with atomic_directory(target) as folder:
             self._save(str(folder))

@@ -2,7 +2,7 @@
 
 from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
 from .fusion import collapse, fuse_, fuse_integers
-from .layout import StateLayout, copy_module, release
+from .layout import Slot, StateLayout, copy_module, release
 from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows
 from .payload import Payload, keep_private_, payload_fault
 from .sub_models import average_held_, narrow_config, narrow_layout, narrow_model, put_held_, sub_places, take_held
@@ -12,6 +12,7 @@ __all__ = [
     "COMPRESSIONS",
     "Codec",
     "Payload",
+    "Slot",
     "StateLayout",
     "average_held_",
     "bytes_at_rank",

@@ -135,6 +135,8 @@ def test_sizes_and_settings_go_before_one_another(tmp_path):
     args = [run.parse()[1] for run in (small, paper, told)]
     assert [(a.rounds, a.num_train_epochs, a.clients_per_round) for a in args] == [(2, 2, 3), (50, 1, 3), (7, 1, 3)]
     assert [a.save_steps for a in args] == [1, 10, 1] and small.parse()[0].num_clients == 8
+    (quiet,) = runs_of(path, tmp_path, "small", eval_strategy=yaml.safe_load("no"))["fedavg"]
+    assert quiet.parse()[1].eval_strategy == "no"
     assert args[0].learning_rate == 0.5 != args[1].learning_rate
 
 

@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from tests.tiny_models import tiny_bert
         ({"max_steps": 5}, "`max_steps` is 5.*set `rounds`"),
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0"),
         ({"lr_scheduler_scope": "epoch"}, '`lr_scheduler_scope` is \'epoch\': choose "round" or "run"'),
+        ({"client_parallelism": "data"}, '`client_parallelism` is \'data\': choose "clients" or "sums"'),
         ({"preset": "best"}, "`preset` is 'best': choose one of 'default', 'paper'"),
         ({"correlation": "max"}, "`correlation` is 'max': choose one of 'relevance'"),
         ({"synchronisation": "never"}, "`synchronisation` is 'never': choose one of 'download_main'"),
@@ -69,6 +71,21 @@ def test_fed_moe_without_reserved_set(tmp_path):
 def test_fed_moe_of_a_model_that_is_no_mixture(tmp_path):
     with pytest.raises(ValueError, match=r"`model` is a BertForSequenceClassification: build one .*from_expert"):
         FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_federation(), strategy=FedMoE())
+
+
+def test_sums_of_uploads_are_no_use_to_fed_moe(tmp_path):
+    args = tiny_args(tmp_path, client_parallelism="sums")
+    with pytest.raises(ValueError, match=r"is 'sums', but 'fedmoe' does more with uploads than average them: choose"):
+        FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
+    with pytest.raises(ValueError, match=r"'sums' and `lora_fusion` is 'svd', which needs all uploads at once"):
+        FederatedTrainer(tiny_expert(), args, tiny_federation(), peft_config=LoraConfig(r=2))
+
+
+def test_processes_that_know_nothing_of_each_other(tmp_path, monkeypatch):
+    args = tiny_args(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were launched, but none knows .* `use_cpu=True`"):
+        FederatedTrainer(tiny_expert(), args, tiny_federation())
 
 
 def test_dataset_that_is_not_federated(tmp_path):

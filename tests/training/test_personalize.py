@@ -5,7 +5,7 @@ import torch
 from datasets import ClassLabel
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_fedmoe.data import hold_out_client_tests
 from hf_fedmoe.models import EnsembleForSequenceClassification, MultiHeadForSequenceClassification
@@ -49,7 +49,8 @@ def test_a_new_client_gets_what_an_unseen_one_does(tmp_path, method):
     new = trainer.personalize(data.client(3))
     for model, expected in zip([*own, new], [*used, used[3]], strict=True):
         assert_equal_states(state(model), expected)
-        assert type(model) is type(trainer.model) and not any(module.training for module in model.modules())
+        assert isinstance(model, type(known.personal_model(0))) and isinstance(model, PreTrainedModel)
+        assert not any(module.training for module in model.modules())
         assert all(parameter.requires_grad for parameter in model.parameters())
     # Nobody else's memory, not even one another's.
     memory = [pointers(trainer.model), pointers(known.server.worker), *map(pointers, [*own, new])]

@@ -1,0 +1,144 @@
+"""
+The processes of one launch (`accelerate launch`, `torchrun`): each trains other clients of a round, and the main one
+is the server as well.
+
+Shape suffixes: m uploads, P elements of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..strategies import Server
+from ..weights import Slot
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """
+    What the processes of a launch tell each other; one process alone tells nobody anything.
+
+    Args:
+        index (`int`, *optional*, defaults to 0): Number of this one; 0 is the main process.
+        count (`int`, *optional*, defaults to 1): How many there are.
+        device (`torch.device`, *optional*): Of this process, where the process group's backend wants its tensors.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def gather(self, make: Callable[[], T]) -> list[T]:
+        """
+        What `make` returns in each process, in their order. If it fails in one, all raise: none waits for another that
+        has left. It must not communicate by itself, and its tensors must be on the CPU.
+        """
+        if self.count == 1:
+            return [make()]
+        made, error = None, None
+        try:
+            made = make()
+        except Exception as caught:
+            error = caught
+        told: list = [None] * self.count
+        dist.all_gather_object(told, (made, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        for index, (_, fault) in enumerate(told):
+            if fault is not None:
+                raise RuntimeError(f"Process {index} failed: {fault}")
+        return [made for made, _ in told]
+
+    def on_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the main process, the only one that calls it; see [`Processes.gather`]."""
+        return self.gather(lambda: make() if self.index == 0 else None)[0]
+
+    @torch.no_grad()
+    def move_(self, tensor: Tensor, source: int, target: int) -> None:
+        """`tensor` of process `target` becomes that of `source`; of no concern to others."""
+        if source == target or self.index not in (source, target):
+            return
+        moved = tensor.detach().to(self.device).contiguous()
+        if self.index == source:
+            dist.send(_bytes(moved), target)
+        else:
+            dist.recv(_bytes(moved), source)
+            tensor.copy_(moved)
+
+    @torch.no_grad()
+    def broadcast_(self, tensor: Tensor) -> None:
+        """`tensor` becomes that of the main process."""
+        if self.count == 1:
+            return
+        sent = tensor.detach().to(self.device).contiguous()
+        dist.broadcast(_bytes(sent), 0)
+        if self.index:
+            tensor.copy_(sent)
+
+    @torch.no_grad()
+    def weighted_sum(self, rows_mP: Tensor, weights_m: Tensor, batchnorm: tuple[tuple[Slot, Slot], ...]) -> Tensor:
+        """
+        The sum `[1, P]` of all processes' rows by their weights, which are 1 together, in the main process. Running
+        variances follow the rule of [`~weights.fuse_`]; those of `rows_mP` are overwritten.
+        """
+        for mean, variance in batchnorm:
+            rows_mP[:, variance.start : variance.stop] += rows_mP[:, mean.start : mean.stop].square()
+        sum_1P = weights_m[None].to(rows_mP) @ rows_mP
+        if self.count > 1:
+            dist.reduce(sum_1P, 0)
+        for mean, variance in batchnorm:
+            sum_1P[:, variance.start : variance.stop] -= sum_1P[:, mean.start : mean.stop].square()
+        return sum_1P
+
+    def broadcast_model_(self, model: nn.Module) -> None:
+        """All parameters and buffers become those of the main process."""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self.broadcast_(tensor)
+
+    def broadcast_server_(self, server: Server) -> None:
+        """The server's state becomes that of the main process."""
+        if self.count == 1:
+            return
+        self.broadcast_(server.bank_SP)
+        bank = server.bank_SP.untyped_storage().data_ptr()
+        for tensor in [*server.model.parameters(), *server.model.buffers()]:
+            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            if not frozen and tensor.untyped_storage().data_ptr() != bank:
+                self.broadcast_(tensor)
+        kinds = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in server.tensors.items()}
+        integers = [{name: tensor.cpu() for name, tensor in taken.items()} for taken in server.integers]
+        told = [kinds, integers]
+        dist.broadcast_object_list(told, 0)
+        if self.index:
+            kinds, integers = told
+            server.tensors = {
+                name: torch.empty(shape, dtype=dtype, device="cpu" if device == "cpu" else self.device)
+                for name, (shape, dtype, device) in kinds.items()
+            }
+            server.integers = [{name: t.to(self.device) for name, t in taken.items()} for taken in integers]
+        for tensor in server.tensors.values():
+            self.broadcast_(tensor)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: not every backend knows every dtype."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def balance(sizes: Sequence[int], count: int) -> list[int]:
+    """
+    Which of `count` processes trains each client: the largest client first, each to the process that has the least to
+    do so far (longest processing time first, Graham 1969).
+    """
+    loads, owners = [0] * count, [0] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        owners[place] = loads.index(min(loads))
+        loads[owners[place]] += sizes[place]
+    return owners

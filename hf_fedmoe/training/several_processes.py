@@ -1,0 +1,71 @@
+"""What [`FederatedTrainer`] does under several processes (`accelerate launch`, `torchrun`) so that nothing differs."""
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..federation import Processes
+
+
+class SeveralProcesses:
+    """Rounds are shared out by `federation`; here are the start of a run, and evaluation."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "The launcher asks for DeepSpeed or FSDP, which rounds do not honour yet: leave that out of its "
+                "configuration, `accelerate launch --multi_gpu ...`."
+            )
+        # Many a classifier takes any keyword and ignores `num_items_in_batch`, and `Trainer` would then multiply the
+        # loss of evaluation by the number of processes.
+        self.model_accepts_loss_kwargs = False
+        if self.accelerator.device.type == "cpu":
+            # Everything is there already, but Accelerate calls it "cpu:0" among several processes, which is another
+            # device to PyTorch: before an evaluation it would copy the model, and part it from the bank.
+            self.accelerator.device_placement = False
+
+    @cached_property
+    def processes(self) -> Processes:
+        """Those of this launch."""
+        return Processes(self.args.process_index, self.args.world_size, self.accelerator.device)
+
+    def _start_alike(self) -> None:
+        """All processes have the same settings and data, or `ValueError` is raised, and the main one's weights."""
+        if self.processes.count == 1:
+            return
+        identities = self.processes.gather(lambda: {"output_dir": self.args.output_dir, **self._identity()})
+        check_alike(identities)
+        # A new head is drawn by each process for itself, and not every script sets a seed before.
+        self.processes.broadcast_model_(self.model)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As in [`~transformers.Trainer`], but for the loss of the last batch."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        progress, size = self.accelerator.gradient_state, len(next(iter(inputs.values())))
+        if progress.end_of_dataloader:
+            # Accelerate fills up the last batch of each process with rows that others have: predictions of those are
+            # dropped afterwards, but the batch's mean loss would keep them.
+            own = progress.remainder - self.args.process_index * self.args.eval_batch_size
+            if 0 < own < size:
+                some = {name: tensor[:own] for name, tensor in inputs.items()}
+                loss, _, _ = super().prediction_step(model, some, True, ignore_keys)
+        return loss, logits, labels
+
+
+def check_alike(identities: list[dict[str, Any]]) -> None:
+    """Raises `ValueError` that names the first setting in which a process differs from the main one."""
+    for index, identity in enumerate(identities):
+        for name, value in identities[0].items():
+            if identity[name] != value:
+                raise ValueError(
+                    f"The main process has {name} = {value!r}, process {index} has {identity[name]!r}: let the script "
+                    "prepare data and settings alike in all processes, from seeds and without clocks."
+                )

@@ -1,0 +1,384 @@
+"""A run in two processes ends with the bits of a run in one."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing import start_processes
+from transformers import TrainerCallback
+
+from hf_fedmoe.strategies import FedAvg
+from hf_fedmoe.training import FederatedTrainer
+from tests.invariants.test_resume import LORA_RUNS, PERSONAL_RUNS, RUNS, trainer
+from tests.tiny_federation import assert_equal_states, state, timeless, tiny_args, tiny_expert, tiny_federation
+from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
+
+
+ROOT = Path(__file__).parents[2]
+QUICK_RUNS = ("fedavg_top_k", "apfl", "l2sgd", "fedmoe", "fedmoe_paper", "lora_fedmoe_paper")
+# Of three clients one process trains two; the 20 validation rows fill no batch of 8.
+SETTINGS = {"clients_per_round": 3}
+PROCESSES = 2
+
+
+# What one process alone does as well as two
+
+
+def run_by_name(name, output_dir):
+    run = trainer(name, output_dir, **SETTINGS)
+    run.train()
+    return run
+
+
+class FailingClient(FedAvg):
+    def train_client(self, local, task):
+        if task.client == 2:
+            raise OSError("battery empty")
+        return super().train_client(local, task)
+
+
+def failing_client(output_dir):
+    run = FederatedTrainer(tiny_expert(), tiny_args(output_dir, **SETTINGS), tiny_federation(), FailingClient())
+    run.train()
+    return run
+
+
+def an_idle_process(output_dir):
+    run = trainer("fedavg_client_optimizer", output_dir, clients_per_round=1)
+    run.train()
+    return run
+
+
+class OneServer(FedAvg):
+    """Its step may be taken in the main process only, but all have what comes of it."""
+
+    def update(self, server, uploads, reserved, round_index, seed):
+        assert index_of_this_process() == 0
+        server.tensors[f"round {round_index}"] = torch.tensor([round_index, 1], dtype=torch.int16)
+        return super().update(server, uploads, reserved, round_index, seed)
+
+    def download(self, server, client, kept_P):
+        return server.bank_SP[0] * (1 + sum(tensor.sum() for tensor in server.tensors.values()))
+
+    def finish(self, server, reserved, seed):
+        assert index_of_this_process() == 0
+        server.bank_SP += 1
+
+
+def other_weights_in_one_process(output_dir):
+    model = tiny_expert()
+    with torch.no_grad():
+        model.classifier.weight += index_of_this_process()
+    args = tiny_args(output_dir, eval_strategy="steps", eval_steps=1, **SETTINGS)
+    run = FederatedTrainer(model, args, tiny_federation(), OneServer())
+    run.train()
+    return run
+
+
+class CountingRows(FailingClient):
+    def update(self, server, uploads, reserved, round_index, seed):
+        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(uploads.rows_mP)}
+
+
+def sums(output_dir):
+    torch.manual_seed(5)
+    args = tiny_args(output_dir, client_parallelism="sums", optim="sgd", max_grad_norm=0.0, clients_per_round=4)
+    data, processor = tiny_image_federation(), tiny_processor()
+    run = FederatedTrainer(tiny_resnet(), args, data, CountingRows(), processing_class=processor)
+    run.train()
+    return run
+
+
+CASES = {
+    "failing_client": failing_client,
+    "an_idle_process": an_idle_process,
+    "other_weights_in_one_process": other_weights_in_one_process,
+}
+# Equal but for rounding.
+SUMS = {"sums": sums}
+QUICK = {name: functools.partial(run_by_name, name) for name in QUICK_RUNS} | CASES
+REST = {name: functools.partial(run_by_name, name) for name in [*RUNS, *LORA_RUNS] if name not in QUICK_RUNS}
+
+
+def interrupted(output_dir):
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    run = trainer("fedmoe_paper", output_dir, **SETTINGS)
+    run.add_callback(Stop())
+    run.train()
+
+
+def resumed(output_dir):
+    run = trainer("fedmoe_paper", output_dir, **SETTINGS)
+    run.train(resume_from_checkpoint=True)
+    return run
+
+
+# What goes wrong in one process
+
+
+class BrokenServer(FedAvg):
+    def update(self, server, uploads, reserved, round_index, seed):
+        raise MemoryError("no room")
+
+
+def broken_server(output_dir):
+    FederatedTrainer(tiny_expert(), tiny_args(output_dir, **SETTINGS), tiny_federation(), BrokenServer()).train()
+
+
+def other_data(output_dir):
+    data = tiny_federation(seed=index_of_this_process())
+    FederatedTrainer(tiny_expert(), tiny_args(output_dir, **SETTINGS), data).train()
+
+
+def full_disk(output_dir):
+    run = trainer("fedavg", output_dir, **SETTINGS)
+    if index_of_this_process() == 0:
+        run.model.save_pretrained = functools.partial(_raise, OSError("no space left"))
+    run.train()
+
+
+def _raise(error, *args, **kwargs):
+    raise error
+
+
+def no_place_for_kept(output_dir):
+    class ReadOnly(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            if index_of_this_process():
+                run._active_federation.store.put = functools.partial(_raise, OSError("read-only"))
+
+    run = trainer("local", output_dir, **SETTINGS)
+    run.add_callback(ReadOnly())
+    run.train()
+
+
+ERRORS = {
+    "no_place_for_kept": no_place_for_kept,
+    "broken_server": broken_server,
+    "other_data": other_data,
+    "full_disk": full_disk,
+}
+
+
+# The launch
+
+
+def index_of_this_process():
+    return int(os.environ.get("RANK", 0))
+
+
+def record(run, path):
+    save_file(state(run.model), f"{path}.safetensors")
+    clients = run.evaluate_clients() if run.federated_dataset.client_test_indices else None
+    facts = {
+        "log": timeless(run.state.log_history),
+        "clients": [clients, [vars(score) for score in run.client_table]],
+        "rounds": [[report.clients, report.refused, report.metrics] for report in run.rounds],
+    }
+    Path(f"{path}.json").write_text(json.dumps(facts))
+
+
+def process(index, port, folder, names):
+    os.environ |= {
+        "RANK": str(index),
+        "LOCAL_RANK": str(index),
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_WORLD_SIZE": str(PROCESSES),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    torch.set_num_threads(1)
+    for name in names:
+        if name in ERRORS:
+            try:
+                ERRORS[name](folder / name)
+            except Exception as error:
+                (folder / f"{name}-{index}.txt").write_text(f"{type(error).__name__}: {error}")
+        elif name == "interrupted":
+            interrupted(folder / name)
+        elif name == "resumed":
+            record(resumed(folder / name), folder / f"{name}-{index}")
+        else:
+            record((QUICK | SUMS | REST)[name](folder / name), folder / f"{name}-{index}")
+
+
+def launch(folder, names):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = start_processes(process, (port, folder, names), PROCESSES, join=False, start_method="spawn")
+    deadline = time.monotonic() + 240
+    try:
+        while not started.join(timeout=5):
+            assert time.monotonic() < deadline, "the processes hang"
+    finally:
+        for child in started.processes:
+            child.kill()
+            child.join()
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick")
+    interrupted(folder / "resumed")
+    launch(folder, [*QUICK, *SUMS, *ERRORS, "interrupted", "resumed"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rest")
+    launch(folder, list(REST))
+    return folder
+
+
+# The tests
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
+def test_two_processes_end_with_the_bits_of_one(name, request, tmp_path):
+    folder = request.getfixturevalue("quick" if name in QUICK else "rest")
+    record((QUICK | REST)[name](tmp_path / name), tmp_path / "alone")
+    for index in range(PROCESSES):
+        assert_same(folder / f"{name}-{index}", tmp_path / "alone")
+    assert_equal_kept(folder / name, tmp_path / name)
+    if name in PERSONAL_RUNS:
+        table = (tmp_path / name / "client_metrics.csv").read_text()
+        assert (folder / name / "client_metrics.csv").read_text() == table
+
+
+def assert_same(first, second):
+    assert json.loads(Path(f"{first}.json").read_text()) == json.loads(Path(f"{second}.json").read_text())
+    assert_equal_states(load_file(f"{first}.safetensors"), load_file(f"{second}.safetensors"))
+
+
+def assert_equal_kept(first, second):
+    """The clients' own files in the last checkpoints, and nothing beside them."""
+    manifests = []
+    for folder in (first, second):
+        checkpoints = {int(path.parent.name.split("-")[-1]): path for path in folder.glob("*/federation.json")}
+        named = [json.loads(path.read_text())["clients"] for path in checkpoints.values()]
+        written = {path.name for path in folder.glob("_clients/*")}
+        assert written == {name for manifest in named for name in manifest.values()}
+        manifests.append(json.loads(checkpoints[max(checkpoints)].read_text())["clients"] if checkpoints else {})
+    assert manifests[0].keys() == manifests[1].keys()
+    for client in manifests[0]:
+        mine, theirs = (load_file(f / "_clients" / m[client]) for f, m in zip((first, second), manifests, strict=True))
+        assert_equal_states(mine, theirs)
+
+
+def test_a_failing_client_of_one_process_is_refused_by_all(quick):
+    for index in range(PROCESSES):
+        rounds = json.loads((quick / f"failing_client-{index}.json").read_text())["rounds"]
+        refused = [refused for clients, refused, _ in rounds if 2 in clients]
+        assert refused and all(faults == {"2": "OSError: battery empty"} for faults in refused)
+
+
+def test_sums_of_uploads_end_like_one_process_but_for_rounding(quick, tmp_path):
+    record(sums(tmp_path / "sums"), tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert [report["rows"] for _, _, report in alone["rounds"]] == [3, 3, 3]
+    for index in range(PROCESSES):
+        facts = json.loads((quick / f"sums-{index}.json").read_text())
+        assert [report["rows"] for _, _, report in facts["rounds"]] == [1, 1, 1]
+        assert [entry["loss"] for entry in facts["log"][:-1]] == pytest.approx(
+            [entry["loss"] for entry in alone["log"][:-1]], rel=1e-5
+        )
+        states = (load_file(f"{path}.safetensors") for path in (quick / f"sums-{index}", tmp_path / "alone"))
+        assert_equal_states(*states, atol=1e-6, rtol=1e-5)
+
+
+def test_resumes_with_more_processes_and_with_fewer(quick, tmp_path):
+    record(run_by_name("fedmoe_paper", tmp_path / "whole"), tmp_path / "whole")
+    record(resumed(quick / "interrupted"), tmp_path / "fewer")
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    for path in (tmp_path / "fewer", quick / "resumed-0", quick / "resumed-1"):
+        assert_equal_states(load_file(f"{path}.safetensors"), load_file(tmp_path / "whole.safetensors"))
+        # The last line has means over the rounds of each process itself.
+        assert json.loads(Path(f"{path}.json").read_text())["log"][:-1] == whole["log"][:-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "errors"),
+    [
+        ("broken_server", ["MemoryError: no room", "RuntimeError: Process 0 failed: MemoryError: no room"]),
+        ("full_disk", ["OSError: no space left", "RuntimeError: Process 0 failed: OSError: no space left"]),
+        ("no_place_for_kept", ["RuntimeError: Process 1 failed: OSError: read-only", "OSError: read-only"]),
+    ],
+)
+def test_an_error_of_one_process_ends_all(quick, name, errors):
+    assert [(quick / f"{name}-{index}.txt").read_text() for index in range(PROCESSES)] == errors
+
+
+def test_processes_with_different_data_are_refused(quick):
+    for index in range(PROCESSES):
+        message = (quick / f"other_data-{index}.txt").read_text()
+        assert message.startswith("ValueError: The main process has data = ") and "process 1 has" in message
+
+
+SCRIPT = """
+import sys
+from tests.invariants.test_two_processes import index_of_this_process, run_by_name, trainer
+from transformers import TrainerCallback
+
+if sys.argv[1] == "sound":
+    run = run_by_name("fedavg", sys.argv[2])
+    run.save_model(sys.argv[2] + "/final")
+    print(f"{run.args.world_size} processes")
+else:
+    class Breaks(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            if index_of_this_process():
+                raise OSError("no callback")
+
+    run = trainer("fedavg", sys.argv[2])
+    run.add_callback(Breaks())
+    run.train()
+"""
+
+
+def run_to_its_end(command):
+    """Exit code and output of a launcher; nothing that it started outlives this."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=variables, start_new_session=True, **pipes) as launcher:
+        try:
+            output, _ = launcher.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+    return launcher.returncode, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_launchers(launcher, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    config = ROOT / "recipes" / "accelerate_configs" / "cpu_2.yaml"
+    modules = {
+        "accelerate": ["accelerate.commands.launch", "--config_file", str(config)],
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2"],
+    }
+    command = [sys.executable, "-m", *modules[launcher], str(script)]
+    code, output = run_to_its_end([*command, "sound", str(tmp_path / "two")])
+    assert code == 0 and output.count("2 processes") == 2, output
+    alone = run_by_name("fedavg", tmp_path / "alone")
+    assert_equal_states(load_file(tmp_path / "two" / "final" / "model.safetensors"), state(alone.model))
+    # Here one process leaves where no other can know of it: the launcher ends the rest.
+    code, output = run_to_its_end([*command, "broken", str(tmp_path / "broken")])
+    assert code != 0 and "OSError: no callback" in output
