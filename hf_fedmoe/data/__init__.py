@@ -20,7 +20,7 @@ from .images import (
     random_resized_crop,
 )
 from .label_group_partitions import pachinko
-from .partitions import dirichlet, hold_out, hold_out_ids, iid, natural, predominant, shards
+from .partitions import dirichlet, hold_out, hold_out_ids, hold_out_predominant, iid, natural, predominant, shards
 from .reserved_set import ReservedSet
 from .sources import load_rows, load_source
 from .synthetic_mixture import SyntheticMixture, synthetic_mixture
@@ -44,6 +44,7 @@ __all__ = [
     "hold_out",
     "hold_out_client_tests",
     "hold_out_ids",
+    "hold_out_predominant",
     "iid",
     "load_rows",
     "load_source",

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, concatenate_datasets
 
 from .label_distribution import MAX_TABLE_CLIENTS, count_labels, label_table, plot_labels
-from .partitions import hold_out
+from .partitions import hold_out, hold_out_predominant
 from .split_checks import (
     check_indices,
     check_label_column,
@@ -141,6 +141,7 @@ class FederatedDataset:
         label_column: str = "label",
         num_labels: int | None = None,
         stratify: bool = True,
+        reserved_share: float | None = None,
     ) -> "FederatedDataset":
         """
         Holds out the server's rows by a seed, and divides what remains among clients.
@@ -160,6 +161,8 @@ class FederatedDataset:
             num_labels (`int`, *optional*): Number of classes, when the column is no `ClassLabel`.
             stratify (`bool`, *optional*, defaults to `True`): Whether held-out splits keep the proportions of classes,
                 with at least one row of each class where their size allows. `False` draws uniformly from all rows.
+            reserved_share (`float`, *optional*): Share of one class, drawn at random, in the reserved set, whatever
+                `stratify` says; see [`hold_out_predominant`].
 
         Returns:
             [`FederatedDataset`]: With `pool` the rows of `dataset` that somebody has, in their order there.
@@ -179,7 +182,10 @@ class FederatedDataset:
                     "clients need some. Lower it."
                 )
             if count:
-                rows, rest = hold_out(labels[remaining], count, rng, stratify)
+                if name == "reserved" and reserved_share is not None:
+                    rows, rest = hold_out_predominant(labels[remaining], count, reserved_share, rng)
+                else:
+                    rows, rest = hold_out(labels[remaining], count, rng, stratify)
                 held[name], remaining = remaining[rows], remaining[rest]
         parts = partition(dataset.select(remaining))
         parts = check_indices({f"client {i}": rows for i, rows in enumerate(parts)}, len(remaining))

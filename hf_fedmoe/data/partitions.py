@@ -350,6 +350,42 @@ def hold_out(
     return np.sort(held), np.sort(rest)
 
 
+def hold_out_predominant(
+    labels: Sequence[int] | np.ndarray, size: int, share: float, seed: int | np.random.Generator = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Sets rows aside of which one class, drawn at random, has a given share: a reserved set that is not what the model
+    will meet (Fed-MoE, Figure 4).
+
+    Args:
+        labels (`Sequence[int]`, shape `[N]`): Class of each row.
+        size (`int`): Number of rows.
+        share (`float`): Share of the class in them; the others are drawn uniformly from the other classes.
+        seed (`int` or `np.random.Generator`, *optional*, defaults to 0): Seed of the draws.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: The rows set aside and the rest, both sorted.
+
+    Raises:
+        ValueError: When `share` is out of (0, 1], or no class has enough rows.
+    """
+    labels_N, rng = as_labels(labels), np.random.default_rng(seed)
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but must be above 0 and at most 1.")
+    of_class = round(share * size)
+    classes, counts_C = np.unique(labels_N, return_counts=True)
+    large = classes[(counts_C >= of_class) & (len(labels_N) - counts_C >= size - of_class)]
+    if len(large) == 0:
+        raise ValueError(
+            f"No class has {of_class} rows for a share of {share} of {size}: the largest has {counts_C.max()}. Lower "
+            "the share or the size."
+        )
+    order = rng.permutation(len(labels_N))
+    is_class_N = labels_N[order] == rng.choice(large)
+    held = np.concatenate([order[is_class_N][:of_class], order[~is_class_N][: size - of_class]])
+    return np.sort(held), np.setdiff1d(order, held, assume_unique=True)
+
+
 def hold_out_ids(ids: Sequence | np.ndarray, size: int | float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """
     Sets all rows of some ids aside, so that a test set has people (writers, users) who are at no client.

@@ -41,6 +41,7 @@ class Experiment(ABC):
     share_low: float = field(default=0.55, metadata={"help": "Least share of a client's predominant class."})
     share_high: float = field(default=0.65, metadata={"help": "Largest share of a client's predominant class."})
     reserved_size: int = field(default=500, metadata={"help": "Examples of the server's reserved set."})
+    reserved_share: float | None = field(default=None, metadata={"help": "Share of one class in the reserved set."})
     validation_size: int = field(default=500, metadata={"help": "Examples the server model is watched on."})
     max_train_examples: int | None = field(default=None, metadata={"help": "Training rows that are divided (all)."})
     max_test_examples: int = field(default=2000, metadata={"help": "Test examples that are used."})
@@ -123,6 +124,7 @@ class Experiment(ABC):
             self.validation_size,
             test,
             seed,
+            reserved_share=self.reserved_share,
         )
 
     def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:

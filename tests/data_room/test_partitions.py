@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_fedmoe.data import dirichlet, hold_out, hold_out_ids, iid, natural, predominant, shards
+from hf_fedmoe.data import dirichlet, hold_out, hold_out_ids, hold_out_predominant, iid, natural, predominant, shards
 from hf_fedmoe.data.partitions import apportion
 
 
@@ -286,6 +286,20 @@ def test_hold_out_takes_a_share_and_keeps_rare_classes():
         hold_out(labels, 1.5)
     with pytest.raises(ValueError, match="Holding out 1000 of 1000 rows leaves none"):
         hold_out(labels, 1000)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hold_out_of_one_predominant_class(seed):
+    labels = np.repeat([0, 1, 2], [100, 100, 10])
+    held, rest = hold_out_predominant(labels, 40, 0.6, seed)
+    np.testing.assert_array_equal(np.sort(np.concatenate([held, rest])), np.arange(210))
+    counts = np.bincount(labels[held], minlength=3)
+    assert counts.max() == 24 and counts.sum() == 40 and counts.argmax() in (0, 1)  # class 2 has too few rows
+    np.testing.assert_array_equal(held, hold_out_predominant(labels, 40, 0.6, seed)[0])
+    with pytest.raises(ValueError, match=r"No class has 108 rows for a share of 0\.9 of 120: the largest has 100"):
+        hold_out_predominant(labels, 120, 0.9)
+    with pytest.raises(ValueError, match="share is 0, but must be above 0"):
+        hold_out_predominant(labels, 10, 0)
 
 
 @QUICK

@@ -1,5 +1,6 @@
 """Every comparison of recipes can be planned, those of the papers in each of their sizes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,9 @@ def test_what_is_our_own_can_be_planned(name, tmp_path):
     comparison = read_comparison(path)
     settings = [runs[0].parse()[1] for runs in plan_runs(comparison, path.parent, tmp_path).values()]
     assert len({str(args.to_dict()) for args in settings}) == len(settings) >= 11
+
+
+def test_the_list_of_tables_names_each_file():
+    text = (RECIPES / "paper" / "README.md").read_text()
+    named = {name for name in re.findall(r"`(\w+)`", text) if (RECIPES / "paper" / f"{name}.yaml").is_file()}
+    assert named == {path.stem for path in PAPER}
