@@ -49,6 +49,7 @@ class Experiment(ABC):
         default=0.0, metadata={"help": "Share of a client's examples in a test of its own."}
     )
     unseen_share: float = field(default=0.0, metadata={"help": "Share of the clients that take part in no round."})
+    start_epochs: int = field(default=0, metadata={"help": "Passes of the common start over the reserved set."})
     num_models: int = field(default=3, metadata={"help": "M, the models of FedEM and FedMix, the heads of pFedMM."})
     method_settings: str = field(
         default="{}", metadata={"help": 'JSON: settings of a method by its name, {"fedprox": {"mu": 0.1}}.'}

@@ -46,6 +46,8 @@ def make_trainer(
     set_seed(args.seed)
     expert = experiment.make_expert(data, processor)
     shared = dict(args=args, train_dataset=data, processing_class=processor, **experiment.collators(processor))
+    if experiment.start_epochs:
+        train_on_reserved_set(expert, args, data, shared, "start", rounds=1, num_train_epochs=experiment.start_epochs)
     if method in ("fedmoe", "cent_moe"):
         own_gate = experiment.gate not in ("main_features", "adapter")
         gate = experiment.make_gate(experiment.num_routed_experts) if own_gate else experiment.gate
@@ -103,14 +105,28 @@ def fedjets_mixture(
     set first: from random weights its features would tell the gate nothing.
     """
     mixture = experiment.mixture_class.from_expert(expert, num_routed_experts=experiment.num_routed_experts)
-    alone = centralised(args, data)
-    alone["args"].output_dir = str(Path(args.output_dir, "common_expert"))
-    alone["args"].save_strategy = alone["args"].eval_strategy = alone["args"].logging_strategy = "no"
-    common = FederatedTrainer(expert, **shared | alone)
-    common.remove_callback(PrinterCallback)
-    common.train()
-    mixture.main_experts[0].load_state_dict(common.model.state_dict())
+    train_on_reserved_set(expert, args, data, shared, "common_expert")
+    mixture.main_experts[0].load_state_dict(expert.state_dict())
     return freeze_common_expert(mixture)
+
+
+def train_on_reserved_set(
+    model: PreTrainedModel,
+    args: FederatedTrainingArguments,
+    data: FederatedDataset,
+    shared: dict[str, Any],
+    folder: str,
+    **changes: Any,
+) -> None:
+    """Trains a model alone, in place and before the run: as long as [`centralised`] says, or with these `changes`."""
+    alone = centralised(args, data)
+    for name, value in changes.items():
+        setattr(alone["args"], name, value)
+    alone["args"].output_dir = str(Path(args.output_dir, folder))
+    alone["args"].save_strategy = alone["args"].eval_strategy = alone["args"].logging_strategy = "no"
+    trainer = FederatedTrainer(model, **shared | alone)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def check_method(method: str, experiment: Experiment) -> None:

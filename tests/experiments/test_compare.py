@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from hf_fedmoe.cli import main
-from hf_fedmoe.experiments import METHODS, compare
+from hf_fedmoe.experiments import METHODS, ImageExperiment, compare, make_trainer, parse_settings
 from hf_fedmoe.experiments.compare import execute, plan_runs, read_comparison
 from hf_fedmoe.experiments.methods import CENTRALISED
 from hf_fedmoe.federation import Federation
+from hf_fedmoe.models import as_expert
+from tests.tiny_federation import assert_equal_states, state
 
 
 SETTINGS = {
@@ -173,3 +175,21 @@ def test_words_of_the_command_line_are_settings(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["compare", str(path), *words])
         assert message in capsys.readouterr().err
+
+
+def test_a_start_that_has_seen_the_reserved_set_is_that_of_every_method(tmp_path):
+    """With rounds in which clients learn nothing, what is tested is the start."""
+    settings = SETTINGS | {"rounds": 1, "learning_rate": 1.0e-2, "final_expert_epochs": 0, "client_test_share": 0.0}
+    settings |= {"unseen_share": 0.0, "reserved_size": 300, "max_test_examples": 300}
+    experiment, args = parse_settings(
+        ImageExperiment, settings | {"start_epochs": 20}, ["--output_dir", str(tmp_path)]
+    )
+    _, data = experiment.load_data(processor := experiment.load_processor(), seed=0)
+    trainers = [make_trainer(method, experiment, args, data, processor) for method in ("fedavg", "local", "fedmoe")]
+    starts = [as_expert(trainers[0].model), trainers[1].model, trainers[2].model.experts[-1]]
+    for model in starts[1:]:
+        assert_equal_states(state(model), state(starts[0]))
+    assert trainers[0].evaluate(data.test)["eval_accuracy"] > 0.4
+    experiment.start_epochs = 0
+    cold = make_trainer("fedavg", experiment, args, data, processor)
+    assert cold.evaluate(data.test)["eval_accuracy"] < 0.3
