@@ -1,6 +1,6 @@
 """How the tests run each strategy: one entry for each, and tests of whatever all of them must do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,11 +87,10 @@ class Method:
     stays: tuple[str, ...] = ()
     sent: Callable[[FederatedTrainer, int, int], int] | None = None
 
-    def bytes_of_round(self, trainer: FederatedTrainer, round_index: int) -> int:
-        """What all participants of a round send, counted from the tensors of models."""
-        clients = trainer.rounds[round_index].clients
+    def bytes_of(self, clients: Iterable[int], trainer: FederatedTrainer, round_index: int) -> int:
+        """What these participants of a round send, counted from the tensors of models."""
         if self.sent is None:
-            return len(clients) * num_bytes(trainer.model, but=self.stays)
+            return sum(num_bytes(trainer.model, but=self.stays) for _ in clients)
         return sum(self.sent(trainer, round_index, client) for client in clients)
 
 
