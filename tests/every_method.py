@@ -241,38 +241,38 @@ def fedmoe(**settings: Any) -> Callable[[], FedMoE]:
     return lambda: FedMoE(FedMoESettings(**settings))
 
 
-def other(name: str, resumed: dict[str, Any] | None = None, **changes: Any) -> Method:
-    """A method with other settings."""
+def with_settings(name: str, resumed: dict[str, Any] | None = None, **changes: Any) -> Method:
+    """A method whose interrupted run has these settings and no others."""
     return replace(METHODS[name], resumed=resumed or {}, **changes)
 
 
 # What is interrupted and resumed: every method, and settings under which one has more to find again.
 RUNS = METHODS | {
-    "fedavg_client_optimizer": other("fedavg", {"keep_client_optimizer": True}),
-    "fedavg_reserved_end": other("fedavg_reserved", strategy=lambda: FedAvgReserved(when="end")),
-    "fedavg_top_k": other("fedavg", MOST_STATE | {"top_k_share": 0.1}),
-    "pfedmm_absent": other("pfedmm", strategy=lambda: PFedMM(include_absent=True)),
-    "fedmoe_paper": other("fedmoe", {"keep_client_optimizer": True}, strategy=fedmoe(preset="paper")),
-    "fedmoe_paper_top_k": other("fedmoe", {"upload_compression": "top_k"}, strategy=fedmoe(preset="paper")),
-    "fedmoe_download_mixture": other(
+    "fedavg_client_optimizer": with_settings("fedavg", {"keep_client_optimizer": True}),
+    "fedavg_reserved_end": with_settings("fedavg_reserved", strategy=lambda: FedAvgReserved(when="end")),
+    "fedavg_top_k": with_settings("fedavg", MOST_STATE | {"top_k_share": 0.1}),
+    "pfedmm_absent": with_settings("pfedmm", strategy=lambda: PFedMM(include_absent=True)),
+    "fedmoe_paper": with_settings("fedmoe", {"keep_client_optimizer": True}, strategy=fedmoe(preset="paper")),
+    "fedmoe_paper_top_k": with_settings("fedmoe", {"upload_compression": "top_k"}, strategy=fedmoe(preset="paper")),
+    "fedmoe_download_mixture": with_settings(
         "fedmoe", strategy=fedmoe(synchronisation="download_mixture", server_iterations=2)
     ),
-    "fedmoe_expert_epochs": other("fedmoe", strategy=fedmoe(expert_epochs=1)),
-    "fedmoe_download_epochs": other("fedmoe", strategy=fedmoe(download_epochs=1)),
+    "fedmoe_expert_epochs": with_settings("fedmoe", strategy=fedmoe(expert_epochs=1)),
+    "fedmoe_download_epochs": with_settings("fedmoe", strategy=fedmoe(download_epochs=1)),
 }
 PERSONAL_RUNS = tuple(name for name, method in RUNS.items() if method.personal)
 # The same with adapters in the place of whole models.
 LORA_RUNS = {
-    "lora_fedavg": other("fedavg", {"client_ranks": [4, 2], "keep_client_optimizer": True}),
-    "lora_fedavg_ffa": other("fedavg", {"lora_fusion": "ffa"}),
-    "lora_fedprox_factors": other("fedprox", {"lora_fusion": "factors", "upload_compression": "int8"}),
+    "lora_fedavg": with_settings("fedavg", {"client_ranks": [4, 2], "keep_client_optimizer": True}),
+    "lora_fedavg_ffa": with_settings("fedavg", {"lora_fusion": "ffa"}),
+    "lora_fedprox_factors": with_settings("fedprox", {"lora_fusion": "factors", "upload_compression": "int8"}),
     "lora_moving_average": METHODS["fedavg_moving_average"],
-    "lora_fedmoe": other("fedmoe", strategy=fedmoe(server_iterations=2)),
-    "lora_fedmoe_paper": other("fedmoe", {"client_ranks": [4, 1]}, strategy=fedmoe(preset="paper")),
-    "lora_fedmoe_ffa_expert_epochs": other(
+    "lora_fedmoe": with_settings("fedmoe", strategy=fedmoe(server_iterations=2)),
+    "lora_fedmoe_paper": with_settings("fedmoe", {"client_ranks": [4, 1]}, strategy=fedmoe(preset="paper")),
+    "lora_fedmoe_ffa_expert_epochs": with_settings(
         "fedmoe", {"lora_fusion": "ffa"}, strategy=fedmoe(expert_epochs=1, download_epochs=1)
     ),
-    "lora_fedmoe_download_mixture": other("fedmoe", strategy=fedmoe(synchronisation="download_mixture")),
+    "lora_fedmoe_download_mixture": with_settings("fedmoe", strategy=fedmoe(synchronisation="download_mixture")),
 }
 
 

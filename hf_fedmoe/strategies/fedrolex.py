@@ -129,7 +129,7 @@ class FedRolex(Strategy):
         if sub.layout.batchnorm:
             with local.accelerator.autocast():
                 measure_statistics(model, sub.in_order(task.dataset, task.seed))
-        model = copy_module(model)  # in which nobody trains again
+        model = copy_module(model)  # the trainer's own needs its scales in the next round
         fold_scales_(model, local.worker)
         return model
 

@@ -92,7 +92,7 @@ def pointers(model) -> set[int]:
     return {tensor.data_ptr() for tensor in model.state_dict().values()}
 
 
-def test_a_client_gets_the_model_it_is_evaluated_with_and_a_new_one_that_of_an_unseen_one(run, tmp_path):
+def test_a_known_client_gets_its_own_model_and_a_new_one_what_an_unseen_one_does(run, tmp_path):
     name, trainer = run
     before, frozen = state(trainer.model), {n for n, p in trainer.model.named_parameters() if not p.requires_grad}
     known = trainer._federation_of_the_last_round()
