@@ -261,32 +261,38 @@ RUNS = METHODS | {
     "fedmoe_download_epochs": with_settings("fedmoe", strategy=fedmoe(download_epochs=1)),
 }
 PERSONAL_RUNS = tuple(name for name, method in RUNS.items() if method.personal)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, lora_dropout=0.1)
+
+
+def lora_fedmoe(resumed: dict[str, Any] | None = None, **settings: Any) -> Method:
+    strategy = fedmoe(**settings)
+    return with_settings("fedmoe", resumed, strategy=strategy, model=lambda: tiny_mixture(peft_config=lora()))
+
+
 # The same with adapters in the place of whole models.
 LORA_RUNS = {
     "lora_fedavg": with_settings("fedavg", {"client_ranks": [4, 2], "keep_client_optimizer": True}),
     "lora_fedavg_ffa": with_settings("fedavg", {"lora_fusion": "ffa"}),
     "lora_fedprox_factors": with_settings("fedprox", {"lora_fusion": "factors", "upload_compression": "int8"}),
     "lora_moving_average": METHODS["fedavg_moving_average"],
-    "lora_fedmoe": with_settings("fedmoe", strategy=fedmoe(server_iterations=2)),
-    "lora_fedmoe_paper": with_settings("fedmoe", {"client_ranks": [4, 1]}, strategy=fedmoe(preset="paper")),
-    "lora_fedmoe_ffa_expert_epochs": with_settings(
-        "fedmoe", {"lora_fusion": "ffa"}, strategy=fedmoe(expert_epochs=1, download_epochs=1)
-    ),
-    "lora_fedmoe_download_mixture": with_settings("fedmoe", strategy=fedmoe(synchronisation="download_mixture")),
+    "lora_fedmoe": lora_fedmoe(server_iterations=2),
+    "lora_fedmoe_paper": lora_fedmoe({"client_ranks": [4, 1]}, preset="paper"),
+    "lora_fedmoe_ffa_expert_epochs": lora_fedmoe({"lora_fusion": "ffa"}, expert_epochs=1, download_epochs=1),
+    "lora_fedmoe_download_mixture": lora_fedmoe(synchronisation="download_mixture"),
 }
 
 
 def trainer(name: str, output_dir: Any, **changes: Any) -> FederatedTrainer:
     """One of `RUNS` or `LORA_RUNS`, of four rounds with a checkpoint after each."""
-    method, model, lora = (RUNS | LORA_RUNS)[name], None, None
-    if name in LORA_RUNS:
-        lora = LoraConfig(r=4, lora_dropout=0.1)
-        if method.model is tiny_mixture:
-            model, lora = tiny_mixture(peft_config=lora), None
+    method = (RUNS | LORA_RUNS)[name]
+    peft_config = lora() if name in LORA_RUNS and method.adapters else None
     checkpoints = {"rounds": 4, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1}
     args = tiny_args(output_dir, **checkpoints | method.resumed | changes)
     data = hold_out_client_tests(tiny_federation(), 0.3) if method.personal else tiny_federation()
-    return FederatedTrainer(model or method.model(), args, data, strategy=method.strategy(), peft_config=lora)
+    return FederatedTrainer(method.model(), args, data, strategy=method.strategy(), peft_config=peft_config)
 
 
 def trained(output_dir: Any, name: str, data: Any = None, **changes: Any) -> FederatedTrainer:

@@ -122,7 +122,7 @@ def narrow_model(model: PreTrainedModel, capacity: float) -> PreTrainedModel:
 
 @torch.no_grad()
 def fold_scales_(narrow: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Multiplies the scales of a [`narrow_model`] of `model` into its weights, in place: a checkpoint holds no more."""
+    """Multiplies the scales of a [`narrow_model`] of `model` into its weights, in place: checkpoints hold no more."""
     for module, scale in _scaled_layers(narrow, model):
         module._forward_hooks.clear()
         for parameter in module.parameters():
