@@ -5,7 +5,7 @@ import torch
 from datasets import ClassLabel
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_fedmoe.data import hold_out_client_tests
 from hf_fedmoe.models import EnsembleForSequenceClassification, MultiHeadForSequenceClassification
