@@ -1,10 +1,12 @@
 """A federation small enough to run whole in a test: classes are told apart by the tokens they prefer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.models import (
@@ -13,7 +15,7 @@ from hf_fedmoe.models import (
     MultiHeadForSequenceClassification,
 )
 from hf_fedmoe.strategies import PFedMoE
-from hf_fedmoe.training import FederatedTrainingArguments
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
 from tests.tiny_models import VOCAB_SIZE, tiny_bert, tiny_gpt2
 
 
@@ -97,6 +99,22 @@ def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:
         seed=11,
     )
     return FederatedTrainingArguments(output_dir=str(output_dir), **(fields | changes))
+
+
+def interrupted_and_resumed(make: Callable[[], FederatedTrainer], after: int = 2) -> FederatedTrainer:
+    """What `make` makes, stopped at the checkpoint of a round, and another that goes on from there: the latter."""
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == after
+
+    interrupted = make()
+    interrupted.add_callback(Stop())
+    interrupted.strategy.finish = lambda *_: None  # a killed run never gets there
+    interrupted.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    return resumed
 
 
 def state(model) -> dict[str, torch.Tensor]:

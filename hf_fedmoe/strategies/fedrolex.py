@@ -17,6 +17,8 @@ from ..weights import (
     Payload,
     StateLayout,
     average_held_,
+    copy_module,
+    fold_scales_,
     fuse_integers,
     narrow_config,
     narrow_layout,
@@ -122,9 +124,13 @@ class FedRolex(Strategy):
     def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
         sub, places = self.sub_model(local, task.client, int(server.tensors["round"]))
         model = sub.load(take_held(task.received_P, local.layout, sub.layout, places), task.integers)
-        if self.capacity(task.client) < 1 and sub.layout.batchnorm:
+        if self.capacity(task.client) == 1:
+            return model
+        if sub.layout.batchnorm:
             with local.accelerator.autocast():
                 measure_statistics(model, sub.in_order(task.dataset, task.seed))
+        model = copy_module(model)  # the trainer's own needs its scales in the next round
+        fold_scales_(model, local.worker)
         return model
 
     def sub_model(self, local: "LocalTrainer", client: int, round_index: int) -> "tuple[LocalTrainer, Places]":

@@ -5,7 +5,16 @@ from .fusion import collapse, fuse_, fuse_integers
 from .layout import Slot, StateLayout, copy_module, release
 from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows
 from .payload import Payload, keep_private_, payload_fault
-from .sub_models import average_held_, narrow_config, narrow_layout, narrow_model, put_held_, sub_places, take_held
+from .sub_models import (
+    average_held_,
+    fold_scales_,
+    narrow_config,
+    narrow_layout,
+    narrow_model,
+    put_held_,
+    sub_places,
+    take_held,
+)
 
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "compress_upload",
     "copy_module",
     "fit_rank_",
+    "fold_scales_",
     "fuse_",
     "fuse_integers",
     "fuse_models_",

@@ -5,7 +5,7 @@ Shape suffixes: P elements of a row, m uploads.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,14 +115,29 @@ def narrow_model(model: PreTrainedModel, capacity: float) -> PreTrainedModel:
     as much as in the wide model.
     """
     narrow = type(model)(narrow_config(model.config, capacity)).to(model.dtype)
+    for module, scale in _scaled_layers(narrow, model):
+        module.register_forward_hook(lambda module, inputs, output, scale=scale: output * scale)
+    return narrow
+
+
+@torch.no_grad()
+def fold_scales_(narrow: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Multiplies the scales of a [`narrow_model`] of `model` into its weights, in place: checkpoints hold no more."""
+    for module, scale in _scaled_layers(narrow, model):
+        module._forward_hooks.clear()
+        for parameter in module.parameters():
+            parameter *= scale
+
+
+def _scaled_layers(narrow: PreTrainedModel, model: PreTrainedModel) -> Iterator[tuple[nn.Module, float]]:
+    """The layers of fewer outputs than in `model`, and wide / narrow of each."""
     wide_modules = dict(model.named_modules())
     for name, module in narrow.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             out = 1 if isinstance(module, nn.Embedding) else 0
             scale = wide_modules[name].weight.shape[out] / module.weight.shape[out]
             if scale != 1:
-                module.register_forward_hook(lambda module, inputs, output, scale=scale: output * scale)
-    return narrow
+                yield module, scale
 
 
 def narrow_layout(model: PreTrainedModel, capacity: float) -> StateLayout:

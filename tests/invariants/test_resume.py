@@ -7,150 +7,17 @@ import time
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_fedmoe.data import hold_out_client_tests
-from hf_fedmoe.strategies import (
-    AFL,
-    APFL,
-    L2SGD,
-    QFFL,
-    ClusteredFL,
-    Decentralised,
-    FedAvg,
-    FedAvgMovingAverage,
-    FedAvgPlus,
-    FedAvgReserved,
-    FedEM,
-    FedJETs,
-    FedMix,
-    FedProx,
-    FedRep,
-    FedRolex,
-    HeteroFL,
-    Local,
-    PFedMe,
-    PFedMM,
-    freeze_common_expert,
-)
-from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
-from tests.tiny_federation import (
-    assert_equal_states,
-    state,
-    timeless,
-    tiny_args,
-    tiny_ensemble,
-    tiny_expert,
-    tiny_federation,
-    tiny_gated_experts,
-    tiny_mixture,
-    tiny_multi_head,
-    tiny_pfedmoe,
-    tiny_rows,
-)
-
-
-RUNS = {
-    "fedavg": (FedAvg, {}),
-    "fedavg_client_optimizer": (FedAvg, {"keep_client_optimizer": True}),
-    "fedavg_reserved": (FedAvgReserved, {}),
-    "fedavg_reserved_end": (lambda: FedAvgReserved(when="end"), {}),
-    "fedavg_moving_average": (FedAvgMovingAverage, {}),
-    "fedavg_top_k": (FedAvg, {"upload_compression": "top_k", "top_k_share": 0.1, "keep_client_optimizer": True}),
-    "fedprox": (FedProx, {"lr_scheduler_scope": "run"}),
-    "local": (Local, {"keep_client_optimizer": True}),
-    "fedavg_plus": (FedAvgPlus, {}),
-    "fedrep": (FedRep, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
-    "pfedme": (PFedMe, {}),
-    "apfl": (lambda: APFL(adapt=True), {"upload_compression": "top_k"}),
-    "l2sgd": (L2SGD, {"keep_client_optimizer": True}),
-    "fedem": (FedEM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
-    "pfedmm": (PFedMM, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
-    "pfedmm_absent": (lambda: PFedMM(include_absent=True), {}),
-    "pfedmoe": (tiny_pfedmoe, {"upload_compression": "top_k"}),
-    "qffl": (QFFL, {}),
-    "afl": (AFL, {}),
-    "clustered": (lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), {}),
-    "decentralised": (Decentralised, {}),
-    "fedmix": (FedMix, {"keep_client_optimizer": True, "upload_compression": "top_k"}),
-    "fedjets": (lambda: FedJETs(experts_per_client=1), {"keep_client_optimizer": True, "clients_per_round": 3}),
-    "fedrolex": (lambda: FedRolex((1.0, 0.5)), {}),
-    "heterofl": (lambda: HeteroFL((0.5, 1.0)), {}),
-    "fedmoe": (None, {}),
-    "fedmoe_paper": (None, {"preset": "paper", "keep_client_optimizer": True}),
-    "fedmoe_paper_top_k": (None, {"preset": "paper", "upload_compression": "top_k"}),
-    "fedmoe_download_mixture": (None, {"synchronisation": "download_mixture", "server_iterations": 2}),
-    "fedmoe_expert_epochs": (None, {"expert_epochs": 1}),
-    "fedmoe_download_epochs": (None, {"download_epochs": 1}),
-}
-PERSONAL_RUNS = (
-    "local",
-    "fedem",
-    "pfedmm",
-    "pfedmm_absent",
-    "pfedmoe",
-    "fedavg_plus",
-    "fedrep",
-    "pfedme",
-    "apfl",
-    "l2sgd",
-    "clustered",
-    "decentralised",
-    "fedrolex",
-    "heterofl",
-)
-# What is trained, where that is not one classifier.
-MODELS = {
-    "fedem": tiny_ensemble,
-    "pfedmm": tiny_multi_head,
-    "pfedmm_absent": tiny_multi_head,
-    "fedmix": tiny_gated_experts,
-    "fedjets": lambda: freeze_common_expert(tiny_mixture(num_routed_experts=3)),
-}
-# The same with adapters in the place of whole models.
-LORA_RUNS = {
-    "lora_fedavg": (FedAvg, {"client_ranks": [4, 2], "keep_client_optimizer": True}),
-    "lora_fedavg_ffa": (FedAvg, {"lora_fusion": "ffa"}),
-    "lora_fedprox_factors": (FedProx, {"lora_fusion": "factors", "upload_compression": "int8"}),
-    "lora_moving_average": (FedAvgMovingAverage, {}),
-    "lora_fedmoe": (None, {"server_iterations": 2}),
-    "lora_fedmoe_paper": (None, {"preset": "paper", "client_ranks": [4, 1]}),
-    "lora_fedmoe_ffa_expert_epochs": (None, {"lora_fusion": "ffa", "expert_epochs": 1, "download_epochs": 1}),
-    "lora_fedmoe_download_mixture": (None, {"synchronisation": "download_mixture"}),
-}
-
-
-def trainer(name, output_dir, **changes):
-    strategy, settings = (RUNS | LORA_RUNS)[name]
-    lora = LoraConfig(r=4, lora_dropout=0.1) if name in LORA_RUNS else None
-    args = tiny_args(
-        output_dir,
-        **{"rounds": 4, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, **settings, **changes},
-    )
-    if strategy is None:
-        return FedMoETrainer(tiny_mixture(peft_config=lora), args, train_dataset=tiny_federation())
-    data = hold_out_client_tests(tiny_federation(), 0.3) if name in PERSONAL_RUNS else tiny_federation()
-    model = MODELS.get(name, tiny_expert)()
-    return FederatedTrainer(model, args, data, strategy=strategy(), peft_config=lora)
+from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, trainer
+from tests.tiny_federation import assert_equal_states, interrupted_and_resumed, state, timeless, tiny_rows
 
 
 @pytest.mark.parametrize("name", [*RUNS, *LORA_RUNS])
 def test_resumed_run_equals_uninterrupted_run_bitwise(name, tmp_path):
     whole = trainer(name, tmp_path / "whole")
     whole.train()
-
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
-    interrupted = trainer(name, tmp_path / "resumed")
-    interrupted.add_callback(Stop())
-    interrupted.strategy.finish = lambda *_: None  # a killed run never gets there
-    interrupted.train()
-    resumed = trainer(name, tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=True)
+    resumed = interrupted_and_resumed(lambda: trainer(name, tmp_path / "resumed"))
     assert resumed.state.global_step == 4
     assert_equal_states(state(resumed.model), state(whole.model))
     assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from hf_fedmoe.strategies import FedAvg
 from hf_fedmoe.training import FederatedTrainer
-from tests.invariants.test_resume import LORA_RUNS, PERSONAL_RUNS, RUNS, trainer
+from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, trainer
 from tests.tiny_federation import assert_equal_states, state, timeless, tiny_args, tiny_expert, tiny_federation
 from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
 

@@ -1,6 +1,4 @@
-"""Personalised methods in whole runs: what travels, what survives a failing client, how clients are evaluated."""
-
-import csv
+"""Personalised methods in whole runs: what they learn, how clients are evaluated."""
 
 import numpy as np
 import pytest
@@ -8,66 +6,34 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from hf_fedmoe.data import AUGMENTATIONS, FederatedDataset, ImageCollator, hold_out_client_tests
+from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
 from hf_fedmoe.models import (
-    EnsembleForImageClassification,
     EnsembleForSequenceClassification,
-    MultiHeadForImageClassification,
 )
 from hf_fedmoe.strategies import (
-    AFL,
     APFL,
     L2SGD,
-    QFFL,
     ClusteredFL,
-    Decentralised,
     FedAvg,
     FedAvgPlus,
     FedEM,
     FedRep,
-    FedRolex,
-    HeteroFL,
     Local,
     PFedMe,
     PFedMM,
-    PFedMoE,
 )
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
+from tests.every_method import METHODS, trained
 from tests.tiny_federation import (
     assert_equal_states,
     state,
     tiny_args,
-    tiny_ensemble,
     tiny_expert,
     tiny_federation,
     tiny_mixture,
     tiny_multi_head,
-    tiny_pfedmoe,
     tiny_rows,
 )
-from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
-
-
-METHODS = {
-    "fedavg": FedAvg,
-    "local": Local,
-    "fedavg_plus": FedAvgPlus,
-    "fedem": FedEM,
-    "pfedmm": PFedMM,
-    "pfedmoe": tiny_pfedmoe,
-    "fedrep": FedRep,
-    "pfedme": PFedMe,
-    "apfl": lambda: APFL(adapt=True),
-    "l2sgd": L2SGD,
-    "qffl": QFFL,
-    "afl": AFL,
-    "clustered": lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1),
-    "decentralised": Decentralised,
-    "fedrolex": lambda: FedRolex((1.0, 0.5)),
-    "heterofl": lambda: HeteroFL((0.5, 1.0)),
-}
-# Methods that train what has no adapter.
-WHOLE_MODELS = ("fedem", "pfedmm", "pfedmoe", "fedrolex", "heterofl")
 
 
 def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
@@ -81,55 +47,35 @@ def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
     return hold_out_client_tests(FederatedDataset(rows, clients, num_labels=3), test_share=0.3)
 
 
-def start(method):
-    return {"fedem": tiny_ensemble, "pfedmm": tiny_multi_head}.get(method, tiny_expert)()
-
-
-def trained(output_dir, method, data=None, **changes):
-    data = data or hold_out_client_tests(tiny_federation(), test_share=0.25, unseen_share=0.25)
-    strategy = METHODS[method]()
-    trainer = FederatedTrainer(start(method), tiny_args(output_dir, **changes), data, strategy=strategy)
+def run_of_two_kinds(output_dir, strategy):
+    settings = dict(rounds=10, clients_per_round=6, per_device_train_batch_size=7, num_train_epochs=2)
+    trainer = FederatedTrainer(tiny_expert(), tiny_args(output_dir, **settings), two_kinds(), strategy=strategy)
     trainer.train()
     return trainer
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_evaluates_each_client(tmp_path, method):
-    trainer = trained(tmp_path, method)
-    before = state(trainer.model)
-    metrics = trainer.evaluate_clients()
-    assert trainer.evaluate_clients() == metrics  # evaluation changes nothing
-    assert_equal_states(state(trainer.model), before)
-    assert [(row.client, row.unseen, row.test_size) for row in trainer.client_table] == [
-        (0, False, 3),
-        (1, False, 3),
-        (2, False, 3),
-        (3, True, 3),
-    ]
-    seen = [row.accuracy for row in trainer.client_table[:3]]
-    assert metrics["clients_accuracy"] == pytest.approx(np.mean(seen)) and metrics["clients_worst"] == min(seen)
-    assert metrics["clients_unseen_accuracy"] == trainer.client_table[3].accuracy
-    with (tmp_path / "client_metrics.csv").open() as file:
-        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [*seen, trainer.client_table[3].accuracy]
-    assert trainer.state.log_history[-1]["clients_bottom_decile"] == metrics["clients_bottom_decile"]
+@pytest.fixture(scope="module")
+def accuracy_of_one_global_model(tmp_path_factory):
+    trainer = run_of_two_kinds(tmp_path_factory.mktemp("fedavg"), FedAvg())
+    return trainer.evaluate_clients()["clients_accuracy"]
 
 
-@pytest.mark.parametrize("method", ["local", "fedavg_plus", "fedrep", "pfedme", "apfl", "clustered"])
-def test_personal_models_learn_what_one_global_model_cannot(tmp_path, method):
-    settings = dict(rounds=10, clients_per_round=6, per_device_train_batch_size=7, num_train_epochs=2)
-    strategies = {
-        "pfedme": lambda: PFedMe(penalty=0.5, outer_rate=1.0, inner_steps=2),
-        "apfl": lambda: APFL(alpha=0.9),
-        "clustered": lambda: ClusteredFL(eps1=0.6, eps2=0.8, min_size=3),
-    }
-    accuracy = {}
-    for name, make in (("fedavg", FedAvg), (method, strategies.get(method, METHODS[method]))):
-        args = tiny_args(tmp_path / name, **settings)
-        trainer = FederatedTrainer(start(name), args, two_kinds(), strategy=make())
-        trainer.train()
-        accuracy[name] = trainer.evaluate_clients()["clients_accuracy"]
-    assert accuracy[method] > accuracy["fedavg"] + 0.1, accuracy
-    if method == "clustered":
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Local(),
+        FedAvgPlus(),
+        FedRep(),
+        PFedMe(penalty=0.5, outer_rate=1.0, inner_steps=2),
+        APFL(alpha=0.9),
+        ClusteredFL(eps1=0.6, eps2=0.8, min_size=3),
+    ],
+    ids=lambda strategy: strategy.name,
+)
+def test_personal_models_learn_what_one_global_model_cannot(tmp_path, strategy, accuracy_of_one_global_model):
+    trainer = run_of_two_kinds(tmp_path, strategy)
+    assert trainer.evaluate_clients()["clients_accuracy"] > accuracy_of_one_global_model + 0.1
+    if strategy.name == "clustered":
         found = trainer._federation_of_the_last_round().server.tensors["cluster_M"]
         assert found.tolist() == [0, 1, 0, 1, 0, 1]
 
@@ -224,41 +170,6 @@ def test_unseen_clients_take_part_in_no_round(tmp_path):
         trained(tmp_path, "local", data, clients_per_round=4)
 
 
-@pytest.mark.parametrize(
-    ("method", "share"),
-    [("local", 0), ("fedavg_plus", 1), ("pfedme", 1), ("apfl", 1), ("qffl", 1), ("afl", 1), ("clustered", 1)],
-)
-def test_what_travels(tmp_path, method, share):
-    (report,) = trained(tmp_path, method, rounds=1).rounds
-    whole = 2 * sum(parameter.numel() for parameter in tiny_expert().parameters()) * 4
-    assert report.bytes_up == report.bytes_down == share * whole
-
-
-def test_of_fedem_all_models_travel_and_the_mixture_does_not(tmp_path):
-    trainer = trained(tmp_path, "fedem", rounds=1)
-    models = 2 * sum(parameter.numel() for parameter in tiny_expert().parameters())
-    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == 2 * models * 4
-    assert trainer.model.mixture_M.tolist() == [0.5, 0.5]
-    federation = trainer._federation_of_the_last_round()
-    kept = [federation.store.get(client) for client in trainer.rounds[0].clients]
-    for client, tensors in zip(trainer.rounds[0].clients, kept, strict=True):
-        assert tensors["pi_M"].sum().item() == pytest.approx(1) and (tensors["pi_M"] != 0.5).all()
-        assert torch.equal(federation.personal_model(client).mixture_M, tensors["pi_M"])
-
-
-def test_of_pfedmm_the_backbone_travels_once_and_the_mixture_does_not(tmp_path):
-    trainer = trained(tmp_path, "pfedmm", rounds=1)
-    head = sum(parameter.numel() for parameter in tiny_expert().classifier.parameters())
-    all_modules = sum(parameter.numel() for parameter in tiny_expert().parameters()) + head
-    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == 2 * all_modules * 4
-    assert trainer.model.mixture_M.tolist() == [0.5, 0.5]
-    federation = trainer._federation_of_the_last_round()
-    for client in trainer.rounds[0].clients:
-        pi_M = federation.store.get(client)["pi_M"]
-        assert pi_M.sum().item() == pytest.approx(1) and (pi_M != 0.5).all()
-        assert torch.equal(federation.personal_model(client).mixture_M, pi_M)
-
-
 @pytest.mark.parametrize("scope", ["round", "run"])
 def test_pfedmm_teaches_the_backbone_m_times_as_fast(tmp_path, scope):
     data = tiny_federation(num_clients=1)
@@ -277,50 +188,17 @@ def test_pfedmm_teaches_the_backbone_m_times_as_fast(tmp_path, scope):
         torch.testing.assert_close(moved[0][name], factor * moved[1][name], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("compression", ["none", "bf16"])
-def test_of_fedrep_only_the_body_travels(tmp_path, compression):
-    trainer = trained(tmp_path, "fedrep", rounds=1, upload_compression=compression)
-    body = sum(parameter.numel() for name, parameter in tiny_expert().named_parameters() if name.startswith("bert."))
-    head = sum(parameter.numel() for parameter in tiny_expert().classifier.parameters())
-    assert body + head == sum(parameter.numel() for parameter in tiny_expert().parameters())
-    assert trainer.rounds[0].bytes_down == 2 * body * 4
-    assert trainer.rounds[0].bytes_up == 2 * body * (2 if compression == "bf16" else 4)
-    # What nobody sent, nobody changed.
-    start, end = state(tiny_expert()), state(trainer.model)
-    changed = {name for name in start if not torch.equal(start[name], end[name])}
-    assert changed and all(name.startswith("bert.") for name in changed)
+def test_of_what_is_compressed_only_the_shared_part_travels(tmp_path):
+    (report,) = trained(tmp_path, "fedrep", rounds=1, upload_compression="bf16").rounds
+    body = sum(parameter.numel() for parameter in tiny_expert().bert.parameters())
+    assert (report.bytes_down, report.bytes_up) == (2 * body * 4, 2 * body * 2)
 
 
-def test_of_pfedmoe_only_the_shared_extractor_travels(tmp_path):
+def test_what_stays_with_clients_of_pfedmoe(tmp_path):
     trainer = trained(tmp_path, "pfedmoe", rounds=1)
-    expert = tiny_expert()
-    body = sum(p.numel() for p in expert.parameters()) - sum(p.numel() for p in expert.classifier.parameters())
-    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == 2 * body * 4
-    start, end = state(tiny_expert()), state(trainer.model)
-    changed = {name for name in start if not torch.equal(start[name], end[name])}
-    assert changed and not any(name.startswith("classifier") for name in changed)
     store = trainer._federation_of_the_last_round().store
     for client in trainer.rounds[0].clients:
-        assert {name.split(".")[0] for name in store.get(client)} >= {"own", "header", "gate"}
-        assert not any(name.startswith("shared") for name in store.get(client))
-
-
-def test_l2sgd_travels_in_the_rounds_that_mix(tmp_path):
-    trainer = trained(tmp_path, "l2sgd", rounds=6)
-    whole = 2 * sum(parameter.numel() for parameter in tiny_expert().parameters()) * 4
-    mixes = [trainer.strategy.mixes(round_index) for round_index in range(6)]
-    assert 0 < sum(mixes) < 6
-    for report, mixed in zip(trainer.rounds, mixes, strict=True):
-        assert report.bytes_up == report.bytes_down == mixed * whole
-
-
-def test_neighbours_send_to_each_other(tmp_path):
-    data = hold_out_client_tests(tiny_federation(num_clients=5))
-    trainer = trained(tmp_path, "decentralised", data, rounds=1, clients_per_round=5)
-    linked = trainer._federation_of_the_last_round().server.tensors["linked_MM"]
-    one = sum(parameter.numel() for parameter in tiny_expert().parameters()) * 4
-    assert 8 <= int(linked.sum()) < 20
-    assert trainer.rounds[0].bytes_up == trainer.rounds[0].bytes_down == int(linked.sum()) * one
+        assert {name.split(".")[0] for name in store.get(client)} == {"own", "projection", "header", "gate"}
 
 
 @pytest.mark.parametrize("method", ["l2sgd", "decentralised"])
@@ -329,94 +207,10 @@ def test_updates_from_a_start_that_nobody_knows_are_not_compressed(tmp_path, met
         trained(tmp_path, method, upload_compression="int8")
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedavg"])
-def test_failing_clients_are_survived(tmp_path, method):
-    data = hold_out_client_tests(tiny_federation(num_clients=4))
-    strategy = METHODS[method]()
-    train_client = strategy.train_client
-
-    def broken(local, task):
-        payload, kept = train_client(local, task)
-        if task.client == 0:
-            raise OSError("battery empty")
-        if task.client == 1:
-            payload.row_P[0] = float("nan")
-            kept = {name: tensor * float("nan") for name, tensor in kept.items()}
-        return payload, kept
-
-    strategy.train_client = broken
-    args = tiny_args(tmp_path, rounds=2, clients_per_round=4)
-    trainer = FederatedTrainer(start(method), args, data, strategy=strategy)
-    trainer.train()
-    # Local sends nothing that could be refused; it keeps nothing of such a training either.
-    for report in trainer.rounds:
-        assert "battery empty" in report.refused[0] and "not finite" in report.refused[1]
-        assert not {2, 3} & report.refused.keys()
-    assert all(torch.isfinite(tensor).all() for tensor in state(trainer.model).values())
-    store = trainer._federation_of_the_last_round().store
-    assert store.get(0) == store.get(1) == {}
-    strategy.train_client = train_client
-    assert np.isfinite(list(trainer.evaluate_clients().values())).all()
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedavg"])
-def test_normalisation_layers_and_augmentation(tmp_path, method):
-    data = hold_out_client_tests(tiny_image_federation(), unseen_share=0.25)
-    evaluated, models = [], []
-    for folder in ("first", "second"):
-        trainer = FederatedTrainer(
-            image_model(method),
-            tiny_args(tmp_path / folder, rounds=2),
-            data,
-            strategy=image_strategy(method),
-            processing_class=tiny_processor(),
-            train_data_collator=ImageCollator(tiny_processor(), AUGMENTATIONS["photographs"]),
-        )
-        trainer.train()
-        assert not any(report.refused for report in trainer.rounds)
-        evaluated.append(trainer.evaluate_clients())
-        federation = trainer._federation_of_the_last_round()
-        models.append([state(trainer.model), *(state(federation.personal_model(client)) for client in range(4))])
-    assert evaluated[0] == evaluated[1]
-    for first, second in zip(*models, strict=True):
-        assert_equal_states(first, second)
-        variances = [tensor for name, tensor in first.items() if name.endswith("running_var")]
-        assert variances and all((variance > 0).all() for variance in variances)
-
-
-def image_strategy(method):
-    if method == "pfedmoe":
-        return PFedMoE([tiny_cnn().config, tiny_resnet().config], gate_input_size=3 * 8 * 8)
-    return METHODS[method]()
-
-
-def image_model(method):
-    torch.manual_seed(5)
-    if method == "fedem":
-        return EnsembleForImageClassification.from_classifier(tiny_resnet(), num_models=2)
-    if method == "pfedmm":
-        return MultiHeadForImageClassification.from_classifier(tiny_resnet(), num_heads=2)
-    return tiny_resnet()
-
-
-@pytest.mark.parametrize("fusion", ["svd", "factors", "ffa"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in WHOLE_MODELS])
-def test_clients_of_adapters(tmp_path, method, fusion):
-    data = hold_out_client_tests(tiny_federation(), unseen_share=0.25)
-    args = tiny_args(tmp_path, rounds=2, lora_fusion=fusion)
-    trainer = FederatedTrainer(
-        tiny_expert(), args, data, strategy=METHODS[method](), peft_config=LoraConfig(r=2, target_modules=["query"])
-    )
-    trainer.train()
-    assert not any(report.refused for report in trainer.rounds)
-    metrics = trainer.evaluate_clients()
-    assert trainer.evaluate_clients() == metrics and np.isfinite(list(metrics.values())).all()
-
-
 @pytest.mark.parametrize(("method", "share"), [("local", 0), ("fedavg", 1), ("l2sgd", 1)])
 def test_bytes_of_clients_of_a_smaller_rank(tmp_path, method, share):
     data = hold_out_client_tests(tiny_federation())
-    strategy = L2SGD(mixing_probability=1.0) if method == "l2sgd" else METHODS[method]()
+    strategy = L2SGD(mixing_probability=1.0) if method == "l2sgd" else METHODS[method].strategy()
     args = tiny_args(tmp_path, rounds=1, client_ranks=[1])
     config = LoraConfig(r=2, target_modules=["query"])
     trainer = FederatedTrainer(tiny_expert(), args, data, strategy=strategy, peft_config=config)

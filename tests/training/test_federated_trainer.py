@@ -80,15 +80,6 @@ def test_participants_are_drawn_by_their_own_seed(tmp_path):
     assert drawn(client_draw_seed=5) == drawn(client_draw_seed=5, learning_rate=1e-3) != drawn(client_draw_seed=6)
 
 
-def test_equal_seeds_give_equal_bits(tmp_path):
-    runs = []
-    for _ in range(2):
-        torch.rand(3)  # whatever happened before must not matter
-        runs.append(fedmoe(tmp_path))
-        runs[-1].train()
-    assert_equal_states(state(runs[0].model), state(runs[1].model))
-
-
 def test_frozen_parameters_of_the_expert_stay_frozen(tmp_path):
     expert = tiny_expert()
     expert.bert.requires_grad_(False)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
 
 from hf_fedmoe.data import AUGMENTATIONS, ImageCollator
 from hf_fedmoe.models import FedMoEForImageClassification
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
-from tests.tiny_federation import assert_equal_states, state, tiny_args
+from tests.tiny_federation import assert_equal_states, interrupted_and_resumed, state, tiny_args
 from tests.tiny_images import (
     IMAGE_FAMILIES,
     tiny_cnn,
@@ -113,18 +112,11 @@ def test_without_an_image_collator_the_processor_makes_one(tmp_path):
 def test_a_resumed_run_with_augmentation_and_batchnorm_equals_an_uninterrupted_one(tmp_path, settings):
     arguments = {"rounds": 4, "save_strategy": "steps", "client_choice": "stratified", **settings}
 
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
     whole = mixture_trainer(tmp_path / "whole", train_collator=PHOTOGRAPHS, **arguments)
     whole.train()
-    interrupted = mixture_trainer(tmp_path / "resumed", train_collator=PHOTOGRAPHS, **arguments)
-    interrupted.add_callback(Stop())
-    interrupted.strategy.finish = lambda *_: None
-    interrupted.train()
-    resumed = mixture_trainer(tmp_path / "resumed", train_collator=PHOTOGRAPHS, **arguments)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = interrupted_and_resumed(
+        lambda: mixture_trainer(tmp_path / "resumed", train_collator=PHOTOGRAPHS, **arguments)
+    )
     assert_equal_states(state(resumed.model), state(whole.model))
     statistics = [name for name in state(whole.model) if name.endswith("running_var")]
     assert statistics and all((state(whole.model)[name] != 1).any() for name in statistics)

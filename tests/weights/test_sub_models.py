@@ -8,6 +8,7 @@ from torch import nn
 from hf_fedmoe.weights import (
     StateLayout,
     average_held_,
+    fold_scales_,
     narrow_config,
     narrow_layout,
     narrow_model,
@@ -141,6 +142,21 @@ def test_what_is_cut_is_scaled_by_the_share_that_is_left():
     embeddings = narrow_model(tiny_bert(), 0.5).bert.embeddings.word_embeddings
     torch.testing.assert_close(embeddings(torch.tensor([3])), 2 * embeddings.weight[3:4])
     assert not any(module._forward_hooks for module in narrow_model(wide, 1.0).modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("make", "batch"), [(tiny_cnn, image_batch), (tiny_resnet, image_batch), (tiny_bert, text_batch)]
+)
+def test_weights_that_hold_the_scales_are_the_model_alone(make, batch):
+    wide = make()
+    narrow = narrow_model(wide, 0.5).eval()
+    scaled = narrow(**batch()).logits
+    fold_scales_(narrow, wide)
+    alone = type(wide)(narrow.config).eval()
+    alone.load_state_dict(narrow.state_dict())
+    torch.testing.assert_close(alone(**batch()).logits, scaled)
+    assert torch.equal(narrow(**batch()).logits, alone(**batch()).logits)
 
 
 def test_layout_without_memory_is_that_of_the_model():
