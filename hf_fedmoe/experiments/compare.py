@@ -50,7 +50,7 @@ class Comparison:
     Args:
         kind (`str`): `"texts"`, `"images"` or `"characters"`.
         methods (`dict[str, str | dict]`): By row of the table: a method's name, or `method` and settings that differ
-            from those of all, its own ones included.
+            from those of all. What its strategy has an argument for is the strategy's.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): One run of each method for each.
         recipe (`str`, *optional*): A recipe's YAML, relative to this one. Its block `quick`, or what a size names as
             `recipe_preset`, gives settings.
