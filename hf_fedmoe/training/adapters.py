@@ -40,6 +40,12 @@ def check_adapters(experts: list[nn.Module], args: FederatedTrainingArguments) -
                 f"`client_ranks` is {args.client_ranks}, but clients train whole models: pass `peft_config=LoraConfig("
                 "...)`, or leave it out."
             )
+        whole_mixture = isinstance(first, FedMoEPreTrainedModel) and first.config.peft_config is not None
+        if whole_mixture and (args.lora_fusion == "ffa" or args.client_parallelism == "sums"):
+            raise ValueError(
+                f"`lora_fusion` is {args.lora_fusion!r} and `client_parallelism` {args.client_parallelism!r}, but "
+                'clients train a whole mixture of adapters, for which there are "svd" or "factors", and "clients".'
+            )
         return
     for expert in experts:
         peft_config_dict(expert.peft_model.peft_config[expert.name])

@@ -218,6 +218,7 @@ def test_bad_settings(tmp_path):
     refused("only one of them at a time", None, client_ranks=[2], upload_compression="int8")
     refused("server's adapters have rank 4: build them with `LoraConfig.r=8.`", tiny_expert(), LORA, client_ranks=[8])
     refused("clients train whole models: pass `peft_config", tiny_expert(), client_ranks=[2])
+    refused("clients train a whole mixture of adapters", tiny_mixture(peft_config=LORA), lora_fusion="ffa")
     refused("server's adapters have rank None", tiny_expert(), IA3Config(), client_ranks=[2])
     refused("`lora_fusion` is 'ffa', but the adapters are no LoRA", tiny_expert(), IA3Config(), lora_fusion="ffa")
     refused("`model` is a mixture: build it with `from_expert", tiny_mixture(), LORA)
