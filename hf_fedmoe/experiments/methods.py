@@ -124,6 +124,7 @@ def train_on_reserved_set(
         setattr(alone["args"], name, value)
     alone["args"].output_dir = str(Path(args.output_dir, folder))
     alone["args"].save_strategy = alone["args"].eval_strategy = alone["args"].logging_strategy = "no"
+    alone["args"].load_best_model_at_end = False
     trainer = FederatedTrainer(model, **shared | alone)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
