@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -71,11 +72,14 @@ class TextExperiment(Experiment):
             return None
         if self.peft != "lora":
             raise ValueError(f"`peft` is {self.peft!r}: choose 'lora' or 'none'.")
+        base = find_model(self.model)
         return LoraConfig(
+            # GPT-2's layers have their weights the other way round.
+            fan_in_fan_out=AutoConfig.from_pretrained(base).model_type == "gpt2",
             r=self.rank,
             lora_alpha=2 * self.rank,
             target_modules="all-linear" if self.target_modules == ["all-linear"] else self.target_modules,
-            base_model_name_or_path=find_model(self.model),
+            base_model_name_or_path=base,
         )
 
     def show(self, folder: Path, data: FederatedDataset, processor: PreTrainedTokenizerBase) -> None:

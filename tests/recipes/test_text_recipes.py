@@ -44,6 +44,7 @@ def test_experts_as_adapters(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(" star") > 3
     recipe, args = parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--peft", "lora", "--learning_rate", "1e-3"])
     assert (recipe.rank, recipe.peft_config().r, recipe.peft_config().lora_alpha) == (8, 8, 16)
+    assert recipe.peft_config().fan_in_fan_out  # of GPT-2
     assert (args.learning_rate, args.expert_learning_rate, args.lora_fusion) == (1e-3, 2e-3, "svd")
     recipe, args = parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", [])
     assert recipe.peft_config() is None and (args.learning_rate, args.expert_learning_rate) == (6e-4, 3e-4)
