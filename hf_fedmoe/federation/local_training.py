@@ -123,6 +123,7 @@ class LocalTrainer:
         *,
         epochs: float | None = None,
         only: Collection[str] | None = None,
+        loss: Loss | None = None,
     ) -> Payload:
         """
         One client's local epochs from the received row; its trained row is written to `out_P`.
@@ -137,13 +138,19 @@ class LocalTrainer:
                 ([`LocalTrainer.optimizer_tensors`]); fresh without.
             epochs (`float`, *optional*): Local epochs, `args.num_train_epochs` if left out.
             only (`Collection[str]`, *optional*): Names of the parameters that learn; all if left out.
+            loss (`Callable`, *optional*): Of (model, batch); that of the strategy if left out.
         """
-        received = self.layout.views(received_P)
+        if loss is None:
+            received = self.layout.views(received_P)
+
+            def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+                return self.strategy.loss(model, batch, received)
+
         plan = self.plan(dataset, seed, epochs)
         self.begin(received_P, integers, len(plan), kept_optimizer, only)
         total = torch.zeros((), device=self.accelerator.device)
         for batches in self.steps(dataset, plan, seed):
-            total += self.step(batches, lambda model, batch: self.strategy.loss(model, batch, received))
+            total += self.step(batches, loss)
         return self.payload(out_P, len(dataset), total, len(plan))
 
     def plan(self, dataset: Dataset, seed: int, epochs: float | None = None) -> list[list[list[int]]]:

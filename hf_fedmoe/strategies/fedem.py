@@ -64,17 +64,13 @@ class FedEM(Strategy):
 
     def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
         q_NM, pi_M = self.expect(local, task)
-        plan = local.plan(task.dataset, task.seed)
-        places = (batch for step in plan for batch in step)
+        places = (batch for step in local.plan(task.dataset, task.seed) for batch in step)
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             return (q_NM[next(places)] * model_losses(model, batch)).sum(1).mean()
 
-        local.begin(task.received_P, task.integers, len(plan), task.kept_optimizer)
-        total = torch.zeros((), device=pi_M.device)
-        for batches in local.steps(task.dataset, plan, task.seed):
-            total += local.step(batches, loss)
-        return local.payload(task.out_P, len(task.dataset), total, len(plan)), {"pi_M": pi_M}
+        args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
+        return local.train(*args, loss=loss), {"pi_M": pi_M}
 
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int

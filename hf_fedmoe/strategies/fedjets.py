@@ -118,8 +118,7 @@ class FedJETs(Strategy):
         experts = [task.client] if is_anchor else scores_K.topk(self.experts_per_client).indices.tolist()
         names = tensors_of(local.layout, experts)
         task.received_bytes = sent.num_bytes(local.layout, names)
-        plan = local.plan(task.dataset, task.seed)
-        places = (batch for step in plan for batch in step)
+        places = (batch for step in local.plan(task.dataset, task.seed) for batch in step)
 
         def loss(model: FedMoEPreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
             labels_B = batch.pop("labels")
@@ -131,11 +130,8 @@ class FedJETs(Strategy):
             weights_BE = gate_logits_BK[:, experts].softmax(-1)
             return nll_loss(dense_mixture(logits_BEC, weights_BE, 1.0, 0, model.config.mix), labels_B)
 
-        local.begin(task.received_P, task.integers, len(plan), task.kept_optimizer, only=names)
-        total = torch.zeros((), device=features_NH.device)
-        for batches in local.steps(task.dataset, plan, task.seed):
-            total += local.step(batches, loss)
-        payload = local.payload(task.out_P, len(task.dataset), total, len(plan))
+        args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
+        payload = local.train(*args, only=names, loss=loss)
         payload.row_bytes = Payload(payload.row_P).num_bytes(local.layout, names)
         payload.integers = {name: tensor for name, tensor in payload.integers.items() if name in names}
         payload.metrics |= {f"expert_{k}": 1.0 for k in experts}
