@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import yaml
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data import FederatedDataset
@@ -30,7 +29,16 @@ from ..training import FederatedTrainer, FederatedTrainingArguments
 from .characters import CharacterExperiment
 from .experiment import Experiment, parse_settings, read_preset
 from .images import ImageExperiment
-from .methods import CENTRALISED, analyse, check_method, majority_scores, make_trainer, own_settings
+from .methods import (
+    CENTRALISED,
+    analyse,
+    check_method,
+    majority_scores,
+    make_trainer,
+    metrics_of_tests,
+    own_settings,
+    train_or_go_on,
+)
 from .texts import TextExperiment
 
 
@@ -170,9 +178,8 @@ def execute(run: Run, threads: int) -> None:
         result = {"metrics": majority_scores(data), "curve": []}
     else:
         trainer = make_trainer(run.method, experiment, args, data, processor)
-        started = run.folder.is_dir() and get_last_checkpoint(str(run.folder))
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=started or None)
+        train_or_go_on(trainer)
         result = {"metrics": _metrics(trainer, data), "curve": _curve(trainer)}
         if run.method in CENTRALISED:  # its one client is the server
             result["metrics"] |= {"megabytes_up": 0.0, "megabytes_down": 0.0}
@@ -190,11 +197,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _metrics(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, float]:
-    tested = trainer.evaluate(data.test, metric_key_prefix="test")
-    metrics = {name: tested[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
-    if trainer.federated_dataset.client_test_indices:
-        metrics |= trainer.evaluate_clients()
-        metrics.pop("epoch", None)
+    metrics = metrics_of_tests(trainer, data)
     if trainer.strategy.name == "fedmoe":
         analysis = analyse(trainer, data, trainer.args.eval_batch_size)
         for part, scores in analysis.scores.items():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from .. import strategies
 from ..data import FederatedDataset
@@ -183,6 +184,20 @@ def centralised(args: FederatedTrainingArguments, data: FederatedDataset) -> dic
         data.pool, [data.split_indices["reserved"]], validation=data.split_indices.get("validation"), test=data.test
     )
     return {"args": args, "train_dataset": alone}
+
+
+def train_or_go_on(trainer: FederatedTrainer) -> None:
+    """Trains from the start, or from the last checkpoint of a run that was stopped in the same folder."""
+    folder = trainer.args.output_dir
+    started = Path(folder).is_dir() and get_last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=started or None)
+
+
+def metrics_of_tests(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, float]:
+    """Of the server's model on the test set, and as `clients_...` of clients' models, where those have test rows."""
+    tested = trainer.evaluate(data.test, metric_key_prefix="test")
+    metrics = {name: tested[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
+    return metrics | (trainer.evaluate_clients() if trainer.federated_dataset.client_test_indices else {})
 
 
 def majority_scores(data: FederatedDataset) -> dict[str, float]:

@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..reporting import plot_clients, plot_gate
 from ..training import FederatedTrainingArguments
 from .experiment import Experiment, find_model, parse_settings, read_preset
-from .methods import analyse, majority_scores, make_trainer
+from .methods import analyse, majority_scores, make_trainer, metrics_of_tests, train_or_go_on
 
 
 def parse(
@@ -55,13 +54,9 @@ def main(experiment_class: type[Experiment], settings_file: Path) -> None:
         args.output_dir = str(output_dir / method)
         trainer = make_trainer(method, experiment, args, data, processor)
         # Called again, the recipe goes on where it stopped; with other settings it asks for another folder.
-        started = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
-        trainer.train(resume_from_checkpoint=started or None)
-        evaluated = trainer.evaluate(data.test, metric_key_prefix="test")
-        results[method] = {name: evaluated[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
-        if trainer.federated_dataset.client_test_indices:
-            clients = trainer.evaluate_clients()
-            results[method] |= {name: value for name, value in clients.items() if name.startswith("clients_")}
+        train_or_go_on(trainer)
+        results[method] = metrics_of_tests(trainer, data)
+        if trainer.client_table:
             client_tables[method] = trainer.client_table
     found = {}
     if experiment.compare[-1] == "fedmoe":
