@@ -24,8 +24,17 @@ from transformers import PrinterCallback
 from transformers.utils import logging
 
 from ..data import FederatedDataset
-from ..reporting import RunResult, comparison_table, plot_learning_curves, write_comparison
+from ..reporting import (
+    ClientScore,
+    RunResult,
+    comparison_table,
+    plot_clients,
+    plot_learning_curves,
+    read_client_table,
+    write_comparison,
+)
 from ..training import FederatedTrainer, FederatedTrainingArguments
+from ..training.client_evaluation import CLIENT_TABLE_NAME
 from .characters import CharacterExperiment
 from .experiment import Experiment, parse_settings, read_preset
 from .images import ImageExperiment
@@ -268,7 +277,8 @@ def compare(
     overrides: dict[str, Any] | None = None,
 ) -> str:
     """
-    Runs a comparison and writes `table.md`, `results.csv` and `curves.png` into its folder.
+    Runs a comparison and writes `table.md`, `results.csv` and `curves.png` into its folder. Where clients have test
+    rows there is `clients.png` too: how each method serves the clients, those of all seeds together.
 
     Args:
         path (`str` or `Path`): The YAML, see [`Comparison`].
@@ -295,10 +305,23 @@ def compare(
         comparison.methods = {row: comparison.methods[row] for row in rows}
     size = size or next(iter(comparison.sizes), None)
     out = Path(out or Path("runs", "compare", path.stem, size or ""))
-    results = run_all(plan_runs(comparison, path.parent, out, size, overrides), num_jobs)
+    runs = plan_runs(comparison, path.parent, out, size, overrides)
+    results = run_all(runs, num_jobs)
     reference = comparison.reference if comparison.reference in results else None
     table = comparison_table(results, comparison.columns, comparison.parts, reference, comparison.published)
     (out / "table.md").write_text(table + "\n")
     write_comparison(results, out / "results.csv")
     plot_learning_curves(results, out / "curves.png")
+    if tables := _client_tables(runs):
+        plot_clients(tables, out / "clients.png")
     return table
+
+
+def _client_tables(runs: dict[str, list[Run]]) -> dict[str, list[ClientScore]]:
+    """The scores of all seeds' clients by row, of the rows that have some."""
+    tables = {}
+    for row, row_runs in runs.items():
+        files = [run.folder / CLIENT_TABLE_NAME for run in row_runs]
+        if scores := [score for file in files if file.is_file() for score in read_client_table(file)]:
+            tables[row] = scores
+    return tables

@@ -1,6 +1,13 @@
 """What a run and its result look like: expert analysis, plots, the model card."""
 
-from .client_metrics import ClientScore, plot_clients, score_client, summarise_clients, write_client_table
+from .client_metrics import (
+    ClientScore,
+    plot_clients,
+    read_client_table,
+    score_client,
+    summarise_clients,
+    write_client_table,
+)
 from .comparison import RunResult, comparison_table, plot_learning_curves, write_comparison
 from .expert_analysis import ExpertAnalysis, analyse_experts, scores
 from .gate_heatmap import plot_gate
@@ -17,6 +24,7 @@ __all__ = [
     "plot_clients",
     "plot_gate",
     "plot_learning_curves",
+    "read_client_table",
     "score_client",
     "scores",
     "summarise_clients",

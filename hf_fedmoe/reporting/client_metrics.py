@@ -100,9 +100,17 @@ def write_client_table(table: Sequence[ClientScore], path: str | os.PathLike) ->
         writer.writerows([vars(row)[name] for name in names] for row in table)
 
 
+def read_client_table(path: str | os.PathLike) -> list[ClientScore]:
+    """What [`write_client_table`] wrote."""
+    with Path(path).open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    read = {"client": int, "unseen": lambda text: text == "True", "train_size": int, "test_size": int}
+    return [ClientScore(**{name: read.get(name, float)(text) for name, text in line.items()}) for line in lines]
+
+
 def plot_clients(tables: dict[str, Sequence[ClientScore]], path: str | os.PathLike) -> None:
     """
-    Saves the sorted accuracies of the clients, a curve for each method; those of unseen clients are dashed.
+    Saves the sorted accuracies of the clients, a curve for each method; those of unseen clients beside them.
 
     Args:
         tables (`dict[str, Sequence[ClientScore]]`): The clients' scores by name of the method.
@@ -110,19 +118,22 @@ def plot_clients(tables: dict[str, Sequence[ClientScore]], path: str | os.PathLi
     """
     from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, table) in enumerate(tables.items()):
-        for unseen, style in ((False, "-"), (True, "--")):
+    panels = {False: "Share of clients"}
+    if any(row.unseen for table in tables.values() for row in table):
+        panels[True] = "Share of unseen clients"
+    figure = Figure(figsize=(2 + 4 * len(panels), 3.8), layout="constrained")
+    rows_of_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (unseen, label) in zip(rows_of_axes[0], panels.items(), strict=True):
+        for number, (name, table) in enumerate(tables.items()):
             accuracies = sorted(row.accuracy for row in table if row.unseen == unseen)
-            if accuracies:
-                share = (np.arange(len(accuracies)) + 0.5) / len(accuracies)
-                label = f"{name}, unseen" if unseen else name
-                axes.plot(share, accuracies, style, color=f"C{number % 10}", marker=".", label=label)
-    axes.axvline(0.1, color="0.8", linewidth=0.8)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("Share of clients")
-    axes.set_ylabel("Accuracy on own test rows")
-    axes.legend()
+            share = (np.arange(len(accuracies)) + 0.5) / max(1, len(accuracies))
+            style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
+            axes.plot(share, accuracies, marker=".", label=name, **style)
+        axes.axvline(0.1, color="0.8", linewidth=0.8)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel(label)
+    rows_of_axes[0][0].set_ylabel("Accuracy on own test rows")
+    handles = rows_of_axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)

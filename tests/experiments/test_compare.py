@@ -13,6 +13,7 @@ from hf_fedmoe.experiments.compare import execute, plan_runs, read_comparison
 from hf_fedmoe.experiments.methods import CENTRALISED
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
+from hf_fedmoe.reporting import read_client_table
 from tests.tiny_federation import assert_equal_states, state
 
 
@@ -69,7 +70,9 @@ def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
     assert [line.split(" | ")[0] for line in lines[-4:]] == ["| FedAvg", "| far", "| Fed-MoE", "| — main expert"]
     assert lines[-4].endswith("| 1.5 |")
     assert (tmp_path / "out" / "table.md").read_text().strip() == "\n".join(lines[-6:])
-    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("curves.png", "clients.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+    assert len(read_client_table(tmp_path / "out" / "far" / "seed-0" / "client_metrics.csv")) == 8
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     # Two uploads of 20 + 32 * 8 + 8 + 90 numbers of four bytes.

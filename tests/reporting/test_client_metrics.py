@@ -4,7 +4,14 @@ import math
 import numpy as np
 import pytest
 
-from hf_fedmoe.reporting import ClientScore, plot_clients, score_client, summarise_clients, write_client_table
+from hf_fedmoe.reporting import (
+    ClientScore,
+    plot_clients,
+    read_client_table,
+    score_client,
+    summarise_clients,
+    write_client_table,
+)
 
 
 PROBABILITIES_NC = np.array([[0.6, 0.3, 0.1], [0.7, 0.1, 0.2], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]])
@@ -54,6 +61,8 @@ def test_table_as_csv_and_as_picture(tmp_path):
     with (tmp_path / "run" / "clients.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and rows[2]["unseen"] == "True" and float(rows[1]["accuracy"]) == 0.5
+    # By their text, since no NaN equals another.
+    assert repr(read_client_table(tmp_path / "run" / "clients.csv")) == repr(table())
     plot_clients({"fedavg": table(), "local": table()[:2]}, tmp_path / "clients.svg")
     text = (tmp_path / "clients.svg").read_text()
     assert text.startswith("<?xml")
