@@ -111,6 +111,9 @@ class LocalTrainer:
         if self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.XLA:
             self.optimizer = self.optimizer.optimizer
         self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        if self.args.torch_compile:
+            # In place: strategies see the module itself.
+            self.worker.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def train(
         self,

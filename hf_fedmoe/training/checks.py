@@ -18,7 +18,6 @@ NOT_HONOURED = (
     "fsdp",
     "label_smoothing_factor",
     "neftune_noise_alpha",
-    "torch_compile",
     "use_liger_kernel",
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend
 from peft import PeftConfig
 from torch import nn
 from torch.utils.data import Subset
@@ -136,6 +137,9 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             callbacks=callbacks,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics or _first_logits,
         )
+        # Of `torch_compile`: local training compiles its worker. A mixture that chooses experts by example would be
+        # compiled again and again in an evaluation.
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
     # The run
 

@@ -238,6 +238,22 @@ def test_gradient_checkpointing_changes_no_weight(tmp_path):
     assert_equal_states(state(plain.model), state(checkpointed.model), atol=1e-6, rtol=0)
 
 
+def test_compiled_training_gives_the_same_weights(tmp_path):
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    states = []
+    # This backend traces as every other does, and runs the operations as they are.
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = fedavg(tmp_path, rounds=1, **changes)
+        trainer.train()
+        states.append(state(trainer.personalize(0)))
+        compiled = counters["unique_graphs"]
+        assert bool(compiled) == bool(changes)
+        trainer.evaluate()
+        assert counters["unique_graphs"] == compiled  # the server's model stays as it is
+    assert_equal_states(*states)
+
+
 def test_schedule_over_the_run_falls_from_round_to_round(tmp_path):
     rates = []
 
