@@ -56,10 +56,14 @@ class Server:
 
     def share(self, work: Work, reserved: ReservedSet | None, items: Sequence[Any]) -> list[dict[str, Tensor]]:
         """
-        The tensors that `work(server, reserved, item)` returns for each item. Several processes do a part of them
-        each, if [`Strategy.update`] or [`Strategy.finish`] asks for it. There `work` finds the models as they are, and
-        nothing else of the step; what it does to them stays there, unless it is in its results. It must be a function
-        that all processes can import, and items must be small and on the CPU.
+        What `work(server, reserved, item)` returns for each item. When [`Strategy.update`] or [`Strategy.finish`] asks
+        for it, each process of a launch works on some of the items. It finds the models of the main process, which
+        takes the step, and nothing else of it; what it changes reaches that process in the returned tensors only.
+
+        Args:
+            work (`Callable`): A function of a module, so that all processes find it by its name.
+            reserved ([`~data.ReservedSet`], *optional*): Each process gives its own.
+            items (`Sequence`): What to do: small, and on the CPU.
         """
         if self.hand_out is None:
             return [work(self, reserved, item) for item in items]
