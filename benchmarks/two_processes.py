@@ -30,7 +30,7 @@ from hf_fedmoe.strategies import FedAvg, FedMoE
 from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, federated_trainer
 
 
-METHODS = ("FedAvg", "Fed-MoE")
+METHODS = ("Fed-MoE", "FedAvg")
 STAGES = [
     (Federation, "_train_clients", "clients"),
     (round, "take_step", "server"),
@@ -119,10 +119,10 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--clients", type=int, default=4, help="Clients of a round.")
-    parser.add_argument("--examples", type=int, default=200, help="Examples of a client.")
-    parser.add_argument("--reserved", type=int, default=256, help="Reserved examples.")
+    parser.add_argument("--examples", type=int, default=100, help="Examples of a client.")
+    parser.add_argument("--reserved", type=int, default=128, help="Reserved examples.")
     parser.add_argument("--hidden", type=int, default=128, help="Width of the two-layer GPT-2 classifier.")
-    parser.add_argument("--rounds", type=int, default=3, help="Rounds that count, after one that does not.")
+    parser.add_argument("--rounds", type=int, default=2, help="Rounds that count, after one that does not.")
     parser.add_argument("--turns", type=int, default=3, help="Runs of each kind.")
     parser.add_argument("--quick", action="store_true", help="Small sizes, one turn: does it run at all?")
     parser.add_argument("--child", nargs=2, help="Method, folder: one process of a run, as JSON.")

@@ -41,12 +41,12 @@ def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | Non
             try:
                 _share(*told, server, reserved, processes)
             except Exception as caught:
-                # It has reached the main process, where it ends the step: that is waited for here.
+                # The main process has heard of it, which ends its step: that is waited for here.
                 error = caught
         if error is not None:
             raise error
 
-    # Both come to their end together, whatever happens in between.
+    # Whatever fails in between, all come to this gathering, which raises it.
     result = processes.gather(lead if processes.index == 0 else help_out)[0]
     processes.broadcast_server_(server)
     return result

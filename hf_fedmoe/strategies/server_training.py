@@ -75,7 +75,7 @@ def fine_tune_experts(
     items = [(s, *settings, None if weights_R is None else weights_R.cpu()) for s, weights_R in enumerate(weights)]
     tuned = server.share(_fine_tune_expert, reserved, items)
     for row_P, expert, found in zip(server.bank_SP, server.model.experts, tuned, strict=True):
-        row_P.copy_(found["row_P"])
+        row_P.copy_(found["row_P"])  # the same memory if it was trained here
         server.layout.write_integers(found, expert)
     return [found["loss"].item() for found in tuned]
 
