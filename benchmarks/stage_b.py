@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.models import FedMoEForSequenceClassification, gating_entropy
+from hf_fedmoe.strategies import Server
 from hf_fedmoe.strategies.server_training import expert_outputs, train_gate
 from hf_fedmoe.weights import StateLayout, collapse, fuse_
 
@@ -132,8 +133,9 @@ def random_examples(count: int, tokens: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns).with_format("torch")
 
 
-def gate_without_cache(model: FedMoEForSequenceClassification, reserved: ReservedSet, epochs: int) -> None:
+def gate_without_cache(server: Server, reserved: ReservedSet, epochs: int) -> None:
     """The same steps with the frozen experts run again in each."""
+    model = server.model
     parameters = [*model.gate.parameters(), model.alpha_logit]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     for _ in range(epochs):
@@ -145,8 +147,8 @@ def gate_without_cache(model: FedMoEForSequenceClassification, reserved: Reserve
             optimizer.zero_grad(set_to_none=True)
 
 
-def gate_with_cache(model: FedMoEForSequenceClassification, reserved: ReservedSet, epochs: int) -> None:
-    train_gate(model, expert_outputs(model, reserved), reserved, epochs, 1e-3, 0.0, 32, 1e-3, 0.0, seed=0)
+def gate_with_cache(server: Server, reserved: ReservedSet, epochs: int) -> None:
+    train_gate(server.model, expert_outputs(server, reserved), reserved, epochs, 1e-3, 0.0, 32, 1e-3, 0.0, seed=0)
 
 
 def benchmark_gate(args: argparse.Namespace, clock: Callable[[], float]) -> None:
@@ -154,10 +156,13 @@ def benchmark_gate(args: argparse.Namespace, clock: Callable[[], float]) -> None
     rows = []
     for K, epochs in [(K, epochs) for K in args.experts for epochs in args.epochs]:
         model = small_mixture(K, args)
+        layout = StateLayout.of(model.experts[0])
+        bank_SP = layout.bank(model.experts)
         for expert in model.experts:
             expert.requires_grad_(False)
+        server = Server(model, model.experts[0], layout, bank_SP, [])
         ways = {"recomputed": gate_without_cache, "cached": gate_with_cache}
-        candidates = {name: partial(way, model, reserved, epochs) for name, way in ways.items()}
+        candidates = {name: partial(way, server, reserved, epochs) for name, way in ways.items()}
         seconds = alternate(candidates, min(3, args.repetitions), clock)
         times = [spread(values, 1e3, 0) for values in seconds.values()]
         rows.append([str(K), str(epochs), *times, spread(ratios(seconds["recomputed"], seconds["cached"]))])

@@ -8,6 +8,7 @@ from .local_training import LocalTrainer, scale_learning_rates
 from .processes import Processes, balance
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
+from .server_step import take_step
 
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "save_federation",
     "scale_learning_rates",
     "seed_of",
+    "take_step",
 ]

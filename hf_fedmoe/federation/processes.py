@@ -7,7 +7,7 @@ Shape suffixes: m uploads, P elements of a row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,12 @@ class Processes:
         """What `make` returns in the main process, the only one that calls it; see [`Processes.gather`]."""
         return self.gather(lambda: make() if self.index == 0 else None)[0]
 
+    def tell(self, message: Any = None) -> Any:
+        """The main process's `message`, in all of them."""
+        told = [message]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
+
     @torch.no_grad()
     def move_(self, tensor: Tensor, source: int, target: int) -> None:
         """`tensor` of process `target` becomes that of `source`; of no concern to others."""
@@ -102,22 +108,24 @@ class Processes:
         for tensor in [*model.parameters(), *model.buffers()]:
             self.broadcast_(tensor)
 
-    def broadcast_server_(self, server: Server) -> None:
-        """The server's state becomes that of the main process."""
-        if self.count == 1:
-            return
+    def broadcast_models_(self, server: Server) -> None:
+        """The bank and whatever else of the server's model is no frozen weight become those of the main process."""
         self.broadcast_(server.bank_SP)
         bank = server.bank_SP.untyped_storage().data_ptr()
         for tensor in [*server.model.parameters(), *server.model.buffers()]:
             frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
             if not frozen and tensor.untyped_storage().data_ptr() != bank:
                 self.broadcast_(tensor)
+
+    def broadcast_server_(self, server: Server) -> None:
+        """The server's state becomes that of the main process."""
+        if self.count == 1:
+            return
+        self.broadcast_models_(server)
         kinds = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in server.tensors.items()}
         integers = [{name: tensor.cpu() for name, tensor in taken.items()} for taken in server.integers]
-        told = [kinds, integers]
-        dist.broadcast_object_list(told, 0)
+        kinds, integers = self.tell((kinds, integers))
         if self.index:
-            kinds, integers = told
             server.tensors = {
                 name: torch.empty(shape, dtype=dtype, device="cpu" if device == "cpu" else self.device)
                 for name, (shape, dtype, device) in kinds.items()

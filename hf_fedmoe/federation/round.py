@@ -1,4 +1,4 @@
-"""One round: draw, send, train, receive, check, update the server, synchronise.
+"""One round: draw, send, train, receive, check, probe, update the server, synchronise.
 
 Shape suffixes: m participants, P elements of a model's row.
 """
@@ -21,6 +21,7 @@ from .client_store import ClientStore
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
 from .processes import Processes, balance
 from .randomness import Stream, seed_of
+from .server_step import take_step
 
 
 logger = logging.get_logger(__name__)
@@ -62,6 +63,7 @@ class Reply:
         num_examples (`int`, *optional*): Its training examples.
         metrics (`dict[str, float]`, *optional*): What it reports.
         fault (`str`, *optional*): Why its training failed or its upload is refused.
+        probed (`Tensor`, *optional*): What the server asked of its upload, on the CPU.
     """
 
     received_bytes: int = 0
@@ -70,6 +72,7 @@ class Reply:
     num_examples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
+    probed: Tensor | None = None
 
 
 @dataclass
@@ -155,6 +158,7 @@ class Federation:
             torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
             [replies[place].metrics for place in places],
             averaged=self.sums,
+            probed=[t.to(rows_mP.device) for place in places if (t := replies[place].probed) is not None],
         )
         if self.sums:
             weights_m = uploads.weights_m[[place in held for place in places]]
@@ -164,10 +168,12 @@ class Federation:
         report.seconds["clients"] = time.perf_counter() - started
         started = time.perf_counter()
         seed = seed_of(self.seed, Stream.SERVER, round_index)
-        report.metrics = self.processes.on_main(
-            lambda: self.strategy.update(server, uploads, self.reserved, round_index, seed)
+        report.metrics = take_step(
+            lambda: self.strategy.update(server, uploads, self.reserved, round_index, seed),
+            server,
+            self.reserved,
+            self.processes,
         )
-        self.processes.broadcast_server_(server)
         # The bank is the model's own memory, but for these.
         if layout.integers:
             for module, taken in zip(self.strategy.server_models(server.model), server.integers, strict=True):
@@ -196,7 +202,11 @@ class Federation:
             replies = {}
             for place, client in enumerate(chosen):
                 if owners[place] == self.processes.index:
-                    replies[place], stays[client] = self._train_client(client, round_index, rows[place])
+                    reply, stays[client] = self._train_client(client, round_index, rows[place])
+                    if reply.fault is None:
+                        probed = self.strategy.probe(self.server, rows[place], self.reserved)
+                        reply.probed = None if probed is None else probed.cpu()
+                    replies[place] = reply
                     if on_client is not None:
                         on_client(client)
             return replies

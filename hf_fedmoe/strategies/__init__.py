@@ -2,7 +2,7 @@
 
 from .afl import AFL
 from .apfl import APFL
-from .base import ClientTask, Server, Strategy, Uploads
+from .base import ClientTask, Server, Strategy, Uploads, Work
 from .clustered import ClusteredFL
 from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
@@ -51,6 +51,7 @@ __all__ = [
     "Server",
     "Strategy",
     "Uploads",
+    "Work",
     "client_mixture",
     "correlate",
     "freeze_common_expert",

@@ -3,7 +3,7 @@
 Shape suffixes: m participants of a round, P elements of a model's row, S rows of the server.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # a room above this one
     from ..weights import Payload
 
 
+# From the server, its reserved set and an item to named tensors, see [`Server.share`].
+Work = Callable[["Server", ReservedSet | None, Any], dict[str, Tensor]]
+
+
 @dataclass
 class Server:
     """
@@ -36,6 +40,7 @@ class Server:
         weight_decay (`float`): Of every optimizer that runs on the server, as on the clients.
         num_examples (`int`): Training examples of all clients together.
         cache (`dict[str, Any]`): What the strategy can compute again; gone after a resume.
+        hand_out (`Callable`, *optional*): Shares work out while several processes take the server's step.
     """
 
     model: PreTrainedModel
@@ -47,6 +52,22 @@ class Server:
     weight_decay: float = 0.0
     num_examples: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
+    hand_out: Callable[[Work, Sequence[Any]], list[dict[str, Tensor]]] | None = None
+
+    def share(self, work: Work, reserved: ReservedSet | None, items: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """
+        What `work(server, reserved, item)` returns for each item. When [`Strategy.update`] or [`Strategy.finish`] asks
+        for it, each process of a launch works on some of the items. It finds the models of the main process, which
+        takes the step, and nothing else of it; what it changes reaches that process in the returned tensors only.
+
+        Args:
+            work (`Callable`): A function of a module, so that all processes find it by its name.
+            reserved ([`~data.ReservedSet`], *optional*): Each process gives its own.
+            items (`Sequence`): What to do: small, and on the CPU.
+        """
+        if self.hand_out is None:
+            return [work(self, reserved, item) for item in items]
+        return self.hand_out(work, items)
 
 
 @dataclass
@@ -61,6 +82,7 @@ class Uploads:
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
         metrics (`list[dict[str, float]]`, *optional*): What they report.
         averaged (`bool`, *optional*, defaults to `False`): Whether no process has all of their models.
+        probed (`list[Tensor]`, *optional*): What [`Strategy.probe`] found of each.
     """
 
     clients: list[int]
@@ -69,6 +91,7 @@ class Uploads:
     num_examples_m: Tensor
     metrics: list[dict[str, float]] = field(default_factory=list)
     averaged: bool = False
+    probed: list[Tensor] = field(default_factory=list)
 
     @property
     def weights_m(self) -> Tensor:
@@ -168,6 +191,13 @@ class Strategy:
         """With how many others a participant exchanges its model: with the server."""
         return 1
 
+    def probe(self, server: Server, row_P: Tensor, reserved: ReservedSet | None) -> Tensor | None:
+        """
+        What the server asks of a sound upload by itself, for [`Strategy.update`]: nothing. Of several processes the
+        one that has trained the client does it, where its row is in memory.
+        """
+        return None
+
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
@@ -189,7 +219,7 @@ class Strategy:
         return server.model
 
     def needs_reserved_set(self) -> bool:
-        """Whether [`Strategy.update`] or [`Strategy.finish`] reads the reserved set."""
+        """Whether [`Strategy.probe`], [`Strategy.update`] or [`Strategy.finish`] reads the reserved set."""
         return False
 
 

@@ -15,7 +15,7 @@ from ..models import FedMoEPreTrainedModel, gating_entropy
 from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
 from .base import Server, Strategy, Uploads, warmed_up
 from .relevance import CORRELATIONS, client_mixture, correlate
-from .server_training import expert_outputs, fine_tune, gate_probabilities, probe, train_gate
+from .server_training import expert_outputs, fine_tune, fine_tune_experts, gate_probabilities, probe, train_gate
 
 
 SYNCHRONISATIONS = ("download_main", "download_mixture", "after_round", "none")
@@ -179,14 +179,18 @@ class FedMoE(Strategy):
                 return mix_rows(server.bank_SP, mixture_S[None], server.layout)[0]
         return server.tensors.get("start_P", self._main(server))
 
+    def probe(self, server: Server, row_P: Tensor, reserved: ReservedSet | None) -> Tensor:
+        """P_y of one client, which Eq. 4 correlates with the gate."""
+        return probe(server.worker, server.layout, row_P, reserved)
+
     def update(
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
         """Stage B, and the part of Stage C that the server needs (Eq. 11-12)."""
         settings, model = self.settings, server.model
         if "outputs" not in server.cache:
-            server.cache["outputs"] = expert_outputs(model, reserved)
-        P_y_mR = probe(server.worker, server.layout, uploads.rows_mP, reserved)
+            server.cache["outputs"] = expert_outputs(server, reserved)
+        P_y_mR = torch.stack(uploads.probed)
         report, steps_TSm = {}, []
         # T fusions of the same uploads are one fusion of what was before: LoRA experts are cut to their rank once.
         before_SP = server.bank_SP.clone() if server.layout.lora and not settings.expert_epochs else None
@@ -201,7 +205,7 @@ class FedMoE(Strategy):
                 report |= self._fuse(server, uploads, steps_TSm, round_index)
             if settings.expert_epochs:
                 report |= self._fine_tune(server, reserved, Q_RK, settings.expert_epochs, seed + iteration)
-            server.cache["outputs"] = expert_outputs(model, reserved)
+            server.cache["outputs"] = expert_outputs(server, reserved)
             report |= train_gate(
                 model,
                 server.cache["outputs"],
@@ -230,7 +234,7 @@ class FedMoE(Strategy):
 
     def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
         if self.settings.final_expert_epochs:
-            Q_RK = gate_probabilities(server.model, expert_outputs(server.model, reserved), reserved)
+            Q_RK = gate_probabilities(server.model, expert_outputs(server, reserved), reserved)
             self._fine_tune(server, reserved, Q_RK, self.settings.final_expert_epochs, seed)
 
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
@@ -284,8 +288,17 @@ class FedMoE(Strategy):
 
     def _fine_tune_start(self, server: Server, reserved: ReservedSet, seed: int) -> dict[str, float]:
         """A copy of the main expert, trained on the reserved set, for the next round's participants."""
+        settings = self.settings
         server.layout.write(self._main(server), server.worker)
-        loss = self._tune(server, server.worker, reserved, self.settings.download_epochs, seed)
+        loss = fine_tune(
+            server.worker,
+            reserved,
+            settings.download_epochs,
+            settings.expert_learning_rate,
+            server.weight_decay,
+            settings.gate_batch_size,
+            seed,
+        )
         server.tensors["start_P"] = server.layout.read(server.worker)
         return {"start_loss": loss}
 
@@ -293,26 +306,10 @@ class FedMoE(Strategy):
         self, server: Server, reserved: ReservedSet, Q_RK: Tensor, epochs: int, seed: int
     ) -> dict[str, float]:
         """Every expert by itself; in a routed one the examples that the gate sends it weigh more (one on average)."""
-        num_main = server.model.config.num_main_experts
-        losses = []
-        for index, expert in enumerate(server.model.experts):
-            weights_R = None
-            if index >= num_main:
-                own_R = Q_RK[:, index - num_main]
-                # Half of its attention is for all examples: on its own ones alone, few as they are, it gets worse.
-                weights_R = 0.5 + 0.5 * own_R / own_R.mean().clamp_min(1e-6)
-            losses.append(self._tune(server, expert, reserved, epochs, seed, weights_R))
-        return {"expert_loss": sum(losses) / len(losses)}
-
-    def _tune(
-        self,
-        server: Server,
-        model: nn.Module,
-        reserved: ReservedSet,
-        epochs: int,
-        seed: int,
-        weights_R: Tensor | None = None,
-    ) -> float:
-        """[`fine_tune`] with the server's and the method's own settings."""
+        weights = [None] * server.model.config.num_main_experts
+        for own_R in Q_RK.T:
+            # Half of its attention is for all examples: on its own ones alone, few as they are, it gets worse.
+            weights.append(0.5 + 0.5 * own_R / own_R.mean().clamp_min(1e-6))
         rate, batch_size = self.settings.expert_learning_rate, self.settings.gate_batch_size
-        return fine_tune(model, reserved, epochs, rate, server.weight_decay, batch_size, seed, weights_R)
+        losses = fine_tune_experts(server, reserved, weights, epochs, rate, batch_size, seed)
+        return {"expert_loss": sum(losses) / len(losses)}

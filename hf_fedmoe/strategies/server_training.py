@@ -4,6 +4,7 @@ Shape suffixes: R reserved examples, S experts (main ones first), K routed exper
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel
 from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
 from ..weights import StateLayout
+from .base import Server
 
 
 def fine_tune(
@@ -59,16 +61,41 @@ def fine_tune(
     return (total / num_steps).item()
 
 
+def fine_tune_experts(
+    server: Server,
+    reserved: ReservedSet,
+    weights: list[Tensor | None],
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> list[float]:
+    """[`fine_tune`] of each expert by itself, with its own weights `[R]` of the examples; returns their losses."""
+    settings = (epochs, learning_rate, server.weight_decay, batch_size, seed)
+    items = [(s, *settings, None if weights_R is None else weights_R.cpu()) for s, weights_R in enumerate(weights)]
+    tuned = server.share(_fine_tune_expert, reserved, items)
+    for row_P, expert, found in zip(server.bank_SP, server.model.experts, tuned, strict=True):
+        row_P.copy_(found["row_P"])  # the same memory if it was trained here
+        server.layout.write_integers(found, expert)
+    return [found["loss"].item() for found in tuned]
+
+
+def _fine_tune_expert(server: Server, reserved: ReservedSet, item: tuple[Any, ...]) -> dict[str, Tensor]:
+    s, *settings, weights_R = item
+    expert = server.model.experts[s]
+    if weights_R is not None:
+        weights_R = weights_R.to(reserved.labels_R.device)
+    loss = fine_tune(expert, reserved, *settings, weights_R)
+    return {**server.layout.read_integers(expert), "row_P": server.bank_SP[s], "loss": torch.tensor(loss)}
+
+
 @torch.no_grad()
-def probe(worker: nn.Module, layout: StateLayout, rows_mP: Tensor, reserved: ReservedSet) -> Tensor:
-    """P_y `[m, R]`: each client's probability of the true class of each reserved example (Fed-MoE, below Eq. 4)."""
+def probe(worker: nn.Module, layout: StateLayout, row_P: Tensor, reserved: ReservedSet) -> Tensor:
+    """P_y `[R]`: a client's probability of the true class of each reserved example (Fed-MoE, below Eq. 4)."""
     worker.eval()
-    probed = []
-    for row_P in rows_mP:
-        layout.write(row_P, worker)
-        logits_RC = torch.cat([worker(**inputs).logits.float() for inputs in reserved.inputs])
-        probed.append(logits_RC.softmax(-1).gather(1, reserved.labels_R[:, None]).squeeze(1))
-    return torch.stack(probed)
+    layout.write(row_P, worker)
+    logits_RC = torch.cat([worker(**inputs).logits.float() for inputs in reserved.inputs])
+    return logits_RC.softmax(-1).gather(1, reserved.labels_R[:, None]).squeeze(1)
 
 
 @dataclass
@@ -79,15 +106,20 @@ class ExpertOutputs:
     features_RH: Tensor | None
 
 
-@torch.no_grad()
-def expert_outputs(model: FedMoEPreTrainedModel, reserved: ReservedSet) -> ExpertOutputs:
-    """One dense pass of every expert over the reserved set."""
-    model.eval()
-    outputs = [model.expert_outputs(inputs) for inputs in reserved.inputs]
-    features = [features_BH for _, features_BH in outputs if features_BH is not None]
+def expert_outputs(server: Server, reserved: ReservedSet) -> ExpertOutputs:
+    """One dense pass of every expert over the reserved set, batch by batch."""
+    outputs = server.share(_outputs_of_batch, reserved, range(len(reserved.inputs)))
+    features = [found["features_BH"] for found in outputs if "features_BH" in found]
     return ExpertOutputs(
-        torch.cat([logits_BSC.float() for logits_BSC, _ in outputs]), torch.cat(features) if features else None
+        torch.cat([found["logits_BSC"] for found in outputs]), torch.cat(features) if features else None
     )
+
+
+@torch.no_grad()
+def _outputs_of_batch(server: Server, reserved: ReservedSet, index: int) -> dict[str, Tensor]:
+    logits_BSC, features_BH = server.model.eval().expert_outputs(reserved.inputs[index])
+    found = {"logits_BSC": logits_BSC.float()}
+    return found if features_BH is None else found | {"features_BH": features_BH}
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ from ..federation import (
     save_federation,
     scale_learning_rates,
     seed_of,
+    take_step,
 )
 from ..models import AdapterExpert
 from ..reporting import ClientScore, write_model_card
@@ -195,8 +196,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
             seed = seed_of(args.seed, Stream.SERVER, rounds)
-            self.processes.on_main(lambda: self.strategy.finish(federation.server, federation.reserved, seed))
-            self.processes.broadcast_server_(federation.server)
+            server, reserved = federation.server, federation.reserved
+            take_step(lambda: self.strategy.finish(server, reserved, seed), server, reserved, self.processes)
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:

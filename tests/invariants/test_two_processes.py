@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,31 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing import start_processes
 from transformers import TrainerCallback
 
-from hf_fedmoe.strategies import FedAvg
+from hf_fedmoe.strategies import FedAvg, FedMoE, FedMoESettings
 from hf_fedmoe.training import FederatedTrainer
-from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, trainer
-from tests.tiny_federation import assert_equal_states, state, timeless, tiny_args, tiny_expert, tiny_federation
+from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, image_model, trainer
+from tests.tiny_federation import (
+    assert_equal_states,
+    state,
+    timeless,
+    tiny_args,
+    tiny_expert,
+    tiny_federation,
+    tiny_mixture,
+)
 from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
 
 
 ROOT = Path(__file__).parents[2]
-QUICK_RUNS = ("fedavg_top_k", "apfl", "l2sgd", "fedmoe", "fedmoe_paper", "lora_fedmoe_paper")
+QUICK_RUNS = (
+    "fedavg_top_k",
+    "apfl",
+    "l2sgd",
+    "fedmoe",
+    "fedmoe_paper",
+    "lora_fedmoe_paper",
+    "lora_fedmoe_ffa_expert_epochs",
+)
 # Of three clients one process trains two; the 20 validation rows fill no batch of 8.
 SETTINGS = {"clients_per_round": 3}
 PROCESSES = 2
@@ -85,6 +102,37 @@ def other_weights_in_one_process(output_dir):
     return run
 
 
+def fedmoe_of_images(output_dir):
+    """Its experts have statistics and integer buffers, and all that the server's step can have."""
+    settings = FedMoESettings(server_iterations=2, expert_epochs=1, download_epochs=1, final_expert_epochs=1)
+    args = tiny_args(output_dir, rounds=2, **SETTINGS)
+    data, processor = tiny_image_federation(), tiny_processor()
+    run = FederatedTrainer(image_model("fedmoe"), args, data, FedMoE(settings), processing_class=processor)
+    run.train()
+    return run
+
+
+class SecondFails(FedMoE):
+    """The client that the second process trains: it has no upload to probe."""
+
+    def participants(self, server, drawn, round_index):
+        self.second = drawn[1]
+        return drawn
+
+    def train_client(self, local, task):
+        if task.client == self.second:
+            raise OSError("battery empty")
+        return super().train_client(local, task)
+
+
+def all_uploads_of_one_process(output_dir):
+    strategy = SecondFails(FedMoESettings("paper", server_iterations=2))
+    args = tiny_args(output_dir, rounds=2, save_strategy="steps", **SETTINGS)
+    run = FederatedTrainer(tiny_mixture(), args, tiny_federation(), strategy)
+    run.train()
+    return run
+
+
 class CountingRows(FailingClient):
     def update(self, server, uploads, reserved, round_index, seed):
         return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(uploads.rows_mP)}
@@ -103,6 +151,8 @@ CASES = {
     "failing_client": failing_client,
     "an_idle_process": an_idle_process,
     "other_weights_in_one_process": other_weights_in_one_process,
+    "fedmoe_of_images": fedmoe_of_images,
+    "all_uploads_of_one_process": all_uploads_of_one_process,
 }
 # Equal but for rounding.
 SUMS = {"sums": sums}
@@ -126,6 +176,23 @@ def resumed(output_dir):
     return run
 
 
+def forwards(output_dir):
+    """How often this process runs experts and clients in a round and at the end, to train them or not."""
+    model, counts = tiny_mixture(), Counter()
+    experts = list(model.experts)
+
+    def count(module, *_):
+        # A client's model is a copy of the first expert, and of this hook.
+        name = "expert" if any(module is expert for expert in experts) else "client"
+        counts[f"{name} {'trained' if module.training else 'asked'}"] += 1
+
+    for expert in experts:
+        expert.register_forward_hook(count)
+    strategy = FedMoE(FedMoESettings(final_expert_epochs=1))
+    FederatedTrainer(model, tiny_args(output_dir, rounds=1, **SETTINGS), tiny_federation(), strategy).train()
+    return counts
+
+
 # What goes wrong in one process
 
 
@@ -136,6 +203,37 @@ class BrokenServer(FedAvg):
 
 def broken_server(output_dir):
     FederatedTrainer(tiny_expert(), tiny_args(output_dir, **SETTINGS), tiny_federation(), BrokenServer()).train()
+
+
+class BrokenProbe(FedMoE):
+    def probe(self, server, row_P, reserved):
+        if index_of_this_process():
+            raise MemoryError("no room")
+        return super().probe(server, row_P, reserved)
+
+
+def broken_probe(output_dir):
+    FederatedTrainer(tiny_mixture(), tiny_args(output_dir, **SETTINGS), tiny_federation(), BrokenProbe()).train()
+
+
+def work_that_breaks_in(server, reserved, index):
+    if index_of_this_process() == index:
+        raise MemoryError("no room")
+    return {}
+
+
+class BrokenShare(FedAvg):
+    def __init__(self, index):
+        self.index = index
+
+    def update(self, server, uploads, reserved, round_index, seed):
+        server.share(work_that_breaks_in, reserved, [self.index, self.index])
+        raise OSError("not raised before")
+
+
+def broken_share(index, output_dir):
+    args = tiny_args(output_dir, **SETTINGS)
+    FederatedTrainer(tiny_expert(), args, tiny_federation(), BrokenShare(index)).train()
 
 
 def other_data(output_dir):
@@ -168,6 +266,10 @@ def no_place_for_kept(output_dir):
 ERRORS = {
     "no_place_for_kept": no_place_for_kept,
     "broken_server": broken_server,
+    "broken_probe": broken_probe,
+    "broken_share_of_the_main": functools.partial(broken_share, 0),
+    "broken_share_of_another": functools.partial(broken_share, 1),
+    "broken_after_sharing": functools.partial(broken_share, PROCESSES),
     "other_data": other_data,
     "full_disk": full_disk,
 }
@@ -208,6 +310,8 @@ def process(index, port, folder, names):
                 ERRORS[name](folder / name)
             except Exception as error:
                 (folder / f"{name}-{index}.txt").write_text(f"{type(error).__name__}: {error}")
+        elif name == "forwards":
+            (folder / f"{name}-{index}.json").write_text(json.dumps(forwards(folder / name)))
         elif name == "interrupted":
             interrupted(folder / name)
         elif name == "resumed":
@@ -235,7 +339,7 @@ def launch(folder, names):
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
     interrupted(folder / "resumed")
-    launch(folder, [*QUICK, *SUMS, *ERRORS, "interrupted", "resumed"])
+    launch(folder, [*QUICK, *SUMS, *ERRORS, "forwards", "interrupted", "resumed"])
     return folder
 
 
@@ -302,6 +406,15 @@ def test_sums_of_uploads_end_like_one_process_but_for_rounding(quick, tmp_path):
         assert_equal_states(*states, atol=1e-6, rtol=1e-5)
 
 
+def test_each_process_does_its_share_of_the_server_step(quick, tmp_path):
+    """Three clients of three steps and three experts, asked in three batches: before, after the round, at the end."""
+    alone = {"client trained": 3 * 3, "client asked": 3 * 3, "expert asked": 3 * 3 * 3, "expert trained": 3}
+    assert forwards(tmp_path) == alone
+    main, other = (json.loads((quick / f"forwards-{index}.json").read_text()) for index in range(PROCESSES))
+    assert main == {"client trained": 2 * 3, "client asked": 2 * 3, "expert asked": 2 * 3 * 3, "expert trained": 2}
+    assert other == {name: count - main[name] for name, count in alone.items()}
+
+
 def test_resumes_with_more_processes_and_with_fewer(quick, tmp_path):
     record(run_by_name("fedmoe_paper", tmp_path / "whole"), tmp_path / "whole")
     record(resumed(quick / "interrupted"), tmp_path / "fewer")
@@ -312,10 +425,21 @@ def test_resumes_with_more_processes_and_with_fewer(quick, tmp_path):
         assert json.loads(Path(f"{path}.json").read_text())["log"][:-1] == whole["log"][:-1]
 
 
+MAIN_BREAKS = ["MemoryError: no room", "RuntimeError: Process 0 failed: MemoryError: no room"]
+ANOTHER_BREAKS = ["RuntimeError: Process 1 failed: MemoryError: no room", "MemoryError: no room"]
+
+
 @pytest.mark.parametrize(
     ("name", "errors"),
     [
-        ("broken_server", ["MemoryError: no room", "RuntimeError: Process 0 failed: MemoryError: no room"]),
+        ("broken_server", MAIN_BREAKS),
+        ("broken_probe", ANOTHER_BREAKS),
+        ("broken_share_of_the_main", MAIN_BREAKS),
+        ("broken_share_of_another", ANOTHER_BREAKS),
+        (
+            "broken_after_sharing",
+            ["OSError: not raised before", "RuntimeError: Process 0 failed: OSError: not raised before"],
+        ),
         ("full_disk", ["OSError: no space left", "RuntimeError: Process 0 failed: OSError: no space left"]),
         ("no_place_for_kept", ["RuntimeError: Process 1 failed: OSError: read-only", "OSError: read-only"]),
     ],

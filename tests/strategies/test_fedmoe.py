@@ -38,9 +38,19 @@ def settings(**changes):
     return FedMoESettings(**fields | changes)
 
 
+def probe_all(server, uploads, reserved):
+    return torch.stack([probe(server.worker, server.layout, row_P, reserved) for row_P in uploads.rows_mP])
+
+
+def update(strategy, server, uploads, reserved, round_index, seed):
+    """The server's part of a round."""
+    uploads.probed = [strategy.probe(server, row_P, reserved) for row_P in uploads.rows_mP]
+    return strategy.update(server, uploads, reserved, round_index, seed)
+
+
 def test_probe_is_each_clients_probability_of_the_true_class(reserved):
     server, uploads = perturbed_server()
-    P_y_mR = probe(server.worker, server.layout, uploads.rows_mP, reserved)
+    P_y_mR = probe_all(server, uploads, reserved)
     expert = tiny_expert()
     server.layout.write(uploads.rows_mP[1], expert)
     example = reserved.batch([13])
@@ -52,12 +62,12 @@ def test_probe_is_each_clients_probability_of_the_true_class(reserved):
 
 def test_stage_b_moves_the_experts_by_equation_6(reserved):
     server, uploads = perturbed_server()
-    before_SP, outputs = server.bank_SP.clone(), expert_outputs(server.model, reserved)
+    before_SP, outputs = server.bank_SP.clone(), expert_outputs(server, reserved)
     Q_RK = gate_probabilities(server.model, outputs, reserved)
-    P_y_mR = probe(server.worker, server.layout, uploads.rows_mP, reserved)
+    P_y_mR = probe_all(server, uploads, reserved)
     W_r_Km = correlate(Q_RK, P_y_mR, "relevance").softmax(1)
     assert (W_r_Km[0] - W_r_Km[1]).abs().max() > 1e-3  # the rows differ, so the test can tell experts apart
-    FedMoE(settings()).update(server, uploads, reserved, 0, seed=1)
+    update(FedMoE(settings()), server, uploads, reserved, 0, seed=1)
     M = uploads.rows_mP
     torch.testing.assert_close(server.bank_SP[0], 0.4 * before_SP[0] + 0.6 * (M[0] + M[1] + M[2]) / 3)
     for k in range(2):
@@ -73,9 +83,9 @@ def test_contributions_are_the_weights_that_each_client_has_in_each_expert(reser
     server, uploads = perturbed_server()
     strategy = FedMoE(settings())
     start_SP = server.bank_SP.clone()
-    strategy.update(server, uploads, reserved, 0, seed=1)
+    update(strategy, server, uploads, reserved, 0, seed=1)
     others = Uploads([1, 3], uploads.rows_mP[:2] + 0.1, uploads.integers[:2], uploads.num_examples_m[:2])
-    strategy.update(server, others, reserved, 1, seed=2)
+    update(strategy, server, others, reserved, 1, seed=2)
     contribution_SM = server.tensors["contribution_SM"]
     rows = {
         4: uploads.rows_mP[0],
@@ -95,16 +105,16 @@ def test_contributions_are_the_weights_that_each_client_has_in_each_expert(reser
 def test_warmed_up_averages_start_as_running_means(reserved):
     server, uploads = perturbed_server()
     strategy = FedMoE(settings(fusion_warmup=True, main_fusion_rate=0.2))
-    strategy.update(server, uploads, reserved, 0, seed=1)
+    update(strategy, server, uploads, reserved, 0, seed=1)
     torch.testing.assert_close(server.bank_SP[0], uploads.rows_mP.mean(0))
     second = Uploads(uploads.clients, uploads.rows_mP + 1, uploads.integers, uploads.num_examples_m)
-    strategy.update(server, second, reserved, 1, seed=2)
+    update(strategy, server, second, reserved, 1, seed=2)
     torch.testing.assert_close(server.bank_SP[0], uploads.rows_mP.mean(0) + 0.5)
 
 
 def test_the_gate_learns_and_nothing_else_does(reserved):
     server, _ = perturbed_server()
-    model, outputs = server.model, expert_outputs(server.model, reserved)
+    model, outputs = server.model, expert_outputs(server, reserved)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     report = train_gate(model, outputs, reserved, 3, 1e-2, 0.0, 8, 1e-3, 0.1, seed=0)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -118,7 +128,7 @@ def test_cached_outputs_train_the_gate_as_recomputed_ones_do(reserved):
     trained = []
     for recompute in (False, True):
         server, _ = perturbed_server()
-        model, outputs = server.model, expert_outputs(server.model, reserved)
+        model, outputs = server.model, expert_outputs(server, reserved)
         generator = torch.Generator().manual_seed(5)
         optimizer = torch.optim.AdamW(
             [{"params": [*model.gate.parameters()]}, {"params": [model.alpha_logit]}], lr=1e-2, weight_decay=0.0
@@ -145,7 +155,7 @@ def test_entropy_of_the_gate_falls_with_beta(reserved):
     entropies = []
     for beta in (0.0, 0.1, 1.0):
         server, _ = perturbed_server()
-        outputs = expert_outputs(server.model, reserved)
+        outputs = expert_outputs(server, reserved)
         train_gate(server.model, outputs, reserved, 20, 1e-2, 0.0, 8, beta, 0.0, seed=0)
         Q_RK = gate_probabilities(server.model, outputs, reserved)
         entropies.append(-(Q_RK * Q_RK.clamp_min(1e-12).log()).sum(1).mean().item())
@@ -157,7 +167,7 @@ def test_balance_keeps_all_experts_in_use(reserved):
     shares = []
     for balance_weight in (0.0, 2.0):
         server, _ = perturbed_server()
-        outputs = expert_outputs(server.model, reserved)
+        outputs = expert_outputs(server, reserved)
         train_gate(server.model, outputs, reserved, 60, 1e-2, 0.0, 8, 1.0, balance_weight, seed=0)
         shares.append(gate_probabilities(server.model, outputs, reserved).mean(0).min().item())
     assert shares[0] < 0.05 < 0.3 < shares[1]
@@ -168,11 +178,11 @@ def test_paper_synchronisation_moves_participants_by_equation_13(reserved):
     strategy = FedMoE(settings(synchronisation="after_round"))
     strategy.setup(server, num_clients=5)
     initial_P = server.bank_SP[0].clone()
-    strategy.update(server, uploads, reserved, 0, seed=1)
-    outputs = expert_outputs(server.model, reserved)
+    update(strategy, server, uploads, reserved, 0, seed=1)
+    outputs = expert_outputs(server, reserved)
     W_Km = correlate(
         gate_probabilities(server.model, outputs, reserved),
-        probe(server.worker, server.layout, uploads.rows_mP, reserved),
+        probe_all(server, uploads, reserved),
         "relevance",
     )
     W_c_Sm = client_mixture(W_Km, server.model.alpha.detach(), 1)
@@ -191,7 +201,7 @@ def test_without_synchronisation_clients_go_on_from_their_own_models(reserved):
     strategy = FedMoE(settings(synchronisation="none"))
     strategy.setup(server, num_clients=5)
     initial_P = server.bank_SP[0].clone()
-    strategy.update(server, uploads, reserved, 0, seed=1)
+    update(strategy, server, uploads, reserved, 0, seed=1)
     rows = strategy.synchronise(server, uploads)
     assert all(torch.equal(rows[client], row_P) for client, row_P in zip((4, 0, 2), uploads.rows_mP, strict=True))
     assert strategy.download(server, 4, rows[4]) is rows[4]
@@ -203,7 +213,7 @@ def test_download_mixture_uses_the_last_known_column(reserved):
     strategy = FedMoE(settings(synchronisation="download_mixture"))
     strategy.setup(server, num_clients=5)
     assert torch.equal(strategy.download(server, 4, None), server.bank_SP[0])
-    strategy.update(server, uploads, reserved, 0, seed=1)
+    update(strategy, server, uploads, reserved, 0, seed=1)
     column_S = server.tensors["mixture_SM"][:, 4]
     assert column_S.sum().item() == pytest.approx(1)
     torch.testing.assert_close(strategy.download(server, 4, None), column_S @ server.bank_SP)
@@ -213,16 +223,16 @@ def test_download_mixture_uses_the_last_known_column(reserved):
 def test_a_mixture_without_main_expert_starts_clients_from_the_mean_of_experts(reserved):
     server, uploads = perturbed_server(num_main_experts=0, gate=tiny_bert(2))
     torch.testing.assert_close(FedMoE(settings()).download(server, 0, None), server.bank_SP.mean(0))
-    report = FedMoE(settings()).update(server, uploads, reserved, 0, seed=1)
+    report = update(FedMoE(settings()), server, uploads, reserved, 0, seed=1)
     assert report["gate_grad_norm"] > 0
 
 
 def test_clients_start_from_a_tuned_copy_while_the_experts_stay_as_they_are(reserved):
     (plain, uploads), (tuned, _) = perturbed_server(), perturbed_server()
-    FedMoE(settings()).update(plain, uploads, reserved, 0, seed=1)
+    update(FedMoE(settings()), plain, uploads, reserved, 0, seed=1)
     strategy = FedMoE(settings(download_epochs=2, expert_learning_rate=1e-3))
     assert torch.equal(strategy.download(tuned, 0, None), tuned.bank_SP[0])
-    strategy.update(tuned, uploads, reserved, 0, seed=1)
+    update(strategy, tuned, uploads, reserved, 0, seed=1)
     assert torch.equal(tuned.bank_SP, plain.bank_SP)
     assert_equal_states(state(tuned.model), state(plain.model))
     by_hand = copy_module(plain.model.experts[0])
@@ -234,8 +244,8 @@ def test_clients_start_from_a_tuned_copy_while_the_experts_stay_as_they_are(rese
 def test_experts_are_fine_tuned_on_what_the_gate_sends_them(reserved):
     server, uploads = perturbed_server()
     plain, tuned = (perturbed_server()[0] for _ in range(2))
-    FedMoE(settings()).update(plain, uploads, reserved, 0, seed=1)
-    report = FedMoE(settings(expert_epochs=1, expert_learning_rate=1e-3)).update(tuned, uploads, reserved, 0, seed=1)
+    update(FedMoE(settings()), plain, uploads, reserved, 0, seed=1)
+    report = update(FedMoE(settings(expert_epochs=1, expert_learning_rate=1e-3)), tuned, uploads, reserved, 0, seed=1)
     assert report["expert_loss"] > 0
     moved_S = (tuned.bank_SP - plain.bank_SP).abs().amax(1)
     assert (moved_S > 1e-4).all()

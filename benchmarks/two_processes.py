@@ -1,0 +1,155 @@
+"""
+What a second process saves: rounds of Fed-MoE and FedAvg with one thread in one process and in two, run in turns.
+
+Every stage ends when the slowest process is through. Its processor time, without the time in which it waits for a core
+or for the others, is what the stage takes on a machine with a core for each, and what a busy machine can tell.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from machine import StageClock, print_table, ratios, spread
+from round import BATCH_SIZE, TOKENS, VOCAB_SIZE, random_clients
+from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
+from transformers.utils import logging
+
+from hf_fedmoe.data import FederatedDataset
+from hf_fedmoe.federation import Federation, round
+from hf_fedmoe.models import FedMoEForSequenceClassification
+from hf_fedmoe.strategies import FedAvg, FedMoE
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, federated_trainer
+
+
+METHODS = ("Fed-MoE", "FedAvg")
+STAGES = [
+    (Federation, "_train_clients", "clients"),
+    (round, "take_step", "server"),
+    (Federation, "_synchronise", "synchronise"),
+    (federated_trainer, "take_step", "end"),
+]
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+
+
+class FromTheSecondRound(TrainerCallback):
+    """Starts the clocks when the first round has warmed up."""
+
+    def __init__(self, stack: ExitStack):
+        self.stack = stack
+        self.clocks = {name: StageClock(STAGES, clock) for name, clock in CLOCKS.items()}
+
+    def on_step_begin(self, args, state, control, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            for clock in self.clocks.values():
+                self.stack.enter_context(clock)
+
+
+def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of this process by clock and stage: of a round, but for what comes after the last one."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    *clients, reserved = np.split(
+        np.arange(args.clients * args.examples + args.reserved), np.arange(1, args.clients + 1) * args.examples
+    )
+    pool = random_clients(1, args.clients * args.examples + args.reserved).pool
+    data = FederatedDataset(pool, clients, reserved=reserved, num_labels=4)
+    torch.manual_seed(0)
+    shape = dict(n_layer=2, n_embd=args.hidden, n_head=args.hidden // 32, n_positions=TOKENS)
+    model = GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCAB_SIZE, num_labels=4, pad_token_id=0))
+    if method == "Fed-MoE":
+        model = FedMoEForSequenceClassification.from_expert(model, num_routed_experts=3)
+    training = FederatedTrainingArguments(
+        folder,
+        rounds=args.rounds + 1,
+        clients_per_round=args.clients,
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=32,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    strategy = FedMoE() if method == "Fed-MoE" else FedAvg()
+    with ExitStack() as stack:
+        timing = FromTheSecondRound(stack)
+        FederatedTrainer(model, training, data, strategy, callbacks=[timing]).train()
+    return {
+        name: {stage: clock.seconds[stage] / (1 if stage == "end" else args.rounds) for *_, stage in STAGES}
+        for name, clock in timing.clocks.items()
+    }
+
+
+def launch(method: str, count: int) -> dict[str, dict[str, float]]:
+    """A run of `count` processes; of their figures the largest."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for index in range(count):
+                own = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                variables = {name: str(value) for name, value in own.items()} if count > 1 else {}
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                command = [sys.executable, __file__, "--child", method, folder, *sys.argv[1:]]
+                started.append(
+                    subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
+                )
+            outputs = [process.communicate()[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+    found = [json.loads(output.strip().split("\n")[-1]) for output in outputs]
+    return {name: {stage: max(own[name][stage] for own in found) for stage in found[0][name]} for name in CLOCKS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--clients", type=int, default=4, help="Clients of a round.")
+    parser.add_argument("--examples", type=int, default=100, help="Examples of a client.")
+    parser.add_argument("--reserved", type=int, default=128, help="Reserved examples.")
+    parser.add_argument("--hidden", type=int, default=128, help="Width of the two-layer GPT-2 classifier.")
+    parser.add_argument("--rounds", type=int, default=2, help="Rounds that count, after one that does not.")
+    parser.add_argument("--turns", type=int, default=3, help="Runs of each kind.")
+    parser.add_argument("--quick", action="store_true", help="Small sizes, one turn: does it run at all?")
+    parser.add_argument("--child", nargs=2, help="Method, folder: one process of a run, as JSON.")
+    args = parser.parse_args()
+    if args.quick:
+        args.examples, args.reserved, args.hidden, args.rounds, args.turns = 20, 64, 64, 1, 1
+    if args.child:
+        print(json.dumps(run(*args.child, args)))
+        return
+    for method in METHODS:
+        turns = [[launch(method, count) for count in (1, 2)] for _ in range(args.turns)]
+        rows = []
+        for stage in ["clients", "server", "synchronise", "round", "end"]:
+            parts = ["clients", "server", "synchronise"] if stage == "round" else [stage]
+            cells = []
+            for clock in CLOCKS:
+                one, two = ([sum(turn[i][clock][part] for part in parts) for turn in turns] for i in (0, 1))
+                # What is done in no time takes some time to agree on.
+                ratio = spread(ratios(one, two)) if min(one) > 1e-3 else ""
+                cells += [spread(one, 1e3, 0), spread(two, 1e3, 0), ratio]
+            rows.append([stage, *cells])
+        header = [
+            "",
+            *(f"{what}, {clock}" for clock in CLOCKS for what in ("1 process, ms", "2 processes, ms", "1 / 2")),
+        ]
+        print_table(f"{method}, a round of {args.clients} clients, and the end", header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The server's step: the main process takes it, and the others do their part of what it hands out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..data import ReservedSet
+from ..strategies import Server, Work
+from .processes import Processes
+
+
+T = TypeVar("T")
+
+
+def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | None, processes: Processes) -> T:
+    """
+    What `step` returns in the main process, the only one that calls it. Meanwhile the others wait for what it gives to
+    [`Server.share`] and do their part of it. Afterwards `server` is the same in all; if anything fails in one, all
+    raise.
+    """
+    if processes.count == 1:
+        return step()
+
+    def hand_out(work: Work, items: Sequence[Any]) -> list[dict[str, Tensor]]:
+        processes.tell((work, items))
+        return _share(work, items, server, reserved, processes)
+
+    def lead() -> T:
+        server.hand_out = hand_out
+        try:
+            return step()
+        finally:
+            server.hand_out = None
+            processes.tell(None)
+
+    def help_out() -> None:
+        error = None
+        while (told := processes.tell()) is not None:
+            try:
+                _share(*told, server, reserved, processes)
+            except Exception as caught:
+                # The main process has heard of it, which ends its step: that is waited for here.
+                error = caught
+        if error is not None:
+            raise error
+
+    # Whatever fails in between, all come to this gathering, which raises it.
+    result = processes.gather(lead if processes.index == 0 else help_out)[0]
+    processes.broadcast_server_(server)
+    return result
+
+
+def _share(
+    work: Work, items: Sequence[Any], server: Server, reserved: ReservedSet | None, processes: Processes
+) -> list[dict[str, Tensor]]:
+    """Each process works on every n-th item, with the main one's models; the main one gets all results."""
+    processes.broadcast_models_(server)
+    owners = [place % processes.count for place in range(len(items))]
+    results: dict[int, dict[str, Tensor]] = {}
+
+    def work_on_own() -> dict[int, dict[str, tuple[torch.Size, torch.dtype]]]:
+        for place, owner in enumerate(owners):
+            if owner == processes.index:
+                results[place] = work(server, reserved, items[place])
+        return {place: {name: (t.shape, t.dtype) for name, t in found.items()} for place, found in results.items()}
+
+    kinds = processes.gather(work_on_own)
+    for place, owner in enumerate(owners):
+        if processes.index == 0 and owner != 0:
+            results[place] = {
+                name: torch.empty(shape, dtype=dtype, device=server.bank_SP.device)
+                for name, (shape, dtype) in kinds[owner][place].items()
+            }
+        for tensor in results.get(place, {}).values():
+            processes.move_(tensor, owner, 0)
+    return [results[place] for place in sorted(results)]
