@@ -2,7 +2,6 @@
 The processes of one launch (`accelerate launch`, `torchrun`): each trains other clients of a round, and the main one
 is the server as well.
 
-Shape suffixes: m uploads, P elements of a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..strategies import Server
-from ..weights import Slot
 
 
 T = TypeVar("T")
@@ -88,20 +86,14 @@ class Processes:
         if self.index:
             tensor.copy_(sent)
 
-    @torch.no_grad()
-    def weighted_sum(self, rows_mP: Tensor, weights_m: Tensor, batchnorm: tuple[tuple[Slot, Slot], ...]) -> Tensor:
-        """
-        The sum `[1, P]` of all processes' rows by their weights, which are 1 together, in the main process. Running
-        variances follow the rule of [`~weights.fuse_`]; those of `rows_mP` are overwritten.
-        """
-        for mean, variance in batchnorm:
-            rows_mP[:, variance.start : variance.stop] += rows_mP[:, mean.start : mean.stop].square()
-        sum_1P = weights_m[None].to(rows_mP) @ rows_mP
-        if self.count > 1:
-            dist.reduce(sum_1P, 0)
-        for mean, variance in batchnorm:
-            sum_1P[:, variance.start : variance.stop] -= sum_1P[:, mean.start : mean.stop].square()
-        return sum_1P
+    def add_up_(self, tensor: Tensor) -> None:
+        """In the main process `tensor` becomes the sum of those of all."""
+        if self.count == 1:
+            return
+        summed = tensor.to(self.device)
+        dist.reduce(summed, 0)
+        if self.index == 0:
+            tensor.copy_(summed)
 
     def broadcast_model_(self, model: nn.Module) -> None:
         """All parameters and buffers become those of the main process."""

@@ -15,7 +15,17 @@ from transformers.utils import logging
 
 from ..data import ReservedSet
 from ..strategies import ClientTask, Server, Strategy, Uploads
-from ..weights import Codec, Payload, bytes_at_rank, compress_upload, fit_rank_, keep_private_, payload_fault
+from ..weights import (
+    Codec,
+    Payload,
+    add_to_sum_,
+    bytes_at_rank,
+    compress_upload,
+    fit_rank_,
+    keep_private_,
+    mean_of_sum_,
+    payload_fault,
+)
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
@@ -98,7 +108,7 @@ class Federation:
             server's if left out.
         client_sizes (`Sequence[int]`): Examples of each client, by which processes share a round's clients out.
         processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
-        sums (`bool`): Whether processes exchange weighted sums of uploads instead of the uploads.
+        sums (`bool`): Whether each process adds its uploads up as they come, and only the sums are exchanged.
     """
 
     server: Server
@@ -135,9 +145,11 @@ class Federation:
         # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
         takes_all = serves and not self.sums
         held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
-        rows_mP = torch.zeros(len(held), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
-        rows = dict(zip(held, rows_mP, strict=True))
-        replies, stays = self._train_clients(chosen, owners, round_index, rows, on_client)
+        # A sum needs a row for itself and one for the client that is training, however many there are.
+        rows_mP = server.bank_SP.new_zeros(1 if self.sums else len(held), layout.size)
+        sum_P = torch.zeros(layout.size, device=rows_mP.device) if self.sums else None
+        rows = dict(zip(held, rows_mP.expand(len(held), -1), strict=True))
+        replies, stays = self._train_clients(chosen, owners, round_index, rows, sum_P, on_client)
         for client, reply in zip(chosen, replies, strict=True):
             links = self.strategy.links(server, client, chosen)
             report.bytes_down += links * reply.received_bytes
@@ -153,7 +165,7 @@ class Federation:
         num_examples = [replies[place].num_examples for place in places]
         uploads = Uploads(
             [chosen[place] for place in places],
-            rows_mP if len(places) == len(chosen) else rows_mP[[place in places for place in held]],
+            rows_mP if self.sums or len(places) == len(chosen) else rows_mP[[place in places for place in held]],
             [{name: t.to(rows_mP.device) for name, t in replies[place].integers.items()} for place in places],
             torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
             [replies[place].metrics for place in places],
@@ -161,8 +173,9 @@ class Federation:
             probed=[t.to(rows_mP.device) for place in places if (t := replies[place].probed) is not None],
         )
         if self.sums:
-            weights_m = uploads.weights_m[[place in held for place in places]]
-            uploads.rows_mP = self.processes.weighted_sum(uploads.rows_mP, weights_m, layout.batchnorm)
+            self.processes.add_up_(sum_P)
+            mean_of_sum_(sum_P, sum(num_examples), layout.batchnorm)
+            rows_mP.copy_(sum_P)
         report.num_examples = sum(num_examples)
         report.loss = float(np.average([metrics["loss"] for metrics in uploads.metrics], weights=num_examples))
         report.seconds["clients"] = time.perf_counter() - started
@@ -190,11 +203,12 @@ class Federation:
         owners: list[int],
         round_index: int,
         rows: dict[int, Tensor],
+        sum_P: Tensor | None,
         on_client: Callable[[int], None] | None,
     ) -> tuple[list[Reply], dict[int, dict[str, Tensor]]]:
         """
         Each process trains the participants that it owns and gets the replies of the others; the server gets their
-        rows too. What stays with a client is returned by its owner only.
+        rows too, unless `sum_P` adds up those of this process. What stays with a client is returned by its owner only.
         """
         stays: dict[int, dict[str, Tensor]] = {}
 
@@ -202,10 +216,13 @@ class Federation:
             replies = {}
             for place, client in enumerate(chosen):
                 if owners[place] == self.processes.index:
+                    rows[place].zero_()  # several may share it
                     reply, stays[client] = self._train_client(client, round_index, rows[place])
                     if reply.fault is None:
                         probed = self.strategy.probe(self.server, rows[place], self.reserved)
                         reply.probed = None if probed is None else probed.cpu()
+                        if sum_P is not None:
+                            add_to_sum_(sum_P, rows[place], reply.num_examples, self.server.layout.batchnorm)
                     replies[place] = reply
                     if on_client is not None:
                         on_client(client)
@@ -214,7 +231,7 @@ class Federation:
         gathered = self.processes.gather(train_own)
         replies = [gathered[owner][place] for place, owner in enumerate(owners)]
         for place, owner in enumerate(owners):
-            if replies[place].fault is None and place in rows and not self.sums:
+            if replies[place].fault is None and place in rows and sum_P is None:
                 self.processes.move_(rows[place], owner, 0)
             if owner != self.processes.index and on_client is not None:
                 on_client(chosen[place])

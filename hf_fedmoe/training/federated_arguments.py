@@ -55,8 +55,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         client_parallelism (`str`, *optional*, defaults to `"clients"`):
             What several processes (`accelerate launch`, `torchrun`), of which each trains other clients of a round,
             tell each other: `"clients"` (every upload; on CPUs of one kind a run ends with the bits of one process) or
-            `"sums"` (weighted sums of their uploads, so that none holds all of them: for methods that only average,
-            and a run ends like that of one process but for rounding).
+            `"sums"` (each adds its uploads up as they come, so that memory does not grow with `clients_per_round`, in
+            one process too: for methods that only average, and a run ends as with `"clients"` but for rounding).
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})

@@ -302,7 +302,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             args.client_ranks,
             client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
-            sums=args.client_parallelism == "sums" and self.processes.count > 1,
+            sums=args.client_parallelism == "sums",
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:

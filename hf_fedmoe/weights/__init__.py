@@ -1,7 +1,7 @@
 """Tensors as rows: a model's state as one contiguous row, banks of rows, fusion, and what travels."""
 
 from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
-from .fusion import collapse, fuse_, fuse_integers
+from .fusion import add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
 from .layout import Slot, StateLayout, copy_module, release
 from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows
 from .payload import Payload, keep_private_, payload_fault
@@ -23,6 +23,7 @@ __all__ = [
     "Payload",
     "Slot",
     "StateLayout",
+    "add_to_sum_",
     "average_held_",
     "bytes_at_rank",
     "collapse",
@@ -35,6 +36,7 @@ __all__ = [
     "fuse_models_",
     "keep_private_",
     "make_codec",
+    "mean_of_sum_",
     "mix_rows",
     "narrow_config",
     "narrow_layout",

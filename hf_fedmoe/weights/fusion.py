@@ -56,6 +56,30 @@ def fuse_(
     return bank_SP
 
 
+@torch.no_grad()
+def add_to_sum_(sum_P: Tensor, row_P: Tensor, weight: float, batchnorm: tuple[tuple[Slot, Slot], ...] = ()) -> None:
+    """
+    sum <- sum + weight * row, for an average of rows of which only one is in memory at a time, see [`mean_of_sum_`].
+
+    Args:
+        sum_P (`Tensor` of shape `[P]`): Changed in place; zeros at first. Running variances are second moments here.
+        row_P (`Tensor` of shape `[P]`): Overwritten.
+        weight (`float`): Of the row.
+        batchnorm (`tuple`, *optional*): [`StateLayout.batchnorm`], the (mean, variance) slots.
+    """
+    for mean, variance in batchnorm:
+        row_P[variance.start : variance.stop] += row_P[mean.start : mean.stop].square()
+    sum_P.add_(row_P, alpha=weight)
+
+
+@torch.no_grad()
+def mean_of_sum_(sum_P: Tensor, total: float, batchnorm: tuple[tuple[Slot, Slot], ...] = ()) -> None:
+    """The sum of [`add_to_sum_`] becomes the average that [`fuse_`] would have given; its weights sum to `total`."""
+    sum_P /= total
+    for mean, variance in batchnorm:
+        sum_P[variance.start : variance.stop] -= sum_P[mean.start : mean.stop].square()
+
+
 def collapse(weights_TSm: Tensor, keep_S: Tensor) -> tuple[Tensor, Tensor]:
     """
     T fusions of the same uploads in a row as one: (weights `[S, m]`, keep `[S]`) for [`fuse_`].

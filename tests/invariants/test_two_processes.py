@@ -138,9 +138,11 @@ class CountingRows(FailingClient):
         return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(uploads.rows_mP)}
 
 
-def sums(output_dir):
+def sums(output_dir, client_parallelism="sums"):
     torch.manual_seed(5)
-    args = tiny_args(output_dir, client_parallelism="sums", optim="sgd", max_grad_norm=0.0, clients_per_round=4)
+    args = tiny_args(
+        output_dir, client_parallelism=client_parallelism, optim="sgd", max_grad_norm=0.0, clients_per_round=4
+    )
     data, processor = tiny_image_federation(), tiny_processor()
     run = FederatedTrainer(tiny_resnet(), args, data, CountingRows(), processing_class=processor)
     run.train()
@@ -393,16 +395,17 @@ def test_a_failing_client_of_one_process_is_refused_by_all(quick):
 
 
 def test_sums_of_uploads_end_like_one_process_but_for_rounding(quick, tmp_path):
-    record(sums(tmp_path / "sums"), tmp_path / "alone")
+    record(sums(tmp_path / "clients", "clients"), tmp_path / "alone")
+    record(sums(tmp_path / "sums"), tmp_path / "sums-alone")
     alone = json.loads((tmp_path / "alone.json").read_text())
     assert [report["rows"] for _, _, report in alone["rounds"]] == [3, 3, 3]
-    for index in range(PROCESSES):
-        facts = json.loads((quick / f"sums-{index}.json").read_text())
+    for path in (tmp_path / "sums-alone", *(quick / f"sums-{index}" for index in range(PROCESSES))):
+        facts = json.loads(Path(f"{path}.json").read_text())
         assert [report["rows"] for _, _, report in facts["rounds"]] == [1, 1, 1]
         assert [entry["loss"] for entry in facts["log"][:-1]] == pytest.approx(
             [entry["loss"] for entry in alone["log"][:-1]], rel=1e-5
         )
-        states = (load_file(f"{path}.safetensors") for path in (quick / f"sums-{index}", tmp_path / "alone"))
+        states = (load_file(f"{path}.safetensors"), load_file(tmp_path / "alone.safetensors"))
         assert_equal_states(*states, atol=1e-6, rtol=1e-5)
 
 

@@ -174,6 +174,33 @@ def test_failing_clients_are_survived(tmp_path, name):
     assert np.isfinite(list(trainer.evaluate_clients().values())).all()
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.strategy().averages])
+def test_uploads_may_be_added_up_as_they_come(tmp_path, name):
+    data = hold_out_client_tests(tiny_image_federation(), unseen_share=0.25)
+    runs = []
+    for parallelism in ("clients", "sums"):
+        strategy = (METHODS[name].image_strategy or METHODS[name].strategy)()
+        train_client = strategy.train_client
+
+        def failing(local, task, train_client=train_client):
+            payload, kept = train_client(local, task)
+            if task.client == 1:
+                payload.row_P.fill_(float("nan"))
+            return payload, kept
+
+        strategy.train_client = failing
+        # Plain gradients: rounding errors stay what they are.
+        changes = dict(rounds=2, clients_per_round=3, client_parallelism=parallelism, optim="sgd", max_grad_norm=0.0)
+        args = tiny_args(tmp_path / parallelism, **changes)
+        trainer = FederatedTrainer(image_model(name), args, data, strategy=strategy, processing_class=tiny_processor())
+        trainer.train()
+        assert [report.refused.keys() for report in trainer.rounds] == [{1}] * 2
+        runs.append(trainer)
+    assert [a.bytes_up for a in runs[0].rounds] == [b.bytes_up for b in runs[1].rounds]
+    for models in zip(*([t.model, t.personalize(0), t.personalize(3)] for t in runs), strict=True):
+        assert_equal_states(*map(state, models), atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("fusion", ["svd", "factors", "ffa"])
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.adapters])
 def test_clients_of_adapters(tmp_path, name, fusion):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fedmoe.weights import StateLayout, collapse, fuse_, fuse_integers
+from hf_fedmoe.weights import StateLayout, add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
 
 
 VECTORS = Path(__file__).parents[1] / "data"
@@ -100,6 +100,18 @@ def test_a_moving_average_keeps_its_own_part_in_the_batchnorm_mixture():
     fused = layout.views(bank_SP[0])
     assert fused["running_mean"].item() == pytest.approx(0.75 * 2 - 0.25)
     assert fused["running_var"].item() == pytest.approx(0.75 * (3 + 4) + 0.25 * (5 + 1) - 1.25**2)
+
+
+def test_rows_added_up_one_by_one_are_the_average_that_fusing_gives():
+    layout = StateLayout.of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double())
+    rows_mP = torch.rand(3, layout.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fused_1P, sizes_m = torch.zeros(1, layout.size, dtype=torch.float64), torch.tensor([2.0, 5.0, 3.0])
+    fuse_(fused_1P, rows_mP, sizes_m[None] / 10, torch.zeros(1), layout.batchnorm)
+    sum_P = torch.zeros(layout.size, dtype=torch.float64)
+    for row_P, size in zip(rows_mP.clone(), sizes_m.tolist(), strict=True):
+        add_to_sum_(sum_P, row_P, size, layout.batchnorm)
+    mean_of_sum_(sum_P, 10, layout.batchnorm)
+    torch.testing.assert_close(sum_P, fused_1P[0], atol=1e-7, rtol=0)  # the weights of `fuse_` are in float32
 
 
 def test_integer_buffers_are_taken_from_the_heaviest_upload():
