@@ -8,6 +8,7 @@ from .local_training import LocalTrainer, scale_learning_rates
 from .processes import Processes, balance
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
+from .team import Team
 
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Processes",
     "RoundReport",
     "Stream",
+    "Team",
     "atomic_directory",
     "balance",
     "check_identity",

@@ -60,6 +60,20 @@ class Processes:
         """What `make` returns in the main process, the only one that calls it; see [`Processes.gather`]."""
         return self.gather(lambda: make() if self.index == 0 else None)[0]
 
+    def gather_numbers(self, number: int) -> list[int]:
+        """The numbers of all processes, in their order."""
+        if self.count == 1:
+            return [number]
+        own = torch.tensor([number], device=self.device)
+        told = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(told, own)
+        return torch.cat(told).tolist()
+
+    def sum_(self, tensor: Tensor) -> None:
+        """`tensor` becomes the sum of those of all processes."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
     @torch.no_grad()
     def move_(self, tensor: Tensor, source: int, target: int) -> None:
         """`tensor` of process `target` becomes that of `source`; of no concern to others."""

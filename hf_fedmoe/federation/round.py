@@ -21,6 +21,7 @@ from .client_store import ClientStore
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
 from .processes import Processes, balance
 from .randomness import Stream, seed_of
+from .team import LeftAloneError
 
 
 logger = logging.get_logger(__name__)
@@ -95,7 +96,9 @@ class Federation:
             server's if left out.
         client_sizes (`Sequence[int]`): Examples of each client, by which processes share a round's clients out.
         processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
-        sums (`bool`): Whether processes exchange weighted sums of uploads instead of the uploads.
+        parallelism (`str`, *optional*, defaults to `"clients"`): What processes share out: `"clients"`, `"sums"` (the
+            same, but that they exchange weighted sums of uploads instead of the uploads) or `"data"` (the batches of
+            each client).
     """
 
     server: Server
@@ -113,7 +116,11 @@ class Federation:
     client_ranks: list[int] | None = None
     client_sizes: Sequence[int] = field(kw_only=True)
     processes: Processes = field(kw_only=True, default_factory=Processes)
-    sums: bool = field(kw_only=True, default=False)
+    parallelism: str = field(kw_only=True, default="clients")
+
+    def __post_init__(self) -> None:
+        self.sums = self.parallelism == "sums" and self.processes.count > 1
+        self.together = self.parallelism == "data"
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -127,14 +134,16 @@ class Federation:
         server, layout, started = self.server, self.server.layout, time.perf_counter()
         chosen = self.strategy.participants(server, self.draw(round_index, clients_per_round), round_index)
         report = RoundReport(chosen)
-        owners = balance([self.client_sizes[client] for client in chosen], self.processes.count)
+        sizes = [self.client_sizes[client] for client in chosen]
+        owners = [0] * len(chosen) if self.together else balance(sizes, self.processes.count)
         serves = self.processes.index == 0
         # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
         takes_all = serves and not self.sums
         held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
         rows_mP = torch.zeros(len(held), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
         rows = dict(zip(held, rows_mP, strict=True))
-        replies, stays = self._train_clients(chosen, owners, round_index, rows, on_client)
+        train = self._train_together if self.together else self._train_clients
+        replies, stays = train(chosen, owners, round_index, rows, on_client)
         for client, reply in zip(chosen, replies, strict=True):
             links = self.strategy.links(server, client, chosen)
             report.bytes_down += links * reply.received_bytes
@@ -210,6 +219,35 @@ class Federation:
                 on_client(chosen[place])
         return replies, stays
 
+    def _train_together(
+        self,
+        chosen: list[int],
+        owners: list[int],
+        round_index: int,
+        rows: dict[int, Tensor],
+        on_client: Callable[[int], None] | None,
+    ) -> tuple[list[Reply], dict[int, dict[str, Tensor]]]:
+        """
+        As [`Federation._train_clients`], but all processes train each participant together. All end with the same row,
+        reply and what stays; those of its owner, the server, count.
+        """
+        stays: dict[int, dict[str, Tensor]] = {}
+        own_P = torch.zeros_like(self.server.bank_SP[0])
+        replies = []
+        for place, client in enumerate(chosen):
+            with self.local_trainer.team.together():
+                reply, kept = self._train_client(client, round_index, rows.get(place, own_P))
+            replies.append(reply)
+            if owners[place] == self.processes.index:
+                stays[client] = kept
+            if on_client is not None:
+                on_client(client)
+        gathered = self.processes.gather(lambda: replies)
+        replies = gathered[0]
+        for place, reply in enumerate(replies):
+            reply.fault = next((told[place].fault for told in gathered if told[place].fault is not None), None)
+        return replies, stays
+
     def _synchronise(self, uploads: Uploads, owners: dict[int, int], stays: dict[int, dict[str, Tensor]]) -> None:
         """Hands what the server has for participants to their processes, each of which writes what its own keep."""
         rows: dict[int, Tensor] = {}
@@ -241,9 +279,12 @@ class Federation:
         """A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted."""
         reply, stays, task = Reply(), {}, None
         try:
-            task = self.task(client, round_index, out_P)
-            payload, stays = self._upload(task)
-            reply.fault = payload_fault(payload, self.server.layout)
+            with self.local_trainer.team.client():
+                task = self.task(client, round_index, out_P)
+                payload, stays = self._upload(task)
+                reply.fault = payload_fault(payload, self.server.layout)
+        except LeftAloneError as error:
+            reply.fault = str(error)
         except Exception as error:  # whatever breaks on one client must not break the federation
             reply.fault = f"{type(error).__name__}: {error}"
             logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)

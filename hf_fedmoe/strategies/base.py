@@ -122,6 +122,9 @@ class Strategy:
     keeps_optimizer: bool = True
     # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
     averages: bool = False
+    # Whether processes may train a client together: the loss of a batch is the mean of those of its rows, but for
+    # terms of the parameters, and all clients have the architecture of the server's first row.
+    shares_batches: bool = True
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""

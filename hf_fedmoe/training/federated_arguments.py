@@ -10,7 +10,7 @@ from ..weights import COMPRESSIONS, make_codec
 
 
 LORA_FUSIONS = ("svd", "ffa", "factors")
-CLIENT_PARALLELISMS = ("clients", "sums")
+CLIENT_PARALLELISMS = ("clients", "sums", "data")
 
 
 @dataclass
@@ -53,10 +53,11 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             What `lr_scheduler_type` stretches over: `"round"` (a client's local steps, as in a plain `Trainer` run of
             them) or `"run"` (the rounds; constant within each).
         client_parallelism (`str`, *optional*, defaults to `"clients"`):
-            What several processes (`accelerate launch`, `torchrun`), of which each trains other clients of a round,
-            tell each other: `"clients"` (every upload; on CPUs of one kind a run ends with the bits of one process) or
-            `"sums"` (weighted sums of their uploads, so that none holds all of them: for methods that only average,
-            and a run ends like that of one process but for rounding).
+            What several processes (`accelerate launch`, `torchrun`) share out: `"clients"` (each trains other clients
+            of a round and sends the server every upload; on CPUs of one kind a run ends with the bits of one process),
+            `"sums"` (the same, but each sends a weighted sum of its uploads, so that none holds all of them: for
+            methods that only average) or `"data"` (all train each client together, on shares of its batches, whose
+            size stays that of one process). The last two end like one process but for rounding.
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
@@ -69,7 +70,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     lora_fusion: str = field(default="svd", metadata={"help": f"One of {', '.join(LORA_FUSIONS)}."})
     client_ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of clients' adapters, in turn."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
-    client_parallelism: str = field(default="clients", metadata={"help": "What processes exchange: clients or sums."})
+    client_parallelism: str = field(default="clients", metadata={"help": "What processes share: clients, sums, data."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
     save_steps: float = field(default=1, metadata={"help": "Save a checkpoint every so many rounds."})
@@ -88,7 +89,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         if self.lr_scheduler_scope not in ("round", "run"):
             raise ValueError(f'`lr_scheduler_scope` is {self.lr_scheduler_scope!r}: choose "round" or "run".')
         if self.client_parallelism not in CLIENT_PARALLELISMS:
-            raise ValueError(f'`client_parallelism` is {self.client_parallelism!r}: choose "clients" or "sums".')
+            raise ValueError(
+                f'`client_parallelism` is {self.client_parallelism!r}: choose "clients", "sums" or "data".'
+            )
         make_codec(self.upload_compression, self.top_k_share)
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(

@@ -37,6 +37,7 @@ from ..federation import (
     LocalTrainer,
     RoundReport,
     Stream,
+    Team,
     atomic_directory,
     check_identity,
     load_federation,
@@ -278,6 +279,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self._local_scheduler,
             self.accelerator,
             self._make_optimizer,
+            Team(self.processes),
         )
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
@@ -297,7 +299,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             args.client_ranks,
             client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
-            sums=args.client_parallelism == "sums" and self.processes.count > 1,
+            parallelism=args.client_parallelism,
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
