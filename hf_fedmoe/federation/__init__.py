@@ -9,6 +9,7 @@ from .processes import Processes, balance
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
 from .team import Team
+from .zero import ZeroTrainer
 
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RoundReport",
     "Stream",
     "Team",
+    "ZeroTrainer",
     "atomic_directory",
     "balance",
     "check_identity",

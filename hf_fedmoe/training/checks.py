@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
 from ..strategies import Strategy
+from .deepspeed_config import check_deepspeed
 from .federated_arguments import FederatedTrainingArguments
 
 
 # Settings of `TrainingArguments` that rounds do not honour: better refused than silently without effect.
 NOT_HONOURED = (
     "auto_find_batch_size",
-    "deepspeed",
     "fsdp",
     "label_smoothing_factor",
     "neftune_noise_alpha",
@@ -66,6 +66,8 @@ def check_run(
             f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than average them: choose "
             '"clients".'
         )
+    if args.deepspeed:
+        check_deepspeed(strategy, strategy.server_models(model)[0], args.keep_client_optimizer)
     if args.client_parallelism == "data":
         check_shared_batches(strategy.server_models(model)[0], strategy)
     if data.num_labels > model.config.num_labels:

@@ -24,7 +24,7 @@ QUICK_METHODS = ("fedavg", "fedprox", "fedmoe", "apfl", "fedem")
 REST = [name for name in METHODS if name not in (*QUICK_METHODS, "pfedmoe")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # Of what Adam trains on the server: alpha's gradient is small, and Adam divides it by itself.
-SERVER_TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
+SERVER_TOLERANCE = {"rtol": 1e-4, "atol": 1e-3}
 
 
 def settings(name):
@@ -120,14 +120,19 @@ def rest(tmp_path_factory):
 def test_shares_of_batches_end_like_one_process(name, request, tmp_path):
     folder = request.getfixturevalue("quick" if name in QUICK_METHODS else "rest")
     record(run_by_name(name, tmp_path / name), tmp_path / "alone")
-    assert_same(folder / f"{name}-0", folder / f"{name}-1")
-    found, expected = (load_file(f"{path}.safetensors") for path in (folder / f"{name}-0", tmp_path / "alone"))
+    assert_like_one_process(name, folder / name, tmp_path / "alone")
+
+
+def assert_like_one_process(name, folder, alone):
+    """What both processes recorded beside `folder` is the same, and that of one process but for rounding."""
+    assert_same(*(f"{folder}-{index}" for index in range(PROCESSES)))
+    found, expected = (load_file(f"{path}.safetensors") for path in (f"{folder}-0", alone))
     on_server = {tensor for tensor in found if name == "fedmoe" and tensor.startswith(("alpha_logit", "gate."))}
     for part, tolerance in ((found.keys() - on_server, TOLERANCE), (on_server, SERVER_TOLERANCE)):
         assert_equal_states(*({tensor: s[tensor] for tensor in part} for s in (found, expected)), **tolerance)
-    logs = [json.loads(Path(f"{path}.json").read_text())["log"] for path in (folder / f"{name}-0", tmp_path / "alone")]
+    logs = [json.loads(Path(f"{path}.json").read_text())["log"] for path in (f"{folder}-0", alone)]
     found, expected = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
-    assert len(found) == 2 and found == pytest.approx(expected, rel=1e-4)
+    assert len(found) > 1 and found == pytest.approx(expected, rel=1e-4)
 
 
 def facts(folder, name):
