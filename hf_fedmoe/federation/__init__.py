@@ -9,6 +9,8 @@ from .processes import Processes, balance
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
 from .server_step import take_step
+from .team import Team
+from .zero import ZeroTrainer
 
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "Processes",
     "RoundReport",
     "Stream",
+    "Team",
+    "ZeroTrainer",
     "atomic_directory",
     "balance",
     "check_identity",

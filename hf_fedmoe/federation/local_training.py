@@ -1,9 +1,10 @@
 """Training one client where its data is."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 
 from ..strategies import Strategy
 from ..weights import Payload, StateLayout, copy_module
+from .team import Stage, Team
 
 
 OPTIMIZER_PREFIX = "optimizer."
@@ -54,16 +56,23 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, fac
 
 @dataclass
 class StepBatches:
-    """The batches of one optimizer step on the device, fetched as they are asked for; `list` keeps them."""
+    """
+    The batches of one optimizer step on the device, fetched as they are asked for.
 
-    source: Iterator[dict[str, Tensor]]
-    count: int
+    Args:
+        source (`Iterable[dict[str, Tensor]]`): Gives the batches, or this process's shares of them.
+        weights (`list[float]`): How much the mean loss of each counts: 1, or the share of its rows.
+    """
 
-    def __len__(self) -> int:
-        return self.count
+    source: Iterable[dict[str, Tensor]]
+    weights: list[float]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (next(self.source) for _ in range(self.count))
+        return itertools.islice(self.source, len(self.weights))
+
+    def kept(self) -> "StepBatches":
+        """The same, fetched now, for more than one pass."""
+        return StepBatches(list(self), self.weights)
 
 
 @dataclass
@@ -88,6 +97,7 @@ class LocalTrainer:
         make_scheduler (`Callable`): From (optimizer, number of local steps) to a learning-rate scheduler.
         accelerator ([`~accelerate.Accelerator`]): Precision, gradient scaling, device.
         make_optimizer (`Callable`): From a module to another such optimizer, for twins.
+        team ([`Team`], *optional*): The processes that train a client together; this one alone if left out.
     """
 
     worker: nn.Module
@@ -99,6 +109,7 @@ class LocalTrainer:
     make_scheduler: Callable
     accelerator: Accelerator
     make_optimizer: Callable
+    team: Team = field(default_factory=Team)
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
@@ -175,28 +186,33 @@ class LocalTrainer:
         self._scheduler = self.make_scheduler(self.optimizer, num_steps)
         self.worker.train()
 
+    def own_rows(self, plan: list[list[list[int]]]) -> Iterator[list[int]]:
+        """The indices of each batch of [`LocalTrainer.steps`]: as planned, or of this process's share."""
+        return (self.team.share(batch)[0] for step in plan for batch in step)
+
     def steps(self, dataset: Dataset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
         """The batches of each planned step; `seed` is that of dropout and augmentation."""
-        torch.manual_seed(seed)
-        batches = self._batches(dataset, [batch for step in plan for batch in step])
+        torch.manual_seed(self.team.seed(seed))
+        batches = self._batches(dataset, list(self.own_rows(plan)))
         for step in plan:
-            yield StepBatches(batches, len(step))
+            yield StepBatches(batches, [self.team.share(batch)[1] for batch in step])
 
-    def step(self, batches: StepBatches | Sequence[dict[str, Tensor]], loss: Loss) -> Tensor:
+    def step(self, batches: StepBatches, loss: Loss) -> Tensor:
         """One optimizer step on the accumulated batches; returns their mean loss."""
         total = self.backward(batches, loss)
         self.apply_gradients()
         return total
 
-    def backward(self, batches: StepBatches | Sequence[dict[str, Tensor]], loss: Loss) -> Tensor:
+    def backward(self, batches: StepBatches, loss: Loss) -> Tensor:
         """The gradients of a step, left in the worker's parameters; returns the mean loss."""
         total = torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
+        for batch, weight in zip(batches, batches.weights, strict=True):
             with self.accelerator.autocast():
                 value = loss(self.worker, batch)
-            self.accelerator.backward(value / len(batches))
-            total += value.detach() / len(batches)
-        return total
+            self.accelerator.backward(value * weight / len(batches.weights))
+            total += value.detach() * weight / len(batches.weights)
+        self.team.agree(Stage.STEP)
+        return self.team.add_up_(self._parameters, total)
 
     def apply_gradients(self) -> None:
         """Clips the gradients, if asked, and lets the optimizer take its step."""

@@ -64,6 +64,20 @@ class Processes:
         dist.broadcast_object_list(told, 0)
         return told[0]
 
+    def gather_numbers(self, number: int) -> list[int]:
+        """The numbers of all processes, in their order."""
+        if self.count == 1:
+            return [number]
+        own = torch.tensor([number], device=self.device)
+        told = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(told, own)
+        return torch.cat(told).tolist()
+
+    def sum_(self, tensor: Tensor) -> None:
+        """`tensor` becomes the sum of those of all processes."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
     @torch.no_grad()
     def move_(self, tensor: Tensor, source: int, target: int) -> None:
         """`tensor` of process `target` becomes that of `source`; of no concern to others."""

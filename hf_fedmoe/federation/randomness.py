@@ -17,6 +17,7 @@ class Stream(IntEnum):
     SERVER = 2
     ADAPTER_START = 3
     CLIENT_EVALUATION = 4
+    PROCESS = 5
 
 
 def seed_of(seed: int, stream: Stream, *where: int) -> int:

@@ -32,6 +32,7 @@ from .local_training import OPTIMIZER_PREFIX, LocalTrainer
 from .processes import Processes, balance
 from .randomness import Stream, seed_of
 from .server_step import take_step
+from .team import LeftAloneError
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +109,9 @@ class Federation:
             server's if left out.
         client_sizes (`Sequence[int]`): Examples of each client, by which processes share a round's clients out.
         processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
-        sums (`bool`): Whether each process adds its uploads up as they come, and only the sums are exchanged.
+        parallelism (`str`, *optional*, defaults to `"clients"`): What processes share out: `"clients"`, `"sums"` (the
+            same, but that each adds its uploads up as they come, and only the sums are exchanged) or `"data"` (the
+            batches of each client).
     """
 
     server: Server
@@ -126,7 +129,11 @@ class Federation:
     client_ranks: list[int] | None = None
     client_sizes: Sequence[int] = field(kw_only=True)
     processes: Processes = field(kw_only=True, default_factory=Processes)
-    sums: bool = field(kw_only=True, default=False)
+    parallelism: str = field(kw_only=True, default="clients")
+
+    def __post_init__(self) -> None:
+        self.sums = self.parallelism == "sums"
+        self.together = self.parallelism == "data"
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -140,7 +147,8 @@ class Federation:
         server, layout, started = self.server, self.server.layout, time.perf_counter()
         chosen = self.strategy.participants(server, self.draw(round_index, clients_per_round), round_index)
         report = RoundReport(chosen)
-        owners = balance([self.client_sizes[client] for client in chosen], self.processes.count)
+        sizes = [self.client_sizes[client] for client in chosen]
+        owners = [0] * len(chosen) if self.together else balance(sizes, self.processes.count)
         serves = self.processes.index == 0
         # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
         takes_all = serves and not self.sums
@@ -149,7 +157,10 @@ class Federation:
         rows_mP = server.bank_SP.new_zeros(1 if self.sums else len(held), layout.size)
         sum_P = torch.zeros(layout.size, device=rows_mP.device) if self.sums else None
         rows = dict(zip(held, rows_mP.expand(len(held), -1), strict=True))
-        replies, stays = self._train_clients(chosen, owners, round_index, rows, sum_P, on_client)
+        if self.together:
+            replies, stays = self._train_together(chosen, round_index, rows, on_client)
+        else:
+            replies, stays = self._train_clients(chosen, owners, round_index, rows, sum_P, on_client)
         for client, reply in zip(chosen, replies, strict=True):
             links = self.strategy.links(server, client, chosen)
             report.bytes_down += links * reply.received_bytes
@@ -218,11 +229,9 @@ class Federation:
                 if owners[place] == self.processes.index:
                     rows[place].zero_()  # several may share it
                     reply, stays[client] = self._train_client(client, round_index, rows[place])
-                    if reply.fault is None:
-                        probed = self.strategy.probe(self.server, rows[place], self.reserved)
-                        reply.probed = None if probed is None else probed.cpu()
-                        if sum_P is not None:
-                            add_to_sum_(sum_P, rows[place], reply.num_examples, self.server.layout.batchnorm)
+                    self._probe(reply, rows[place])
+                    if sum_P is not None and reply.fault is None:
+                        add_to_sum_(sum_P, rows[place], reply.num_examples, self.server.layout.batchnorm)
                     replies[place] = reply
                     if on_client is not None:
                         on_client(client)
@@ -236,6 +245,53 @@ class Federation:
             if owner != self.processes.index and on_client is not None:
                 on_client(chosen[place])
         return replies, stays
+
+    def _train_together(
+        self,
+        chosen: list[int],
+        round_index: int,
+        rows: dict[int, Tensor],
+        on_client: Callable[[int], None] | None,
+    ) -> tuple[list[Reply], dict[int, dict[str, Tensor]]]:
+        """
+        As [`Federation._train_clients`], but all processes train each participant together. All end with the same row,
+        reply and what stays; those of the main process count. They take turns to probe.
+        """
+        stays: dict[int, dict[str, Tensor]] = {}
+        own_P = torch.zeros_like(self.server.bank_SP[0])
+        replies: list[Reply] = []
+        errors: list[Exception] = []
+        for place, client in enumerate(chosen):
+            with self.local_trainer.team.together():
+                reply, kept = self._train_client(client, round_index, rows.get(place, own_P))
+            replies.append(reply)
+            if self.processes.index == 0:
+                stays[client] = kept
+            if place % self.processes.count == self.processes.index:
+                try:
+                    self._probe(reply, rows.get(place, own_P))
+                except Exception as error:  # raised below, where nobody waits for this process
+                    errors.append(error)
+            if on_client is not None:
+                on_client(client)
+
+        def own_replies() -> list[Reply]:
+            if errors:
+                raise errors[0]
+            return replies
+
+        gathered = self.processes.gather(own_replies)
+        replies = gathered[0]
+        for place, reply in enumerate(replies):
+            reply.fault = next((told[place].fault for told in gathered if told[place].fault is not None), None)
+            reply.probed = gathered[place % self.processes.count][place].probed
+        return replies, stays
+
+    def _probe(self, reply: Reply, row_P: Tensor) -> None:
+        """Puts what the server asks of a sound upload into its reply."""
+        if reply.fault is None:
+            probed = self.strategy.probe(self.server, row_P, self.reserved)
+            reply.probed = None if probed is None else probed.cpu()
 
     def _synchronise(self, uploads: Uploads, owners: dict[int, int], stays: dict[int, dict[str, Tensor]]) -> None:
         """Hands what the server has for participants to their processes, each of which writes what its own keep."""
@@ -268,9 +324,12 @@ class Federation:
         """A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted."""
         reply, stays, task = Reply(), {}, None
         try:
-            task = self.task(client, round_index, out_P)
-            payload, stays = self._upload(task)
-            reply.fault = payload_fault(payload, self.server.layout)
+            with self.local_trainer.team.client():
+                task = self.task(client, round_index, out_P)
+                payload, stays = self._upload(task)
+                reply.fault = payload_fault(payload, self.server.layout)
+        except LeftAloneError as error:
+            reply.fault = str(error)
         except Exception as error:  # whatever breaks on one client must not break the federation
             reply.fault = f"{type(error).__name__}: {error}"
             logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)

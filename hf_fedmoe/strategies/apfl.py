@@ -12,6 +12,7 @@ from .local import kept_or_trained
 
 if TYPE_CHECKING:  # a room above this one
     from ..federation import LocalTrainer
+    from ..federation.local_training import StepBatches
     from ..weights import Payload
 
 
@@ -52,15 +53,13 @@ class APFL(Strategy):
         v.begin(task.kept.get("v_P", task.received_P).to(device), task.integers, len(plan))
         total = torch.zeros((), device=device)
         for batches in local.steps(task.dataset, plan, task.seed):
-            batches = list(batches)
+            batches = batches.kept()
             alpha = self._step_of_v(v, w, alpha, batches)  # at the w of this step's beginning
             total += w.step(batches, own_loss)
         payload = w.payload(task.out_P, len(task.dataset), total, len(plan))
         return payload, {"v_P": v.layout.read(v.worker), "alpha": alpha}
 
-    def _step_of_v(
-        self, v: "LocalTrainer", w: "LocalTrainer", alpha: Tensor, batches: list[dict[str, Tensor]]
-    ) -> Tensor:
+    def _step_of_v(self, v: "LocalTrainer", w: "LocalTrainer", alpha: Tensor, batches: "StepBatches") -> Tensor:
         """v <- v - eta alpha g with g the gradient at v_bar, of which d v_bar / d v = alpha; returns the new alpha."""
         of_w = dict(w.worker.named_parameters())
         of_v = {name: p for name, p in v.worker.named_parameters() if p.requires_grad}

@@ -145,6 +145,11 @@ class Strategy:
     keeps_optimizer: bool = True
     # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
     averages: bool = False
+    # Whether processes may train a client together: the loss of a batch is the mean of those of its rows, but for
+    # terms of the parameters, and all clients have the architecture of the server's first row.
+    shares_batches: bool = True
+    # Whether clients do nothing but `LocalTrainer.train`, by the model's own loss and `pull`: DeepSpeed can do that.
+    plain_clients: bool = False
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
@@ -167,6 +172,11 @@ class Strategy:
     def loss(self, model: nn.Module, batch: dict[str, Tensor], received: dict[str, Tensor]) -> Tensor:
         """The local objective on one batch; `received` holds the downloaded parameters by name."""
         return model(**batch).loss
+
+    @property
+    def pull(self) -> float:
+        """mu, where the loss is the model's own and mu / 2 times the squared distance from what was received."""
+        return 0.0
 
     def learning_rate_factors(self, model: nn.Module) -> dict[str, float]:
         """By what the learning rate of a client's parameters is multiplied, by their names; 1 for those left out."""

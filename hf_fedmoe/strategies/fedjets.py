@@ -118,7 +118,7 @@ class FedJETs(Strategy):
         experts = [task.client] if is_anchor else scores_K.topk(self.experts_per_client).indices.tolist()
         names = tensors_of(local.layout, experts)
         task.received_bytes = sent.num_bytes(local.layout, names)
-        places = (batch for step in local.plan(task.dataset, task.seed) for batch in step)
+        places = local.own_rows(local.plan(task.dataset, task.seed))
 
         def loss(model: FedMoEPreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
             labels_B = batch.pop("labels")

@@ -145,6 +145,7 @@ class FedMoE(Strategy):
     """
 
     name = "fedmoe"
+    plain_clients = True
 
     def __init__(self, settings: FedMoESettings | None = None):
         self.settings = settings or FedMoESettings()

@@ -19,10 +19,15 @@ class FedProx(Strategy):
     mu: float = 0.1
     name = "fedprox"
     averages = True
+    plain_clients = True
 
     def __post_init__(self) -> None:
         if self.mu < 0:
             raise ValueError(f"`mu` is {self.mu}: the proximal term needs mu >= 0 (0 is FedAvg).")
+
+    @property
+    def pull(self) -> float:
+        return self.mu
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], received: dict[str, Tensor]) -> Tensor:
         distance = sum(

@@ -65,7 +65,7 @@ class PFedMe(Strategy):
         local.begin(task.received_P, task.integers, self.inner_steps * len(plan), task.kept_optimizer)
         total = torch.zeros((), device=w_P.device)
         for batches in local.steps(task.dataset, plan, task.seed):
-            batches = list(batches)
+            batches = batches.kept()
             for _ in range(self.inner_steps):
                 total += local.step(batches, loss)
             # A weight in [0, 1]: running statistics stay those of a moving average.

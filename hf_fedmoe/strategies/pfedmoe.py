@@ -60,6 +60,7 @@ class PFedMoE(Strategy):
     name = "pfedmoe"
     averages = True
     keeps_optimizer = False
+    shares_batches = False
 
     def __post_init__(self) -> None:
         if not self.client_models:

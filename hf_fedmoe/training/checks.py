@@ -4,17 +4,19 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
+from ..models import FedMoEPreTrainedModel
 from ..strategies import Strategy
+from .deepspeed_config import check_deepspeed
 from .federated_arguments import FederatedTrainingArguments
 
 
 # Settings of `TrainingArguments` that rounds do not honour: better refused than silently without effect.
 NOT_HONOURED = (
     "auto_find_batch_size",
-    "deepspeed",
     "fsdp",
     "label_smoothing_factor",
     "neftune_noise_alpha",
@@ -63,6 +65,10 @@ def check_run(
             f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than average them: choose "
             '"clients".'
         )
+    if args.deepspeed:
+        check_deepspeed(strategy, strategy.server_models(model)[0], args.keep_client_optimizer)
+    if args.client_parallelism == "data":
+        check_shared_batches(strategy.server_models(model)[0], strategy)
     if data.num_labels > model.config.num_labels:
         raise ValueError(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "
@@ -92,6 +98,24 @@ def check_run(
         )
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")
+
+
+def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:
+    """Raises `ValueError` when the gradient of a batch is not the mean of those of its rows."""
+    begin = "`client_parallelism` is 'data', but"
+    remedy = 'choose "clients".'
+    if not strategy.shares_batches:
+        raise ValueError(
+            f"{begin} clients of {strategy.name!r} have other architectures, or a loss of whole batches: {remedy}"
+        )
+    for name, _ in client_model.named_buffers():
+        if name.endswith("running_mean"):
+            raise ValueError(f"{begin} `{name}` of the model is a statistic of whole batches: {remedy}")
+    if isinstance(client_model, FedMoEPreTrainedModel) and client_model.config.balance_weight:
+        raise ValueError(
+            f"{begin} the `balance_weight` {client_model.config.balance_weight} of the mixture is that of a loss of "
+            f"whole batches: set it to 0 in the mixture's configuration, or {remedy}"
+        )
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ from transformers import TrainingArguments
 from ..federation import CLIENT_CHOICES
 from ..strategies import FedMoESettings
 from ..weights import COMPRESSIONS, make_codec
+from .deepspeed_config import hidden_from_accelerate, requested_config
 
 
 LORA_FUSIONS = ("svd", "ffa", "factors")
-CLIENT_PARALLELISMS = ("clients", "sums")
+CLIENT_PARALLELISMS = ("clients", "sums", "data")
 
 
 @dataclass
@@ -52,11 +53,14 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         lr_scheduler_scope (`str`, *optional*, defaults to `"round"`):
             What `lr_scheduler_type` stretches over: `"round"` (a client's local steps, as in a plain `Trainer` run of
             them) or `"run"` (the rounds; constant within each).
-        client_parallelism (`str`, *optional*, defaults to `"clients"`):
-            What several processes (`accelerate launch`, `torchrun`), of which each trains other clients of a round,
-            tell each other: `"clients"` (every upload; on CPUs of one kind a run ends with the bits of one process) or
-            `"sums"` (each adds its uploads up as they come, so that memory does not grow with `clients_per_round`, in
-            one process too: for methods that only average, and a run ends as with `"clients"` but for rounding).
+        client_parallelism (`str`, *optional*):
+            What several processes (`accelerate launch`, `torchrun`) share out: `"clients"` (each trains other clients
+            of a round and sends the server every upload; on CPUs of one kind a run ends with the bits of one process),
+            `"sums"` (the same, but each adds its uploads up as they come, so that memory does not grow with
+            `clients_per_round`, in one process too: for methods that only average) or `"data"` (all train each client
+            together, on shares of its batches, whose size stays that of one process). The last two end like
+            `"clients"` but for rounding. `"data"` with `deepspeed`, or where the launcher asks for that, and
+            `"clients"` otherwise if left out.
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
@@ -69,14 +73,20 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     lora_fusion: str = field(default="svd", metadata={"help": f"One of {', '.join(LORA_FUSIONS)}."})
     client_ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of clients' adapters, in turn."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
-    client_parallelism: str = field(default="clients", metadata={"help": "What processes exchange: clients or sums."})
+    client_parallelism: str | None = field(
+        default=None, metadata={"help": "What processes share: clients, sums, data."}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
     save_steps: float = field(default=1, metadata={"help": "Save a checkpoint every so many rounds."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; the best one besides."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        config, self.deepspeed = requested_config(self.deepspeed), None
+        with hidden_from_accelerate():
+            super().__post_init__()
+            self.device  # noqa: B018  this starts the process group
+        self.deepspeed = config
         self.resolve_preset()
         for name in ("rounds", "clients_per_round"):
             if vars(self)[name] < 1:
@@ -87,8 +97,17 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             )
         if self.lr_scheduler_scope not in ("round", "run"):
             raise ValueError(f'`lr_scheduler_scope` is {self.lr_scheduler_scope!r}: choose "round" or "run".')
+        if self.client_parallelism is None:
+            self.client_parallelism = "data" if config else "clients"
+        if config and self.client_parallelism != "data":
+            raise ValueError(
+                f"`client_parallelism` is {self.client_parallelism!r}, but DeepSpeed shares each client out over the "
+                'processes: choose "data", or leave it out.'
+            )
         if self.client_parallelism not in CLIENT_PARALLELISMS:
-            raise ValueError(f'`client_parallelism` is {self.client_parallelism!r}: choose "clients" or "sums".')
+            raise ValueError(
+                f'`client_parallelism` is {self.client_parallelism!r}: choose "clients", "sums" or "data".'
+            )
         make_codec(self.upload_compression, self.top_k_share)
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(

@@ -5,7 +5,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from ..federation import (
     LocalTrainer,
     RoundReport,
     Stream,
+    Team,
+    ZeroTrainer,
     atomic_directory,
     check_identity,
     load_federation,
@@ -54,6 +56,7 @@ from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, base_fingerprint, check_adapters, freeze_lora_a
 from .checks import check_images, check_run
 from .client_evaluation import ClientEvaluation
+from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
 from .run_facts import run_facts
@@ -273,7 +276,11 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
                 self.accelerator.device,
                 self.train_data_collator,
             )
-        local_trainer = LocalTrainer(
+        make_trainer = LocalTrainer
+        if args.deepspeed:
+            bf16 = self.accelerator.mixed_precision == "bf16"
+            make_trainer = partial(ZeroTrainer, config=engine_config(args.deepspeed, args, bf16))
+        local_trainer = make_trainer(
             worker,
             layout,
             self.strategy,
@@ -283,6 +290,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self._local_scheduler,
             self.accelerator,
             self._make_optimizer,
+            Team(self.processes),
         )
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
@@ -302,7 +310,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             args.client_ranks,
             client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
-            sums=args.client_parallelism == "sums",
+            parallelism=args.client_parallelism,
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:

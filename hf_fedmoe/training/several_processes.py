@@ -6,17 +6,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..federation import Processes
+from .deepspeed_config import hidden_from_accelerate
 
 
 class SeveralProcesses:
     """Rounds are shared out by `federation`; here are the start of a run, and evaluation."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        with hidden_from_accelerate():
+            super().__init__(**kwargs)
+        if self.is_fsdp_enabled:
             raise ValueError(
-                "The launcher asks for DeepSpeed or FSDP, which rounds do not honour yet: leave that out of its "
-                "configuration, `accelerate launch --multi_gpu ...`."
+                "The launcher asks for FSDP, which rounds do not honour yet: leave that out of its configuration, "
+                "`accelerate launch --multi_gpu ...`, or take DeepSpeed's ZeRO."
             )
         # Many a classifier takes any keyword and ignores `num_items_in_batch`, and `Trainer` would then multiply the
         # loss of evaluation by the number of processes.

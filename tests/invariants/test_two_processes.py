@@ -295,7 +295,8 @@ def record(run, path):
     Path(f"{path}.json").write_text(json.dumps(facts))
 
 
-def process(index, port, folder, names):
+def join_group(index, port):
+    """This process is one of those of a launch."""
     os.environ |= {
         "RANK": str(index),
         "LOCAL_RANK": str(index),
@@ -306,6 +307,10 @@ def process(index, port, folder, names):
         "GLOO_SOCKET_IFNAME": "lo",
     }
     torch.set_num_threads(1)
+
+
+def process(index, port, folder, names):
+    join_group(index, port)
     for name in names:
         if name in ERRORS:
             try:
@@ -322,7 +327,8 @@ def process(index, port, folder, names):
             record((QUICK | SUMS | REST)[name](folder / name), folder / f"{name}-{index}")
 
 
-def launch(folder, names):
+def launch(process, folder, names):
+    """`process(index, port, folder, names)` in each process; nothing that it started outlives this."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -341,14 +347,14 @@ def launch(folder, names):
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
     interrupted(folder / "resumed")
-    launch(folder, [*QUICK, *SUMS, *ERRORS, "forwards", "interrupted", "resumed"])
+    launch(process, folder, [*QUICK, *SUMS, *ERRORS, "forwards", "interrupted", "resumed"])
     return folder
 
 
 @pytest.fixture(scope="module")
 def rest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rest")
-    launch(folder, list(REST))
+    launch(process, folder, list(REST))
     return folder
 
 

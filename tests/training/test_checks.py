@@ -8,9 +8,18 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.strategies import FedMoE
+from hf_fedmoe.strategies import FedMix, FedMoE
 from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
-from tests.tiny_federation import tiny_args, tiny_expert, tiny_federation, tiny_mixture, tiny_rows
+from tests.tiny_federation import (
+    tiny_args,
+    tiny_expert,
+    tiny_federation,
+    tiny_gated_experts,
+    tiny_mixture,
+    tiny_pfedmoe,
+    tiny_rows,
+)
+from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
 from tests.tiny_models import tiny_bert
 
 
@@ -22,7 +31,7 @@ from tests.tiny_models import tiny_bert
         ({"max_steps": 5}, "`max_steps` is 5.*set `rounds`"),
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0"),
         ({"lr_scheduler_scope": "epoch"}, '`lr_scheduler_scope` is \'epoch\': choose "round" or "run"'),
-        ({"client_parallelism": "data"}, '`client_parallelism` is \'data\': choose "clients" or "sums"'),
+        ({"client_parallelism": "rows"}, '`client_parallelism` is \'rows\': choose "clients", "sums" or "data"'),
         ({"preset": "best"}, "`preset` is 'best': choose one of 'default', 'paper'"),
         ({"correlation": "max"}, "`correlation` is 'max': choose one of 'relevance'"),
         ({"synchronisation": "never"}, "`synchronisation` is 'never': choose one of 'download_main'"),
@@ -79,6 +88,29 @@ def test_sums_of_uploads_are_no_use_to_fed_moe(tmp_path):
         FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
     with pytest.raises(ValueError, match=r"'sums' and `lora_fusion` is 'svd', which needs all uploads at once"):
         FederatedTrainer(tiny_expert(), args, tiny_federation(), peft_config=LoraConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "message"),
+    [
+        (tiny_expert, tiny_pfedmoe, r"but clients of 'pfedmoe' have other architectures.*choose \"clients\""),
+        (
+            lambda: tiny_gated_experts(balance_weight=0.1),
+            FedMix,
+            "the `balance_weight` 0.1 of .*set it to 0",
+        ),
+    ],
+)
+def test_clients_whose_batches_cannot_be_shared(tmp_path, model, strategy, message):
+    args = tiny_args(tmp_path, client_parallelism="data")
+    with pytest.raises(ValueError, match=message):
+        FederatedTrainer(model(), args, tiny_federation(), strategy())
+
+
+def test_batches_of_a_model_with_batchnorm_cannot_be_shared(tmp_path):
+    args, data = tiny_args(tmp_path, client_parallelism="data"), tiny_image_federation()
+    with pytest.raises(ValueError, match=r"'data', but `resnet.*running_mean` of the model is a statistic of whole"):
+        FederatedTrainer(tiny_resnet(), args, data, processing_class=tiny_processor())
 
 
 def test_processes_that_know_nothing_of_each_other(tmp_path, monkeypatch):

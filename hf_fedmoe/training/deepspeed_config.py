@@ -1,0 +1,120 @@
+"""
+A run whose clients are trained by DeepSpeed. Only their training knows of it: to `Trainer` and Accelerate this is an
+ordinary launch of several processes, so that the server's model is loaded, evaluated and saved as ever.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..models import AdapterExpert
+from ..strategies import FedProx, Strategy
+
+
+# What a launcher's configuration sets.
+VARIABLE = "ACCELERATE_USE_DEEPSPEED"
+
+
+def requested_config(deepspeed: str | dict | None) -> dict[str, Any] | None:
+    """DeepSpeed's configuration, of an argument (a file, JSON or a dict) or of the launcher; `None` without any."""
+    launched = os.environ.get(VARIABLE, "false").lower() == "true"
+    if not deepspeed and not launched:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ImportError("DeepSpeed is asked for, but not installed: `pip install hf_fedmoe[deepspeed]`.")
+    if not deepspeed:
+        from accelerate import DeepSpeedPlugin
+
+        return copy.deepcopy(DeepSpeedPlugin().deepspeed_config)
+    if isinstance(deepspeed, dict):
+        return copy.deepcopy(deepspeed)
+    return json.loads(deepspeed if deepspeed.lstrip().startswith("{") else Path(deepspeed).read_text())
+
+
+@contextmanager
+def hidden_from_accelerate() -> Iterator[None]:
+    """Here Accelerate does not see that the launcher asks for DeepSpeed."""
+    asked = os.environ.pop(VARIABLE, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[VARIABLE] = asked
+
+
+def engine_config(config: dict[str, Any], args: TrainingArguments, bf16: bool) -> dict[str, Any]:
+    """
+    The configuration of the engine. What it repeats of `args` must be `"auto"` or agree, or `ValueError` is raised;
+    any other `"auto"` is left to DeepSpeed.
+
+    Args:
+        config (`dict`): As the user gives it.
+        args ([`~transformers.TrainingArguments`]): Of local training.
+        bf16 (`bool`): Whether `args` or the launcher ask for it.
+    """
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ValueError(
+                f"DeepSpeed's configuration has `{section}`, but each client has a fresh one of the training "
+                "arguments: leave it out, and set `optim`, `learning_rate` and `lr_scheduler_type`."
+            )
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if config.get(name, "auto") != "auto":
+            raise ValueError(
+                f"DeepSpeed's `{name}` is {config[name]}, but a client's batches have `per_device_train_batch_size` "
+                'rows, of which each process takes a share: set it to "auto", or leave it out.'
+            )
+    known = {"gradient_accumulation_steps": args.gradient_accumulation_steps, "gradient_clipping": args.max_grad_norm}
+    for name, value in known.items():
+        if config.get(name, "auto") not in ("auto", value):
+            raise ValueError(
+                f'DeepSpeed\'s `{name}` is {config[name]}, in the training arguments it is {value}: set it to "auto".'
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"DeepSpeed's `zero_optimization.stage` is {stage!r}: choose 1, 2 or 3. For clients trained by all "
+            'processes without ZeRO leave DeepSpeed out and set client_parallelism="data".'
+        )
+    if args.fp16 or config.get("fp16", {}).get("enabled") is True:
+        raise ValueError("`fp16` would carry its loss scale from one client to the next in DeepSpeed: take `bf16`.")
+    enabled = config.get("bf16", {}).get("enabled", "auto")
+    own = known | {
+        # Of no consequence: batches come from the clients.
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": bf16 if enabled == "auto" else enabled},
+        "steps_per_print": 2**62,
+        # That of the training arguments, whatever it is.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _without_auto({name: value for name, value in config.items() if name != "train_batch_size"}) | own
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_auto(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if value != "auto"
+    }
+
+
+def check_deepspeed(strategy: Strategy, client_model: Any, keep_client_optimizer: bool) -> None:
+    """Raises `ValueError` for what DeepSpeed's engine cannot train."""
+    begin, remedy = "The clients are to be trained by DeepSpeed, but", "leave DeepSpeed out."
+    own_loss = type(strategy).loss in (Strategy.loss, FedProx.loss)
+    if not strategy.plain_clients or not own_loss:
+        raise ValueError(f"{begin} those of {strategy.name!r} do more than train one model by its own loss: {remedy}")
+    if isinstance(client_model, AdapterExpert):
+        raise ValueError(f"{begin} they train adapters, whose frozen base ZeRO would take from the server: {remedy}")
+    if keep_client_optimizer:
+        raise ValueError(
+            f"{begin} `keep_client_optimizer` is True, and each process has a part of its state: {remedy}"
+        )

@@ -1,0 +1,152 @@
+"""A run whose processes train each client together ends like that of one process, but for rounding."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hf_fedmoe.strategies import FedAvg
+from hf_fedmoe.training import FederatedTrainer
+from tests.every_method import METHODS, PERSONAL_RUNS, trainer
+from tests.invariants.test_two_processes import (
+    PROCESSES,
+    assert_same,
+    index_of_this_process,
+    join_group,
+    launch,
+    record,
+)
+from tests.tiny_federation import assert_equal_states, tiny_args, tiny_expert, tiny_federation
+
+
+QUICK_METHODS = ("fedavg", "fedprox", "fedmoe", "apfl", "fedem")
+REST = [name for name in METHODS if name not in (*QUICK_METHODS, "pfedmoe")]
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+# Of what Adam trains on the server: alpha's gradient is small, and Adam divides it by itself.
+SERVER_TOLERANCE = {"rtol": 1e-4, "atol": 1e-3}
+
+
+def settings(name):
+    return {
+        # 12 rows, or 8 where some are held out: the last batch has one, of which the second process gets none.
+        "per_device_train_batch_size": 7 if name in PERSONAL_RUNS else 11,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "max_grad_norm": 0.5,
+        # Some gradients are 0 but for rounding, which Adam would divide by itself.
+        "adam_epsilon": 1e-3,
+        "rounds": 2,
+        "clients_per_round": 3,
+        "client_parallelism": "data",
+    }
+
+
+def run_by_name(name, output_dir):
+    run = trainer(name, output_dir, **settings(name))
+    run.train()
+    return run
+
+
+# What goes wrong in one process
+
+
+class BrokenRow:
+    """The collator of a disk that cannot be read by one process, once it has given some batches."""
+
+    def __init__(self, collate):
+        self.collate, self.calls = collate, 0
+
+    def __call__(self, rows):
+        self.calls += 1
+        if index_of_this_process() == 1 and self.calls in (2, 8):
+            raise OSError("bad sector")
+        return self.collate(rows)
+
+
+def broken_row(output_dir):
+    args = tiny_args(output_dir, clients_per_round=3, client_parallelism="data", rounds=2, optim="sgd")
+    run = FederatedTrainer(tiny_expert(), args, tiny_federation())
+    # Three batches of each client: the first client of the first round fails, and the third.
+    run.train_data_collator = BrokenRow(run.train_data_collator)
+    run.train()
+    return run
+
+
+class FailsSomewhere(FedAvg):
+    """One process fails before, the other after a client's training."""
+
+    def train_client(self, local, task):
+        if task.client == 0 and index_of_this_process() == 0:
+            raise OSError("before")
+        payload = super().train_client(local, task)
+        if task.client == 1 and index_of_this_process() == 1:
+            raise OSError("after")
+        return payload
+
+
+def fails_somewhere(output_dir):
+    args = tiny_args(output_dir, clients_per_round=4, client_parallelism="data", rounds=1)
+    run = FederatedTrainer(tiny_expert(), args, tiny_federation(), FailsSomewhere())
+    run.train()
+    return run
+
+
+FAILING = {"broken_row": broken_row, "fails_somewhere": fails_somewhere}
+
+
+def process(index, port, folder, names):
+    join_group(index, port)
+    for name in names:
+        run = FAILING[name](folder / name) if name in FAILING else run_by_name(name, folder / name)
+        record(run, folder / f"{name}-{index}")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick")
+    launch(process, folder, [*QUICK_METHODS, *FAILING])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rest")
+    launch(process, folder, REST)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*QUICK_METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
+def test_shares_of_batches_end_like_one_process(name, request, tmp_path):
+    folder = request.getfixturevalue("quick" if name in QUICK_METHODS else "rest")
+    record(run_by_name(name, tmp_path / name), tmp_path / "alone")
+    assert_like_one_process(name, folder / name, tmp_path / "alone")
+
+
+def assert_like_one_process(name, folder, alone):
+    """What both processes recorded beside `folder` is the same, and that of one process but for rounding."""
+    assert_same(*(f"{folder}-{index}" for index in range(PROCESSES)))
+    found, expected = (load_file(f"{path}.safetensors") for path in (f"{folder}-0", alone))
+    on_server = {tensor for tensor in found if name == "fedmoe" and tensor.startswith(("alpha_logit", "gate."))}
+    for part, tolerance in ((found.keys() - on_server, TOLERANCE), (on_server, SERVER_TOLERANCE)):
+        assert_equal_states(*({tensor: s[tensor] for tensor in part} for s in (found, expected)), **tolerance)
+    logs = [json.loads(Path(f"{path}.json").read_text())["log"] for path in (f"{folder}-0", alone)]
+    found, expected = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+    assert len(found) > 1 and found == pytest.approx(expected, rel=1e-4)
+
+
+def facts(folder, name):
+    both = [json.loads((folder / f"{name}-{index}.json").read_text()) for index in range(PROCESSES)]
+    assert both[0]["rounds"] == both[1]["rounds"]
+    assert_equal_states(*(load_file(folder / f"{name}-{index}.safetensors") for index in range(PROCESSES)))
+    return both[0]["rounds"]
+
+
+def test_rows_that_one_process_cannot_read_fail_their_client_in_all(quick):
+    (clients, refused, _), (_, others, _) = facts(quick, "broken_row")
+    assert refused == {str(clients[0]): "OSError: bad sector", str(clients[2]): "OSError: bad sector"} and not others
+
+
+def test_a_client_that_fails_in_one_process_before_or_after_its_training_fails_in_all(quick):
+    ((_, refused, _),) = facts(quick, "fails_somewhere")
+    assert refused == {"0": "OSError: before", "1": "OSError: after"}
