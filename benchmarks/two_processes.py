@@ -30,7 +30,7 @@ from hf_fedmoe.strategies import FedAvg, FedMoE
 from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, federated_trainer
 
 
-METHODS = ("Fed-MoE", "FedAvg")
+METHODS = ("FedAvg", "Fed-MoE")
 STAGES = [
     (Federation, "_train_clients", "clients"),
     (round, "take_step", "server"),
