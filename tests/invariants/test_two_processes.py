@@ -333,7 +333,7 @@ def launch(process, folder, names):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = start_processes(process, (port, folder, names), PROCESSES, join=False, start_method="spawn")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     try:
         while not started.join(timeout=5):
             assert time.monotonic() < deadline, "the processes hang"
