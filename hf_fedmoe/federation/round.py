@@ -115,6 +115,9 @@ class Federation:
     processes: Processes = field(kw_only=True, default_factory=Processes)
     sums: bool = field(kw_only=True, default=False)
 
+    def __post_init__(self) -> None:
+        self._rows_mP = self.server.bank_SP[:0]
+
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
         rng = np.random.default_rng(seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index))
@@ -132,7 +135,7 @@ class Federation:
         # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
         takes_all = serves and not self.sums
         held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
-        rows_mP = torch.zeros(len(held), layout.size, dtype=layout.dtype, device=server.bank_SP.device)
+        rows_mP = self._upload_rows(len(held))
         rows = dict(zip(held, rows_mP, strict=True))
         replies, stays = self._train_clients(chosen, owners, round_index, rows, on_client)
         for client, reply in zip(chosen, replies, strict=True):
@@ -177,6 +180,13 @@ class Federation:
         self._synchronise(uploads, dict(zip(chosen, owners, strict=True)), stays)
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
+
+    def _upload_rows(self, count: int) -> Tensor:
+        """Where uploads go, each over all of a row. Kept from round to round: fresh pages of memory take time."""
+        if len(self._rows_mP) < count:
+            bank_SP = self.server.bank_SP
+            self._rows_mP = torch.zeros(count, bank_SP.shape[1], dtype=bank_SP.dtype, device=bank_SP.device)
+        return self._rows_mP[:count]
 
     def _train_clients(
         self,
