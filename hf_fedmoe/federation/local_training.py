@@ -192,7 +192,7 @@ class LocalTrainer:
 
     def steps(self, dataset: Dataset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
         """The batches of each planned step; `seed` is that of dropout and augmentation."""
-        torch.manual_seed(self.team.seed(seed))
+        self._seed(self.team.seed(seed))
         batches = self._batches(dataset, list(self.own_rows(plan)))
         for step in plan:
             yield StepBatches(batches, [self.team.share(batch)[1] for batch in step])
@@ -247,7 +247,7 @@ class LocalTrainer:
 
     def in_order(self, dataset: Dataset, seed: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a client's examples in their order; `seed` is that of augmentation."""
-        torch.manual_seed(seed)
+        self._seed(seed)
         places = torch.arange(len(dataset)).split(self.args.eval_batch_size)
         yield from self._batches(dataset, [indices.tolist() for indices in places])
 
@@ -278,6 +278,14 @@ class LocalTrainer:
         for name, parameter in self.worker.named_parameters():
             parameter.requires_grad_(self._trainable[name] and (only is None or name in only))
         self._only = only
+
+    def _seed(self, seed: int) -> None:
+        """Of dropout and augmentation."""
+        if self.accelerator.device.type == "cpu":
+            # `torch.manual_seed` formats a stack trace for every accelerator that is not there: half a millisecond.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def _batches(self, dataset: Dataset, places: list[list[int]]) -> Iterator[dict[str, Tensor]]:
         device = self.accelerator.device

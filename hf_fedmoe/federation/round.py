@@ -134,6 +134,7 @@ class Federation:
     def __post_init__(self) -> None:
         self.sums = self.parallelism == "sums"
         self.together = self.parallelism == "data"
+        self._rows_mP = self.server.bank_SP[:0]
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -154,7 +155,7 @@ class Federation:
         takes_all = serves and not self.sums
         held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
         # A sum needs a row for itself and one for the client that is training, however many there are.
-        rows_mP = server.bank_SP.new_zeros(1 if self.sums else len(held), layout.size)
+        rows_mP = self._upload_rows(1 if self.sums else len(held))
         sum_P = torch.zeros(layout.size, device=rows_mP.device) if self.sums else None
         rows = dict(zip(held, rows_mP.expand(len(held), -1), strict=True))
         if self.together:
@@ -208,6 +209,13 @@ class Federation:
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
+    def _upload_rows(self, count: int) -> Tensor:
+        """Where uploads go. Kept from round to round: fresh pages of memory take time."""
+        if len(self._rows_mP) < count:
+            bank_SP = self.server.bank_SP
+            self._rows_mP = torch.zeros(count, bank_SP.shape[1], dtype=bank_SP.dtype, device=bank_SP.device)
+        return self._rows_mP[:count]
+
     def _train_clients(
         self,
         chosen: list[int],
@@ -227,7 +235,7 @@ class Federation:
             replies = {}
             for place, client in enumerate(chosen):
                 if owners[place] == self.processes.index:
-                    rows[place].zero_()  # several may share it
+                    rows[place].zero_()  # of whatever was there
                     reply, stays[client] = self._train_client(client, round_index, rows[place])
                     self._probe(reply, rows[place])
                     if sum_P is not None and reply.fault is None:
@@ -262,14 +270,15 @@ class Federation:
         replies: list[Reply] = []
         errors: list[Exception] = []
         for place, client in enumerate(chosen):
+            row_P = rows.get(place, own_P).zero_()
             with self.local_trainer.team.together():
-                reply, kept = self._train_client(client, round_index, rows.get(place, own_P))
+                reply, kept = self._train_client(client, round_index, row_P)
             replies.append(reply)
             if self.processes.index == 0:
                 stays[client] = kept
             if place % self.processes.count == self.processes.index:
                 try:
-                    self._probe(reply, rows.get(place, own_P))
+                    self._probe(reply, row_P)
                 except Exception as error:  # raised below, where nobody waits for this process
                     errors.append(error)
             if on_client is not None:

@@ -225,6 +225,21 @@ def test_a_round_without_any_sound_upload_stops_with_the_reasons(tmp_path, monke
         fedavg(tmp_path).train()
 
 
+def test_uploads_of_a_round_are_written_over_those_of_the_last(tmp_path):
+    seen = []
+
+    class Watched(FedAvg):
+        def update(self, server, uploads, *args):
+            seen.append((uploads.rows_mP, uploads.rows_mP.clone()))  # nothing else gets this memory while it is held
+            return super().update(server, uploads, *args)
+
+    args = tiny_args(tmp_path, rounds=3)
+    FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy=Watched()).train()
+    memory, values = zip(*seen, strict=True)
+    assert len({rows_mP.data_ptr() for rows_mP in memory}) == 1
+    assert torch.equal(memory[0], values[2]) and not torch.equal(values[1], values[2])
+
+
 def test_client_optimizer_state_is_kept_on_request(tmp_path):
     kept = fedavg(tmp_path / "kept", tiny_federation(num_clients=2), rounds=2, keep_client_optimizer=True)
     fresh = fedavg(tmp_path / "fresh", tiny_federation(num_clients=2), rounds=2)
