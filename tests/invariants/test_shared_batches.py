@@ -135,7 +135,7 @@ def assert_like_one_process(name, folder, alone):
     assert len(found) > 1 and found == pytest.approx(expected, rel=1e-4)
 
 
-def facts(folder, name):
+def recorded_rounds(folder, name):
     both = [json.loads((folder / f"{name}-{index}.json").read_text()) for index in range(PROCESSES)]
     assert both[0]["rounds"] == both[1]["rounds"]
     assert_equal_states(*(load_file(folder / f"{name}-{index}.safetensors") for index in range(PROCESSES)))
@@ -143,10 +143,10 @@ def facts(folder, name):
 
 
 def test_rows_that_one_process_cannot_read_fail_their_client_in_all(quick):
-    (clients, refused, _), (_, others, _) = facts(quick, "broken_row")
+    (clients, refused, _), (_, others, _) = recorded_rounds(quick, "broken_row")
     assert refused == {str(clients[0]): "OSError: bad sector", str(clients[2]): "OSError: bad sector"} and not others
 
 
 def test_a_client_that_fails_in_one_process_before_or_after_its_training_fails_in_all(quick):
-    ((_, refused, _),) = facts(quick, "fails_somewhere")
+    ((_, refused, _),) = recorded_rounds(quick, "fails_somewhere")
     assert refused == {"0": "OSError: before", "1": "OSError: after"}
