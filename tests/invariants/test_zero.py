@@ -18,7 +18,15 @@ from tests.invariants.test_shared_batches import (
     recorded_rounds,
     settings,
 )
-from tests.invariants.test_two_processes import PROCESSES, ROOT, join_group, launch, record, run_to_its_end
+from tests.invariants.test_two_processes import (
+    PROCESSES,
+    ROOT,
+    index_of_this_process,
+    join_group,
+    launch,
+    record,
+    run_to_its_end,
+)
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
 
 
@@ -64,8 +72,9 @@ def bf16_without_learning(stage):
 def loaded_beside(output_dir):
     """`from_pretrained` after a configuration with ZeRO-3 was read would give other integrations a part of a model."""
     args = tiny_args(output_dir, rounds=1, **engine(3))
-    tiny_expert().save_pretrained(output_dir / "start")
-    model = AutoModelForSequenceClassification.from_pretrained(output_dir / "start")
+    start = output_dir / f"start-{index_of_this_process()}"
+    tiny_expert().save_pretrained(start)
+    model = AutoModelForSequenceClassification.from_pretrained(start)
     assert_equal_states(state(model), state(tiny_expert()))
     run = FederatedTrainer(model, args, tiny_federation())
     run.train()
@@ -123,7 +132,7 @@ def process(index, port, folder, names):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    launch(process, folder, list(RUNS))
+    launch(process, folder, list(RUNS), seconds=900)
     return folder
 
 
@@ -203,12 +212,12 @@ def test_launchers_with_the_shipped_configurations(stage, tmp_path):
     script.write_text(SCRIPT)
     config = ROOT / "recipes" / "accelerate_configs" / f"zero{stage}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
-    code, output = run_to_its_end([*command, "sound", str(tmp_path / "two")])
+    code, output = run_to_its_end([*command, "sound", str(tmp_path / "two")], seconds=600)
     assert code == 0 and output.count(f"data {stage}") == PROCESSES, output
     alone = trainer("fedavg", tmp_path / "alone", **settings("fedavg"))
     alone.train()
     found = load_file(tmp_path / "two" / "final" / "model.safetensors")
     assert_equal_states(found, state(alone.model), **TOLERANCE)
     if stage == 3:
-        code, output = run_to_its_end([*command, "broken", str(tmp_path / "broken")])
+        code, output = run_to_its_end([*command, "broken", str(tmp_path / "broken")], seconds=600)
         assert code != 0 and "EngineError: DeepSpeed failed, TypeError" in output, output
