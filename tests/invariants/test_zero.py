@@ -21,7 +21,6 @@ from tests.invariants.test_shared_batches import (
 from tests.invariants.test_two_processes import (
     PROCESSES,
     ROOT,
-    index_of_this_process,
     join_group,
     launch,
     record,
@@ -72,9 +71,7 @@ def bf16_without_learning(stage):
 def loaded_beside(output_dir):
     """`from_pretrained` after a configuration with ZeRO-3 was read would give other integrations a part of a model."""
     args = tiny_args(output_dir, rounds=1, **engine(3))
-    start = output_dir / f"start-{index_of_this_process()}"
-    tiny_expert().save_pretrained(start)
-    model = AutoModelForSequenceClassification.from_pretrained(start)
+    model = AutoModelForSequenceClassification.from_pretrained(output_dir.parent / "start")
     assert_equal_states(state(model), state(tiny_expert()))
     run = FederatedTrainer(model, args, tiny_federation())
     run.train()
@@ -132,6 +129,7 @@ def process(index, port, folder, names):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
+    tiny_expert().save_pretrained(folder / "start")
     launch(process, folder, list(RUNS), seconds=900)
     return folder
 
