@@ -15,9 +15,11 @@ from .randomness import Stream, seed_of
 class Stage(IntEnum):
     """Where a process stands in a client's training."""
 
-    STEP = 0
-    END = 1
-    FAILED = 2
+    BEGIN = 0
+    STEP = 1
+    UPLOAD = 2
+    END = 3
+    FAILED = 4
 
 
 class LeftAloneError(RuntimeError):
@@ -29,9 +31,9 @@ class Team:
     """
     All processes of a launch while they train one client together; each alone where that is not asked for.
 
-    Every process makes the same steps. Before a step's gradients are added up, and at the end, each tells the others
-    where it stands: if one failed, whatever it was at, all leave the client together and know why, and none waits for
-    another that has gone.
+    Every process makes the same steps. Before anything that all must do at once, such as adding up a step's gradients,
+    and at the end, each tells the others where it stands: if one failed, whatever it was at, all leave the client
+    together and know why, and none waits for another that has gone.
 
     Args:
         processes ([`Processes`], *optional*): Of the launch; this one alone if left out.

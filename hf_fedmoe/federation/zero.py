@@ -85,6 +85,7 @@ class ZeroTrainer(LocalTrainer):
     ) -> None:
         if not self.team.at_work:
             return super().begin(row_P, integers, num_steps, kept_optimizer, only)
+        self.team.agree(Stage.BEGIN)
         with unbroken():
             self._write(row_P, integers)
             self._received = self.layout.views(row_P)
@@ -142,6 +143,7 @@ class ZeroTrainer(LocalTrainer):
     def payload(self, out_P: Tensor, num_examples: int, total_loss: Tensor, num_steps: int) -> Payload:
         if not self.team.at_work:
             return super().payload(out_P, num_examples, total_loss, num_steps)
+        self.team.agree(Stage.UPLOAD)
         with unbroken():
             self.team.processes.sum_(total_loss)
             self._read(out_P)

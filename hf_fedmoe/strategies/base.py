@@ -146,7 +146,7 @@ class Strategy:
     # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
     averages: bool = False
     # Whether processes may train a client together: the loss of a batch is the mean of those of its rows, but for
-    # terms of the parameters, and all clients have the architecture of the server's first row.
+    # terms of the parameters, and clients have the server's model or a part of it.
     shares_batches: bool = True
     # Whether clients do nothing but `LocalTrainer.train`, by the model's own loss and `pull`: DeepSpeed can do that.
     plain_clients: bool = False

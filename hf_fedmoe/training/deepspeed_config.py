@@ -32,7 +32,9 @@ def requested_config(deepspeed: str | dict | None) -> dict[str, Any] | None:
     if not deepspeed:
         from accelerate import DeepSpeedPlugin
 
-        return copy.deepcopy(DeepSpeedPlugin().deepspeed_config)
+        config = DeepSpeedPlugin().deepspeed_config
+        # An infinity, which no JSON has.
+        return {name: value for name, value in config.items() if name != "steps_per_print"}
     if isinstance(deepspeed, dict):
         return copy.deepcopy(deepspeed)
     return json.loads(deepspeed if deepspeed.lstrip().startswith("{") else Path(deepspeed).read_text())

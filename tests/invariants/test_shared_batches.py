@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from hf_fedmoe.strategies import FedAvg
@@ -21,7 +22,7 @@ from tests.tiny_federation import assert_equal_states, tiny_args, tiny_expert, t
 
 
 QUICK_METHODS = ("fedavg", "fedprox", "fedmoe", "apfl", "fedem")
-REST = [name for name in METHODS if name not in (*QUICK_METHODS, "pfedmoe")]
+REST = ["lora"] + [name for name in METHODS if name not in (*QUICK_METHODS, "pfedmoe")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # Of what Adam trains on the server: alpha's gradient is small, and Adam divides it by itself.
 SERVER_TOLERANCE = {"rtol": 1e-4, "atol": 1e-3}
@@ -42,8 +43,12 @@ def settings(name):
     }
 
 
-def run_by_name(name, output_dir):
-    run = trainer(name, output_dir, **settings(name))
+def run_by_name(name, output_dir, **changes):
+    if name == "lora":  # without the dropout of those in `LORA_RUNS`
+        args = tiny_args(output_dir, **settings(name) | changes)
+        run = FederatedTrainer(tiny_expert(), args, tiny_federation(), peft_config=LoraConfig(r=4))
+    else:
+        run = trainer(name, output_dir, **settings(name) | changes)
     run.train()
     return run
 
@@ -119,7 +124,7 @@ def rest(tmp_path_factory):
 @pytest.mark.parametrize("name", [*QUICK_METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
 def test_shares_of_batches_end_like_one_process(name, request, tmp_path):
     folder = request.getfixturevalue("quick" if name in QUICK_METHODS else "rest")
-    record(run_by_name(name, tmp_path / name), tmp_path / "alone")
+    record(run_by_name(name, tmp_path / name, client_parallelism=None), tmp_path / "alone")
     assert_like_one_process(name, folder / name, tmp_path / "alone")
 
 
@@ -135,7 +140,7 @@ def assert_like_one_process(name, folder, alone):
     assert len(found) > 1 and found == pytest.approx(expected, rel=1e-4)
 
 
-def facts(folder, name):
+def recorded_rounds(folder, name):
     both = [json.loads((folder / f"{name}-{index}.json").read_text()) for index in range(PROCESSES)]
     assert both[0]["rounds"] == both[1]["rounds"]
     assert_equal_states(*(load_file(folder / f"{name}-{index}.safetensors") for index in range(PROCESSES)))
@@ -143,10 +148,10 @@ def facts(folder, name):
 
 
 def test_rows_that_one_process_cannot_read_fail_their_client_in_all(quick):
-    (clients, refused, _), (_, others, _) = facts(quick, "broken_row")
+    (clients, refused, _), (_, others, _) = recorded_rounds(quick, "broken_row")
     assert refused == {str(clients[0]): "OSError: bad sector", str(clients[2]): "OSError: bad sector"} and not others
 
 
 def test_a_client_that_fails_in_one_process_before_or_after_its_training_fails_in_all(quick):
-    ((_, refused, _),) = facts(quick, "fails_somewhere")
+    ((_, refused, _),) = recorded_rounds(quick, "fails_somewhere")
     assert refused == {"0": "OSError: before", "1": "OSError: after"}

@@ -327,13 +327,13 @@ def process(index, port, folder, names):
             record((QUICK | SUMS | REST)[name](folder / name), folder / f"{name}-{index}")
 
 
-def launch(process, folder, names):
+def launch(process, folder, names, seconds=600):
     """`process(index, port, folder, names)` in each process; nothing that it started outlives this."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = start_processes(process, (port, folder, names), PROCESSES, join=False, start_method="spawn")
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + seconds
     try:
         while not started.join(timeout=5):
             assert time.monotonic() < deadline, "the processes hang"
@@ -484,13 +484,13 @@ else:
 """
 
 
-def run_to_its_end(command):
+def run_to_its_end(command, seconds=120):
     """Exit code and output of a launcher; nothing that it started outlives this."""
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, env=variables, start_new_session=True, **pipes) as launcher:
         try:
-            output, _ = launcher.communicate(timeout=120)
+            output, _ = launcher.communicate(timeout=seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)

@@ -1,5 +1,7 @@
 """Bad input is refused before any training, in words that name the field, the value and the remedy."""
 
+import importlib.util
+
 import datasets
 import pytest
 from peft import LoraConfig
@@ -8,8 +10,9 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.strategies import FedMix, FedMoE
+from hf_fedmoe.strategies import FedAvg, FedMix, FedMoE, FedRep
 from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
+from hf_fedmoe.training.deepspeed_config import engine_config
 from tests.tiny_federation import (
     tiny_args,
     tiny_expert,
@@ -111,6 +114,75 @@ def test_batches_of_a_model_with_batchnorm_cannot_be_shared(tmp_path):
     args, data = tiny_args(tmp_path, client_parallelism="data"), tiny_image_federation()
     with pytest.raises(ValueError, match=r"'data', but `resnet.*running_mean` of the model is a statistic of whole"):
         FederatedTrainer(tiny_resnet(), args, data, processing_class=tiny_processor())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "`zero_optimization.stage` is 0: choose 1, 2 or 3"),
+        ({}, "`zero_optimization.stage` is 0"),
+        ({"optimizer": {"type": "AdamW"}}, "has `optimizer`, but each client has a fresh one"),
+        ({"scheduler": {"type": "WarmupLR"}}, "has `scheduler`"),
+        ({"train_micro_batch_size_per_gpu": 4}, '`train_micro_batch_size_per_gpu` is 4.*set it to "auto"'),
+        ({"gradient_clipping": 0.5}, "`gradient_clipping` is 0.5, in the training arguments it is 1.0"),
+        ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` is 2, .* it is 1"),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, "take `bf16`"),
+    ],
+)
+def test_configurations_of_deepspeed_that_rounds_do_not_honour(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        engine_config(config, tiny_args(tmp_path), bf16=False)
+
+
+def test_configuration_of_deepspeeds_engine(tmp_path):
+    config = {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "overlap_comm": True},
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+    }
+    found = engine_config(config, tiny_args(tmp_path, gradient_accumulation_steps=2), bf16=True)
+    assert found["zero_optimization"] == {"stage": 3, "overlap_comm": True} and "train_batch_size" not in found
+    assert (found["gradient_clipping"], found["gradient_accumulation_steps"]) == (1.0, 2)
+    assert found["bf16"] == {"enabled": True}
+
+
+class OwnLoss(FedAvg):
+    def loss(self, model, batch, received):
+        return model(**batch).loss
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "peft_config", "message"),
+    [
+        (FedRep, {}, None, "those of 'fedrep' do more than train one model by its own loss: leave DeepSpeed out"),
+        (OwnLoss, {}, None, "those of 'fedavg' do more than"),
+        (FedAvg, {}, LoraConfig(r=2), "they train adapters"),
+        (FedAvg, {"keep_client_optimizer": True}, None, "`keep_client_optimizer` is True"),
+    ],
+)
+def test_clients_that_deepspeed_cannot_train(tmp_path, monkeypatch, strategy, changes, peft_config, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    args = tiny_args(tmp_path, deepspeed={"zero_optimization": {"stage": 2}}, **changes)
+    assert args.client_parallelism == "data"
+    with pytest.raises(ValueError, match=message):
+        FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy(), peft_config=peft_config)
+
+
+def test_deepspeed_is_asked_for_by_an_argument_or_by_the_launcher(tmp_path, monkeypatch):
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else installed(name))
+    with pytest.raises(ImportError, match=r"not installed: `pip install hf_fedmoe\[deepspeed\]`"):
+        tiny_args(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ImportError, match="not installed"):
+        tiny_args(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"is 'clients', but DeepSpeed shares each client out .*choose \"data\""):
+        tiny_args(tmp_path, client_parallelism="clients", deepspeed='{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    args = tiny_args(tmp_path, deepspeed=str(tmp_path / "zero.json"))
+    assert args.deepspeed == {"zero_optimization": {"stage": 2}} and args.distributed_state.num_processes == 1
 
 
 def test_processes_that_know_nothing_of_each_other(tmp_path, monkeypatch):
