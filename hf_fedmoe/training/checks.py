@@ -66,7 +66,7 @@ def check_run(
             '"clients".'
         )
     if args.deepspeed:
-        check_deepspeed(strategy, strategy.server_models(model)[0], args.keep_client_optimizer)
+        check_deepspeed(strategy, strategy.server_models(model)[0], args)
     if args.client_parallelism == "data":
         check_shared_batches(strategy.server_models(model)[0], strategy)
     if data.num_labels > model.config.num_labels:

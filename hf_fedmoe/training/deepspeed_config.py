@@ -108,7 +108,7 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_deepspeed(strategy: Strategy, client_model: Any, keep_client_optimizer: bool) -> None:
+def check_deepspeed(strategy: Strategy, client_model: Any, args: TrainingArguments) -> None:
     """Raises `ValueError` for what DeepSpeed's engine cannot train."""
     begin, remedy = "The clients are to be trained by DeepSpeed, but", "leave DeepSpeed out."
     own_loss = type(strategy).loss in (Strategy.loss, FedProx.loss)
@@ -116,7 +116,11 @@ def check_deepspeed(strategy: Strategy, client_model: Any, keep_client_optimizer
         raise ValueError(f"{begin} those of {strategy.name!r} do more than train one model by its own loss: {remedy}")
     if isinstance(client_model, AdapterExpert):
         raise ValueError(f"{begin} they train adapters, whose frozen base ZeRO would take from the server: {remedy}")
-    if keep_client_optimizer:
+    if args.torch_compile:
+        raise ValueError(
+            f"{begin} `torch_compile` is True, which would compile a model that its engine does not use: {remedy}"
+        )
+    if args.keep_client_optimizer:
         raise ValueError(
             f"{begin} `keep_client_optimizer` is True, and each process has a part of its state: {remedy}"
         )

@@ -159,6 +159,7 @@ class OwnLoss(FedAvg):
         (OwnLoss, {}, None, "those of 'fedavg' do more than"),
         (FedAvg, {}, LoraConfig(r=2), "they train adapters"),
         (FedAvg, {"keep_client_optimizer": True}, None, "`keep_client_optimizer` is True"),
+        (FedAvg, {"torch_compile": True}, None, "`torch_compile` is True"),
     ],
 )
 def test_clients_that_deepspeed_cannot_train(tmp_path, monkeypatch, strategy, changes, peft_config, message):
