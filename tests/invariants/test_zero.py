@@ -190,7 +190,7 @@ process_of_a_launch(sys.argv[1], Path(sys.argv[2]))
 
 def process_of_a_launch(name, output_dir):
     run = trainer("fedavg", output_dir, **settings("fedavg") | {"client_parallelism": None})
-    print(run.args.client_parallelism, run.args.deepspeed["zero_optimization"]["stage"])
+    print(f"{run.args.client_parallelism} {run.args.deepspeed['zero_optimization']['stage']}")
     if name == "broken":
         run.callback_handler.on_epoch_begin = lambda *args: _break(run, *args)
     run.train()
