@@ -160,7 +160,7 @@ def test_models_are_loaded_whole(folder, tmp_path):
     args = tiny_args(tmp_path, rounds=1)
     run = FederatedTrainer(tiny_expert(), args, tiny_federation())
     run.train()
-    assert_equal_states(load_file(folder / "loaded_beside-1.safetensors"), state(run.model), rtol=1e-2, atol=1e-2)
+    assert_equal_states(load_file(folder / "loaded_beside-1.safetensors"), state(run.model), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["broken_row", "fails_somewhere"])
