@@ -160,7 +160,7 @@ def test_models_are_loaded_whole(folder, tmp_path):
     args = tiny_args(tmp_path, rounds=1)
     run = FederatedTrainer(tiny_expert(), args, tiny_federation())
     run.train()
-    assert_equal_states(load_file(folder / "loaded_beside-1.safetensors"), state(run.model), rtol=1e-2, atol=1e-2)
+    assert_equal_states(load_file(folder / "loaded_beside-1.safetensors"), state(run.model), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["broken_row", "fails_somewhere"])
@@ -190,7 +190,7 @@ process_of_a_launch(sys.argv[1], Path(sys.argv[2]))
 
 def process_of_a_launch(name, output_dir):
     run = trainer("fedavg", output_dir, **settings("fedavg") | {"client_parallelism": None})
-    print(run.args.client_parallelism, run.args.deepspeed["zero_optimization"]["stage"])
+    print(f"{run.args.client_parallelism} {run.args.deepspeed['zero_optimization']['stage']}")
     if name == "broken":
         run.callback_handler.on_epoch_begin = lambda *args: _break(run, *args)
     run.train()
