@@ -86,6 +86,7 @@ def main() -> None:
         output_dir=str(work.folder / "runs"),
         rounds=work.rounds,
         clients_per_round=work.participants,
+        client_parallelism="sums",  # uploads are added up as they come, as by the others
         per_device_train_batch_size=work.batch_size,
         learning_rate=work.learning_rate,
         lr_scheduler_type="constant",
