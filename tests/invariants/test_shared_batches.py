@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from hf_fedmoe.strategies import FedAvg
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import METHODS, PERSONAL_RUNS, trainer
-from tests.invariants.test_two_processes import (
+from tests.tiny_federation import assert_equal_states, tiny_args, tiny_expert, tiny_federation
+from tests.two_processes import (
     PROCESSES,
     assert_same,
     index_of_this_process,
@@ -18,7 +19,6 @@ from tests.invariants.test_two_processes import (
     launch,
     record,
 )
-from tests.tiny_federation import assert_equal_states, tiny_args, tiny_expert, tiny_federation
 
 
 QUICK_METHODS = ("fedavg", "fedprox", "fedmoe", "apfl", "fedem")

@@ -1,21 +1,14 @@
 """A run in two processes ends with the bits of a run in one."""
 
-import contextlib
 import functools
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch.multiprocessing import start_processes
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_fedmoe.strategies import FedAvg, FedMoE, FedMoESettings
@@ -24,16 +17,24 @@ from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, image_model, trai
 from tests.tiny_federation import (
     assert_equal_states,
     state,
-    timeless,
     tiny_args,
     tiny_expert,
     tiny_federation,
     tiny_mixture,
 )
 from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
+from tests.two_processes import (
+    PROCESSES,
+    ROOT,
+    assert_same,
+    index_of_this_process,
+    join_group,
+    launch,
+    record,
+    run_to_its_end,
+)
 
 
-ROOT = Path(__file__).parents[2]
 QUICK_RUNS = (
     "fedavg_top_k",
     "apfl",
@@ -45,7 +46,6 @@ QUICK_RUNS = (
 )
 # Of three clients one process trains two; the 20 validation rows fill no batch of 8.
 SETTINGS = {"clients_per_round": 3}
-PROCESSES = 2
 
 
 # What one process alone does as well as two
@@ -280,35 +280,6 @@ ERRORS = {
 # The launch
 
 
-def index_of_this_process():
-    return int(os.environ.get("RANK", 0))
-
-
-def record(run, path):
-    save_file(state(run.model), f"{path}.safetensors")
-    clients = run.evaluate_clients() if run.federated_dataset.client_test_indices else None
-    facts = {
-        "log": timeless(run.state.log_history),
-        "clients": [clients, [vars(score) for score in run.client_table]],
-        "rounds": [[report.clients, report.refused, report.metrics] for report in run.rounds],
-    }
-    Path(f"{path}.json").write_text(json.dumps(facts))
-
-
-def join_group(index, port):
-    """This process is one of those of a launch."""
-    os.environ |= {
-        "RANK": str(index),
-        "LOCAL_RANK": str(index),
-        "WORLD_SIZE": str(PROCESSES),
-        "LOCAL_WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torch.set_num_threads(1)
-
-
 def process(index, port, folder, names):
     join_group(index, port)
     for name in names:
@@ -325,22 +296,6 @@ def process(index, port, folder, names):
             record(resumed(folder / name), folder / f"{name}-{index}")
         else:
             record((QUICK | SUMS | REST)[name](folder / name), folder / f"{name}-{index}")
-
-
-def launch(process, folder, names, seconds=600):
-    """`process(index, port, folder, names)` in each process; nothing that it started outlives this."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = start_processes(process, (port, folder, names), PROCESSES, join=False, start_method="spawn")
-    deadline = time.monotonic() + seconds
-    try:
-        while not started.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for child in started.processes:
-            child.kill()
-            child.join()
 
 
 @pytest.fixture(scope="module")
@@ -371,11 +326,6 @@ def test_two_processes_end_with_the_bits_of_one(name, request, tmp_path):
     if name in PERSONAL_RUNS:
         table = (tmp_path / name / "client_metrics.csv").read_text()
         assert (folder / name / "client_metrics.csv").read_text() == table
-
-
-def assert_same(first, second):
-    assert json.loads(Path(f"{first}.json").read_text()) == json.loads(Path(f"{second}.json").read_text())
-    assert_equal_states(load_file(f"{first}.safetensors"), load_file(f"{second}.safetensors"))
 
 
 def assert_equal_kept(first, second):
@@ -465,7 +415,8 @@ def test_processes_with_different_data_are_refused(quick):
 
 SCRIPT = """
 import sys
-from tests.invariants.test_two_processes import index_of_this_process, run_by_name, trainer
+from tests.invariants.test_two_processes import run_by_name, trainer
+from tests.two_processes import index_of_this_process
 from transformers import TrainerCallback
 
 if sys.argv[1] == "sound":
@@ -482,19 +433,6 @@ else:
     run.add_callback(Breaks())
     run.train()
 """
-
-
-def run_to_its_end(command, seconds=120):
-    """Exit code and output of a launcher; nothing that it started outlives this."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=variables, start_new_session=True, **pipes) as launcher:
-        try:
-            output, _ = launcher.communicate(timeout=seconds)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
-    return launcher.returncode, output
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from tests.invariants.test_shared_batches import (
     recorded_rounds,
     settings,
 )
-from tests.invariants.test_two_processes import (
+from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
+from tests.two_processes import (
     PROCESSES,
     ROOT,
     join_group,
@@ -26,7 +27,6 @@ from tests.invariants.test_two_processes import (
     record,
     run_to_its_end,
 )
-from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
 
 
 pytestmark = pytest.mark.slow
