@@ -1,7 +1,6 @@
 """
 The processes of one launch (`accelerate launch`, `torchrun`): each trains other clients of a round, and the main one
 is the server as well.
-
 """
 
 from collections.abc import Callable, Sequence

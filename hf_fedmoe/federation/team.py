@@ -99,7 +99,7 @@ class Team:
         that has a gradient in no process keeps none, so that the optimizer leaves it as it is.
         """
         learning = [parameter for parameter in parameters if parameter.requires_grad]
-        if not self.at_work or not learning:
+        if not self.at_work or self.processes.count == 1 or not learning:
             return loss
         dtype = torch.promote_types(learning[0].dtype, torch.float32)
         has_G = torch.tensor([parameter.grad is not None for parameter in learning], dtype=dtype, device=loss.device)
