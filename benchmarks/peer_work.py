@@ -56,7 +56,10 @@ class Work:
         self.data = load_file(folder / "data.safetensors")
         images = self.data.get("pixel_values")
         if images is not None:
-            self.data["pixel_values"] = images.float().mul_(2 / 255).sub_(1)
+            images = images.float().mul_(2 / 255).sub_(1)
+            if settings["channels_last"]:
+                images = images.contiguous(memory_format=torch.channels_last)
+            self.data["pixel_values"] = images
 
     def model(self) -> nn.Module:
         model = MODELS[self.shape]()

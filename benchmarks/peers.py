@@ -81,7 +81,7 @@ def images(count: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.tensor(pixels), "labels": torch.tensor(rows["label"])}
 
 
-def write_work(folder: Path, name: str, shape: Shape, rounds: int) -> None:
+def write_work(folder: Path, name: str, shape: Shape, rounds: int, channels_last: bool) -> None:
     """Data, start weights and plan, whose draws are those of `FederatedTrainer` with seed 42."""
     torch.manual_seed(0)
     count = shape.clients * shape.examples
@@ -102,7 +102,8 @@ def write_work(folder: Path, name: str, shape: Shape, rounds: int) -> None:
         orders.append([[row for step in plan for batch in step for row in batch] for plan in plans])
     plan = {"clients": clients, "seeds": seeds, "orders": orders}
     save_file({key: torch.tensor(values) for key, values in plan.items()}, folder / "plan.safetensors")
-    (folder / "settings.json").write_text(json.dumps({"shape": name, "batch_size": shape.batch_size}))
+    settings = {"shape": name, "batch_size": shape.batch_size, "channels_last": channels_last}
+    (folder / "settings.json").write_text(json.dumps(settings))
 
 
 @dataclass
@@ -284,6 +285,11 @@ def main() -> None:
     parser.add_argument(
         "--malloc", choices=("keep", "default"), default="keep", help="Whether the C library keeps freed pages."
     )
+    parser.add_argument(
+        "--channels_last",
+        action="store_true",
+        help="All have images with channels last in memory, as `ImageCollator` makes them.",
+    )
     parser.add_argument("--quick", action="store_true", help="Small sizes and few rounds: does it run at all?")
     args = parser.parse_args()
     if args.quick:
@@ -302,7 +308,7 @@ def main() -> None:
         shape = (QUICK if args.quick else SHAPES)[name]
         results = {contestant: Result() for contestant in names}
         with tempfile.TemporaryDirectory() as folder:
-            write_work(Path(folder), name, shape, WARM_UP + args.rounds)
+            write_work(Path(folder), name, shape, WARM_UP + args.rounds, args.channels_last)
             for _ in range(args.launches):
                 launch(Path(folder), names, WARM_UP + args.rounds, results, environment)
         title = f"{name}, {shape.participants} of {shape.clients} clients, {shape.examples} examples each"

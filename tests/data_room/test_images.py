@@ -43,6 +43,7 @@ def test_a_batch_is_what_the_processor_makes_of_the_images(kind, num_channels):
     batch = ImageCollator(processor)(rows)
     expected = processor(pixels, return_tensors="pt")["pixel_values"]
     assert batch["pixel_values"].shape == (7, num_channels, 6, 5)
+    assert batch["pixel_values"].stride() == (num_channels * 30, 1, num_channels * 5, num_channels)  # channels last
     torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=1e-6)
     assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
