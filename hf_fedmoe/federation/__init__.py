@@ -1,5 +1,6 @@
 """The round: drawing clients, sending, local training, receiving, the client store, checkpoints."""
 
+from .batch_reader import BatchReader
 from .checkpoint import check_identity, load_federation, read_manifest, save_federation
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
@@ -15,6 +16,7 @@ from .zero import ZeroTrainer
 
 __all__ = [
     "CLIENT_CHOICES",
+    "BatchReader",
     "ClientStore",
     "Federation",
     "LocalTrainer",

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import TrainingArguments
 
 from ..strategies import Strategy
 from ..weights import Payload, StateLayout, copy_module
+from .batch_reader import BatchReader, Wanted
+from .randomness import Stream, seed_of
 from .team import Stage, Team
 
 
@@ -98,6 +100,7 @@ class LocalTrainer:
         accelerator ([`~accelerate.Accelerator`]): Precision, gradient scaling, device.
         make_optimizer (`Callable`): From a module to another such optimizer, for twins.
         team ([`Team`], *optional*): The processes that train a client together; this one alone if left out.
+        reader ([`BatchReader`], *optional*): Worker processes that read clients' batches; this one does if left out.
     """
 
     worker: nn.Module
@@ -110,6 +113,7 @@ class LocalTrainer:
     accelerator: Accelerator
     make_optimizer: Callable
     team: Team = field(default_factory=Team)
+    reader: BatchReader | None = None
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
@@ -186,6 +190,16 @@ class LocalTrainer:
         self._scheduler = self.make_scheduler(self.optimizer, num_steps)
         self.worker.train()
 
+    def read_ahead(self, clients: Iterable[tuple[Dataset, int]]) -> None:
+        """
+        Worker processes, if there are any, begin to read what [`LocalTrainer.train`] will ask for of these clients,
+        one after another, each a dataset and a seed.
+        """
+        if self.reader is not None:
+            self.reader.expect(
+                self._wanted(dataset, list(self.own_rows(self.plan(dataset, seed))), seed) for dataset, seed in clients
+            )
+
     def own_rows(self, plan: list[list[list[int]]]) -> Iterator[list[int]]:
         """The indices of each batch of [`LocalTrainer.steps`]: as planned, or of this process's share."""
         return (self.team.share(batch)[0] for step in plan for batch in step)
@@ -193,7 +207,7 @@ class LocalTrainer:
     def steps(self, dataset: Dataset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
         """The batches of each planned step; `seed` is that of dropout and augmentation."""
         self._seed(self.team.seed(seed))
-        batches = self._batches(dataset, list(self.own_rows(plan)))
+        batches = self._batches(dataset, list(self.own_rows(plan)), seed)
         for step in plan:
             yield StepBatches(batches, [self.team.share(batch)[1] for batch in step])
 
@@ -249,7 +263,7 @@ class LocalTrainer:
         """Batches of a client's examples in their order; `seed` is that of augmentation."""
         self._seed(seed)
         places = torch.arange(len(dataset)).split(self.args.eval_batch_size)
-        yield from self._batches(dataset, [indices.tolist() for indices in places])
+        yield from self._batches(dataset, [indices.tolist() for indices in places], seed)
 
     def twins(self, count: int) -> list["LocalTrainer"]:
         """Further trainers, each with a worker and an optimizer of its own: for clients that train several models."""
@@ -287,17 +301,22 @@ class LocalTrainer:
         else:
             torch.manual_seed(seed)
 
-    def _batches(self, dataset: Dataset, places: list[list[int]]) -> Iterator[dict[str, Tensor]]:
+    def _batches(self, dataset: Dataset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
         device = self.accelerator.device
-        loader = DataLoader(
-            dataset,
-            batch_sampler=places,
-            collate_fn=self.collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and device.type == "cuda",
-        )
-        for batch in loader:
+        if self.reader is not None and isinstance(dataset, Subset) and dataset.dataset is self.reader.pool:
+            batches = self.reader.read(self._wanted(dataset, places, seed))
+        else:
+            pin_memory = self.args.dataloader_pin_memory and device.type == "cuda"
+            batches = DataLoader(dataset, batch_sampler=places, collate_fn=self.collate, pin_memory=pin_memory)
+        for batch in batches:
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _wanted(self, dataset: Subset, places: list[list[int]], seed: int) -> list[Wanted]:
+        """Batches of a client as worker processes are asked for them."""
+        return [
+            (seed_of(self.team.seed(seed), Stream.BATCH, index), [dataset.indices[place] for place in batch])
+            for index, batch in enumerate(places)
+        ]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state after [`LocalTrainer.train`] as named tensors, for the client store."""

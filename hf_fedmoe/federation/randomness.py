@@ -18,6 +18,7 @@ class Stream(IntEnum):
     ADAPTER_START = 3
     CLIENT_EVALUATION = 4
     PROCESS = 5
+    BATCH = 6
 
 
 def seed_of(seed: int, stream: Stream, *where: int) -> int:

@@ -5,6 +5,7 @@ Shape suffixes: m participants, P elements of a model's row.
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -230,11 +231,13 @@ class Federation:
         rows too, unless `sum_P` adds up those of this process. What stays with a client is returned by its owner only.
         """
         stays: dict[int, dict[str, Tensor]] = {}
+        index = self.processes.index
 
         def train_own() -> dict[int, Reply]:
             replies = {}
+            self._read_ahead([c for c, owner in zip(chosen, owners, strict=True) if owner == index], round_index)
             for place, client in enumerate(chosen):
-                if owners[place] == self.processes.index:
+                if owners[place] == index:
                     rows[place].zero_()  # of whatever was there
                     reply, stays[client] = self._train_client(client, round_index, rows[place])
                     self._probe(reply, rows[place])
@@ -250,7 +253,7 @@ class Federation:
         for place, owner in enumerate(owners):
             if replies[place].fault is None and place in rows and sum_P is None:
                 self.processes.move_(rows[place], owner, 0)
-            if owner != self.processes.index and on_client is not None:
+            if owner != index and on_client is not None:
                 on_client(chosen[place])
         return replies, stays
 
@@ -269,6 +272,8 @@ class Federation:
         own_P = torch.zeros_like(self.server.bank_SP[0])
         replies: list[Reply] = []
         errors: list[Exception] = []
+        with self.local_trainer.team.together():
+            self._read_ahead(chosen, round_index)
         for place, client in enumerate(chosen):
             row_P = rows.get(place, own_P).zero_()
             with self.local_trainer.team.together():
@@ -372,6 +377,17 @@ class Federation:
             stays["residual_U"] = residual_U
         return payload, stays
 
+    def _read_ahead(self, clients: list[int], round_index: int) -> None:
+        """Worker processes, if there are any, begin to read what these participants will train on."""
+        if self.strategy.plain_clients:
+            with suppress(Exception):  # what fails here fails again when its client trains, and counts there
+                self.local_trainer.read_ahead(
+                    (self.client_data(client), self._training_seed(client, round_index)) for client in clients
+                )
+
+    def _training_seed(self, client: int, round_index: int) -> int:
+        return seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client)
+
     def task(self, client: int, round_index: int, out_P: Tensor) -> ClientTask:
         """What a client has at hand in a round, for an upload to `out_P`."""
         kept = self.store.get(client)
@@ -390,7 +406,7 @@ class Federation:
             received_P,
             self.server.integers[0],
             out_P,
-            seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client),
+            self._training_seed(client, round_index),
             kept,
             optimizer or None,
             sent.num_bytes(self.server.layout, shared),

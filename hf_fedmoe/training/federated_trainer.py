@@ -33,6 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 
 from ..data import FederatedDataset, ImageCollator, ReservedSet
 from ..federation import (
+    BatchReader,
     ClientStore,
     Federation,
     LocalTrainer,
@@ -291,6 +292,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self.accelerator,
             self._make_optimizer,
             Team(self.processes),
+            BatchReader(pool, self.train_data_collator, args) if args.dataloader_num_workers else None,
         )
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
