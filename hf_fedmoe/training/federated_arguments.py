@@ -21,9 +21,10 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
 
     What a client does keeps its name: `num_train_epochs` are the local epochs, `per_device_train_batch_size`,
     `learning_rate`, `optim`, `weight_decay`, `lr_scheduler_type`, `gradient_accumulation_steps`, `max_grad_norm`,
-    `bf16` and so on are those of local training. What counts steps counts rounds: `logging_steps`, `eval_steps`,
-    `save_steps`. A round is logged and saved by default; the two newest checkpoints are kept (`save_total_limit`).
-    Fed-MoE's own settings are those of [`FedMoESettings`].
+    `bf16` and so on are those of local training; `dataloader_num_workers` processes read clients' batches meanwhile,
+    the same ones for all. What counts steps counts rounds: `logging_steps`, `eval_steps`, `save_steps`. A round is
+    logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Fed-MoE's own settings are
+    those of [`FedMoESettings`].
 
     Args:
         rounds (`int`, *optional*, defaults to 10):
