@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data import ReservedSet
 from ..strategies import Server, Work
+from ..weights import fuse_
 from .processes import Processes
 
 
@@ -24,22 +25,27 @@ def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | Non
         return step()
 
     def hand_out(work: Work, items: Sequence[Any]) -> list[dict[str, Tensor]]:
-        processes.tell((work, items))
+        processes.tell((_share, (work, items)))
         return _share(work, items, server, reserved, processes)
 
+    def fuse_held(weights_Sm: Tensor, keep_S: Tensor) -> None:
+        processes.tell((_fuse_held, (weights_Sm.cpu(), keep_S.cpu())))
+        _fuse_held(weights_Sm, keep_S, server, reserved, processes)
+
     def lead() -> T:
-        server.hand_out = hand_out
+        server.hand_out, server.fuse_held = hand_out, fuse_held
         try:
             return step()
         finally:
-            server.hand_out = None
+            server.hand_out = server.fuse_held = None
             processes.tell(None)
 
     def help_out() -> None:
         error = None
         while (told := processes.tell()) is not None:
+            part, arguments = told
             try:
-                _share(*told, server, reserved, processes)
+                part(*arguments, server, reserved, processes)
             except Exception as caught:
                 # The main process has heard of it, which ends its step: that is waited for here.
                 error = caught
@@ -76,3 +82,18 @@ def _share(
         for tensor in results.get(place, {}).values():
             processes.move_(tensor, owner, 0)
     return [results[place] for place in sorted(results)]
+
+
+def _fuse_held(
+    weights_Sm: Tensor, keep_S: Tensor, server: Server, reserved: ReservedSet | None, processes: Processes
+) -> None:
+    """Each process fuses the uploads that it holds, and the main one's bank takes the sums, some columns at a time."""
+    rows_nP, places = server.held
+    fuse_(
+        server.bank_SP,
+        rows_nP,
+        weights_Sm[:, places].to(rows_nP.device),
+        keep_S.to(rows_nP.device),
+        server.layout.batchnorm,
+        processes.add_up_,
+    )

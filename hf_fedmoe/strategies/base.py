@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -40,7 +41,10 @@ class Server:
         weight_decay (`float`): Of every optimizer that runs on the server, as on the clients.
         num_examples (`int`): Training examples of all clients together.
         cache (`dict[str, Any]`): What the strategy can compute again; gone after a resume.
+        held (`tuple[Tensor, list[int]]`, *optional*): Where processes keep the uploads of the clients that they have
+            trained: those of this one, and their places among all.
         hand_out (`Callable`, *optional*): Shares work out while several processes take the server's step.
+        fuse_held (`Callable`, *optional*): [`Server.fuse_`] of what all processes hold, while they take it.
     """
 
     model: PreTrainedModel
@@ -52,7 +56,9 @@ class Server:
     weight_decay: float = 0.0
     num_examples: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
+    held: tuple[Tensor, list[int]] | None = None
     hand_out: Callable[[Work, Sequence[Any]], list[dict[str, Tensor]]] | None = None
+    fuse_held: Callable[[Tensor, Tensor], None] | None = None
 
     def share(self, work: Work, reserved: ReservedSet | None, items: Sequence[Any]) -> list[dict[str, Tensor]]:
         """
@@ -69,6 +75,13 @@ class Server:
             return [work(self, reserved, item) for item in items]
         return self.hand_out(work, items)
 
+    def fuse_(self, uploads: "Uploads", weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
+        """bank <- keep * bank + weights @ uploads, wherever they are; returns what [`fuse_models_`] does."""
+        if self.held is None or self.fuse_held is None:
+            return fuse_models_(self.bank_SP, uploads.rows_mP, weights_Sm, keep_S, self.layout)
+        self.fuse_held(weights_Sm, keep_S)
+        return torch.zeros(len(self.bank_SP))
+
 
 @dataclass
 class Uploads:
@@ -78,6 +91,7 @@ class Uploads:
     Args:
         clients (`list[int]`): The participants, in the order of the draw.
         rows_mP (`Tensor` of shape `[m, P]`): Their models; if `averaged`, `[1, P]`, the mean of them by `weights_m`.
+            Only those that the main process trained, where processes keep their uploads ([`Server.held`]).
         integers (`list[dict[str, Tensor]]`): Their integer buffers.
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
         metrics (`list[dict[str, float]]`, *optional*): What they report.
@@ -145,6 +159,8 @@ class Strategy:
     keeps_optimizer: bool = True
     # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
     averages: bool = False
+    # Whether it does nothing with them but `Server.fuse_`, after `probe`.
+    fuses: bool = False
     # Whether processes may train a client together: the loss of a batch is the mean of those of its rows, but for
     # terms of the parameters, and clients have the server's model or a part of it.
     shares_batches: bool = True

@@ -151,6 +151,10 @@ class FedMoE(Strategy):
         self.settings = settings or FedMoESettings()
         self.settings.resolve_preset()
 
+    @property
+    def fuses(self) -> bool:
+        return self.settings.synchronisation in ("download_main", "download_mixture")
+
     def needs_reserved_set(self) -> bool:
         return True
 
@@ -279,7 +283,7 @@ class FedMoE(Strategy):
     def _fuse(self, server: Server, uploads: Uploads, steps_TSm: list[Tensor], round_index: int) -> dict[str, float]:
         """E_s <- (1 - lambda_s) E_s + sum_j weights_sj M_j (Eq. 6), for each of the steps in turn."""
         weights_Sm, keep_S = collapse(torch.stack(steps_TSm), 1 - self._rate(server, round_index))
-        lost_S = fuse_models_(server.bank_SP, uploads.rows_mP, weights_Sm, keep_S, server.layout)
+        lost_S = server.fuse_(uploads, weights_Sm, keep_S)
         server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in steps_TSm[-1]]
         if not server.layout.lora:
             return {}

@@ -60,9 +60,9 @@ def check_run(
             f"`keep_client_optimizer` is True, but {strategy.name!r} starts each round with a fresh optimizer: leave "
             "it out."
         )
-    if args.client_parallelism == "sums" and not strategy.averages:
+    if args.client_parallelism == "sums" and not strategy.averages and not strategy.fuses:
         raise ValueError(
-            f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than average them: choose "
+            f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than add them up: choose "
             '"clients".'
         )
     if args.deepspeed:

@@ -58,10 +58,10 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             What several processes (`accelerate launch`, `torchrun`) share out: `"clients"` (each trains other clients
             of a round and sends the server every upload; on CPUs of one kind a run ends with the bits of one process),
             `"sums"` (the same, but each adds its uploads up as they come, so that memory does not grow with
-            `clients_per_round`, in one process too: for methods that only average) or `"data"` (all train each client
-            together, on shares of its batches, whose size stays that of one process). The last two end like
-            `"clients"` but for rounding. `"data"` with `deepspeed`, or where the launcher asks for that, and
-            `"clients"` otherwise if left out.
+            `clients_per_round`, in one process too: for methods that only average; with Fed-MoE each process keeps
+            those of its own clients, and no one has all) or `"data"` (all train each client together, on shares of
+            its batches, whose size stays that of one process). The last two end like `"clients"` but for rounding.
+            `"data"` with `deepspeed`, or where the launcher asks for that, and `"clients"` otherwise if left out.
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})

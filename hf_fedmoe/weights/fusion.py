@@ -3,6 +3,8 @@
 Shape suffixes: S rows of the server's bank, m uploads, P elements of a row, F features of a BatchNorm layer.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def fuse_(
     weights_Sm: Tensor,
     keep_S: Tensor,
     batchnorm: tuple[tuple[Slot, Slot], ...] = (),
+    add_up_: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """
     bank <- keep * bank + weights @ uploads, in place (Fed-MoE Eq. 6; FedAvg is one row with keep = 0).
@@ -34,6 +37,8 @@ def fuse_(
         weights_Sm (`Tensor` of shape `[S, m]`): What each row takes of each upload.
         keep_S (`Tensor` of shape `[S]`): What each row keeps of itself. For an average, `keep + weights.sum(1) == 1`.
         batchnorm (`tuple`, *optional*): [`StateLayout.batchnorm`], the (mean, variance) slots.
+        add_up_ (`Callable`, *optional*): Of several processes, each of which calls this with other uploads, makes a
+            tensor the sum of those of all, in the one whose bank counts.
 
     Returns:
         `Tensor`: `bank_SP`.
@@ -42,14 +47,21 @@ def fuse_(
     keep_S1 = keep_S.to(bank_SP.dtype)[:, None]
     fused_variances = []
     for mean, variance in batchnorm:
-        moments = [
+        own, taken = (
             rows[:, variance.start : variance.stop] + rows[:, mean.start : mean.stop].square()
             for rows in (bank_SP, uploads_mP)
-        ]
-        fused_variances.append(keep_S1 * moments[0] + weights_Sm @ moments[1])
+        )
+        taken = weights_Sm @ taken
+        if add_up_ is not None:
+            add_up_(taken)
+        fused_variances.append(keep_S1 * own + taken)
     for start in range(0, bank_SP.shape[1], _CHUNK):
         columns = slice(start, start + _CHUNK)
-        bank_SP[:, columns].mul_(keep_S1).addmm_(weights_Sm, uploads_mP[:, columns])
+        if add_up_ is None:
+            bank_SP[:, columns].mul_(keep_S1).addmm_(weights_Sm, uploads_mP[:, columns])
+        else:
+            add_up_(taken := weights_Sm @ uploads_mP[:, columns])
+            bank_SP[:, columns].mul_(keep_S1).add_(taken)
     for (mean, variance), second_moment_SF in zip(batchnorm, fused_variances, strict=True):
         fused_mean_SF = bank_SP[:, mean.start : mean.stop]
         bank_SP[:, variance.start : variance.stop] = second_moment_SF - fused_mean_SF.square()

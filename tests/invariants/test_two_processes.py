@@ -102,12 +102,12 @@ def other_weights_in_one_process(output_dir):
     return run
 
 
-def fedmoe_of_images(output_dir):
+def fedmoe_of_images(output_dir, strategy=FedMoE, **changes):
     """Its experts have statistics and integer buffers, and all that the server's step can have."""
     settings = FedMoESettings(server_iterations=2, expert_epochs=1, download_epochs=1, final_expert_epochs=1)
-    args = tiny_args(output_dir, rounds=2, **SETTINGS)
+    args = tiny_args(output_dir, rounds=2, **SETTINGS | changes)
     data, processor = tiny_image_federation(), tiny_processor()
-    run = FederatedTrainer(image_model("fedmoe"), args, data, FedMoE(settings), processing_class=processor)
+    run = FederatedTrainer(image_model("fedmoe"), args, data, strategy(settings), processing_class=processor)
     run.train()
     return run
 
@@ -156,8 +156,31 @@ CASES = {
     "fedmoe_of_images": fedmoe_of_images,
     "all_uploads_of_one_process": all_uploads_of_one_process,
 }
+
+
+class OwnRows(FedMoE):
+    """Refuses the third upload, and tells how many the main process has."""
+
+    def participants(self, server, drawn, round_index):
+        self.third = drawn[2]
+        return drawn
+
+    def train_client(self, local, task):
+        if task.client == self.third:
+            raise OSError("battery empty")
+        return super().train_client(local, task)
+
+    def update(self, server, uploads, reserved, round_index, seed):
+        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(uploads.rows_mP)}
+
+
+def fedmoe_sums(output_dir, client_parallelism="sums"):
+    changes = {"clients_per_round": 4, "optim": "sgd", "max_grad_norm": 0.0}
+    return fedmoe_of_images(output_dir, OwnRows, client_parallelism=client_parallelism, **changes)
+
+
 # Equal but for rounding.
-SUMS = {"sums": sums}
+SUMS = {"sums": sums, "fedmoe_sums": fedmoe_sums}
 QUICK = {name: functools.partial(run_by_name, name) for name in QUICK_RUNS} | CASES
 REST = {name: functools.partial(run_by_name, name) for name in [*RUNS, *LORA_RUNS] if name not in QUICK_RUNS}
 
@@ -363,6 +386,19 @@ def test_sums_of_uploads_end_like_one_process_but_for_rounding(quick, tmp_path):
         )
         states = (load_file(f"{path}.safetensors"), load_file(tmp_path / "alone.safetensors"))
         assert_equal_states(*states, atol=1e-6, rtol=1e-5)
+
+
+def test_fed_moe_fuses_uploads_where_they_are(quick, tmp_path):
+    record(fedmoe_sums(tmp_path / "clients", "clients"), tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert [report["rows"] for _, _, report in alone["rounds"]] == [3, 3]
+    for path in (quick / f"fedmoe_sums-{index}" for index in range(PROCESSES)):
+        facts = json.loads(Path(f"{path}.json").read_text())
+        assert [report["rows"] for _, _, report in facts["rounds"]] in ([1, 2], [2, 1], [1, 1], [2, 2])
+        assert [refused for _, refused, _ in facts["rounds"]] == [refused for _, refused, _ in alone["rounds"]]
+        states = (load_file(f"{path}.safetensors"), load_file(tmp_path / "alone.safetensors"))
+        # Adam trains gate and experts on the server, and divides small gradients by themselves.
+        assert_equal_states(*states, atol=1e-3, rtol=1e-3)
 
 
 def test_each_process_does_its_share_of_the_server_step(quick, tmp_path):

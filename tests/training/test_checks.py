@@ -85,9 +85,9 @@ def test_fed_moe_of_a_model_that_is_no_mixture(tmp_path):
         FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_federation(), strategy=FedMoE())
 
 
-def test_sums_of_uploads_are_no_use_to_fed_moe(tmp_path):
-    args = tiny_args(tmp_path, client_parallelism="sums")
-    with pytest.raises(ValueError, match=r"is 'sums', but 'fedmoe' does more with uploads than average them: choose"):
+def test_sums_of_uploads_that_do_not_suffice(tmp_path):
+    args = tiny_args(tmp_path, client_parallelism="sums", preset="paper")
+    with pytest.raises(ValueError, match=r"is 'sums', but 'fedmoe' does more with uploads than add them up: choose"):
         FedMoETrainer(tiny_mixture(), args, train_dataset=tiny_federation())
     with pytest.raises(ValueError, match=r"'sums' and `lora_fusion` is 'svd', which needs all uploads at once"):
         FederatedTrainer(tiny_expert(), args, tiny_federation(), peft_config=LoraConfig(r=2))

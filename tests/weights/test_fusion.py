@@ -102,6 +102,23 @@ def test_a_moving_average_keeps_its_own_part_in_the_batchnorm_mixture():
     assert fused["running_var"].item() == pytest.approx(0.75 * (3 + 4) + 0.25 * (5 + 1) - 1.25**2)
 
 
+def test_processes_that_hold_other_uploads_fuse_them_all(monkeypatch):
+    monkeypatch.setattr("hf_fedmoe.weights.fusion._CHUNK", 7)
+    layout = StateLayout.of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double())
+    bank_SP, rows_mP = torch.rand(6, layout.size, generator=torch.Generator().manual_seed(0)).double().split([2, 4])
+    weights_Sm = float64([[0.1, 0.2, 0.3, 0.1], [0.0, 0.4, 0.1, 0.1]])
+    keep_S = 1 - weights_Sm.sum(1)
+    alone_SP = fuse_(bank_SP.clone(), rows_mP, weights_Sm, keep_S, layout.batchnorm)
+    told = []
+    fuse_(bank_SP.clone(), rows_mP[[1]], weights_Sm[:, [1]], keep_S, layout.batchnorm, lambda part: told.append(part))
+    others = iter(told)
+    fuse_(
+        bank_SP, rows_mP[[0, 2, 3]], weights_Sm[:, [0, 2, 3]], keep_S, layout.batchnorm, lambda p: p.add_(next(others))
+    )
+    torch.testing.assert_close(bank_SP, alone_SP, atol=1e-12, rtol=0)
+    assert next(others, None) is None
+
+
 def test_rows_added_up_one_by_one_are_the_average_that_fusing_gives():
     layout = StateLayout.of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double())
     rows_mP = torch.rand(3, layout.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
