@@ -3,11 +3,14 @@ What a second process saves: rounds of Fed-MoE and FedAvg with one thread in one
 
 Every stage ends when the slowest process is through. Its processor time, without the time in which it waits for a core
 or for the others, is what the stage takes on a machine with a core for each, and what a busy machine can tell.
+
+Then what memory Fed-MoE's uploads take in each of two processes, by peaks of runs with few clients and with many.
 """
 
 import argparse
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -38,6 +41,8 @@ STAGES = [
     (federated_trainer, "take_step", "end"),
 ]
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+FEW, MANY, WIDE = 4, 20, 512
+MEGABYTE = 2**20
 
 
 class FromTheSecondRound(TrainerCallback):
@@ -54,7 +59,10 @@ class FromTheSecondRound(TrainerCallback):
 
 
 def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds of this process by clock and stage: of a round, but for what comes after the last one."""
+    """
+    Seconds of this process by clock and stage, of a round, but for what comes after the last one; the most memory that
+    it had, and the size of an upload, in MB.
+    """
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     *clients, reserved = np.split(
@@ -73,6 +81,7 @@ def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[st
         clients_per_round=args.clients,
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=32,
+        client_parallelism=args.parallelism,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -81,15 +90,19 @@ def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[st
     strategy = FedMoE() if method == "Fed-MoE" else FedAvg()
     with ExitStack() as stack:
         timing = FromTheSecondRound(stack)
-        FederatedTrainer(model, training, data, strategy, callbacks=[timing]).train()
-    return {
+        trainer = FederatedTrainer(model, training, data, strategy, callbacks=[timing])
+        trainer.train()
+    seconds = {
         name: {stage: clock.seconds[stage] / (1 if stage == "end" else args.rounds) for *_, stage in STAGES}
         for name, clock in timing.clocks.items()
     }
+    upload = sum(parameter.nbytes for parameter in strategy.server_models(model)[0].parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds | {"memory": {"peak": peak / MEGABYTE, "upload": upload / MEGABYTE}}
 
 
-def launch(method: str, count: int) -> dict[str, dict[str, float]]:
-    """A run of `count` processes; of their figures the largest."""
+def launch(method: str, count: int, *changes: str) -> list[dict[str, dict[str, float]]]:
+    """What each of `count` processes of a run found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -100,7 +113,7 @@ def launch(method: str, count: int) -> dict[str, dict[str, float]]:
                 own = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
                 variables = {name: str(value) for name, value in own.items()} if count > 1 else {}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                command = [sys.executable, __file__, "--child", method, folder, *sys.argv[1:]]
+                command = [sys.executable, __file__, "--child", method, folder, *sys.argv[1:], *changes]
                 started.append(
                     subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
                 )
@@ -108,8 +121,27 @@ def launch(method: str, count: int) -> dict[str, dict[str, float]]:
         finally:
             for process in started:
                 process.kill()
-    found = [json.loads(output.strip().split("\n")[-1]) for output in outputs]
+    return [json.loads(output.strip().split("\n")[-1]) for output in outputs]
+
+
+def slowest(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     return {name: {stage: max(own[name][stage] for own in found) for stage in found[0][name]} for name in CLOCKS}
+
+
+def print_memory(few: int, many: int, width: int) -> None:
+    rows = []
+    for parallelism in ("clients", "sums"):
+        sizes = ("--parallelism", parallelism, "--hidden", str(width), "--examples", "10", "--rounds", "1")
+        peaks = []
+        for clients in (few, many):
+            found = launch("Fed-MoE", 2, "--clients", str(clients), *sizes)
+            peaks.append([own["memory"]["peak"] for own in found])
+        upload = found[0]["memory"]["upload"]
+        for name, less, more in zip(("main", "other"), *peaks, strict=True):
+            kept = (more - less) / upload
+            rows.append([f'"{parallelism}"', name, f"{less:.0f}", f"{more:.0f}", f"{kept:.1f}"])
+    header = ["", "process", f"{few} clients, MB", f"{many} clients, MB", f"uploads kept of {many - few} more"]
+    print_table(f"Fed-MoE, peak memory, uploads of {upload:.0f} MB", header, rows)
 
 
 def main() -> None:
@@ -124,6 +156,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128, help="Width of the two-layer GPT-2 classifier.")
     parser.add_argument("--rounds", type=int, default=2, help="Rounds that count, after one that does not.")
     parser.add_argument("--turns", type=int, default=3, help="Runs of each kind.")
+    parser.add_argument("--parallelism", default="clients", help="`client_parallelism` of the timed runs.")
     parser.add_argument("--quick", action="store_true", help="Small sizes, one turn: does it run at all?")
     parser.add_argument("--child", nargs=2, help="Method, folder: one process of a run, as JSON.")
     args = parser.parse_args()
@@ -133,7 +166,7 @@ def main() -> None:
         print(json.dumps(run(*args.child, args)))
         return
     for method in METHODS:
-        turns = [[launch(method, count) for count in (1, 2)] for _ in range(args.turns)]
+        turns = [[slowest(launch(method, count)) for count in (1, 2)] for _ in range(args.turns)]
         rows = []
         for stage in ["clients", "server", "synchronise", "round", "end"]:
             parts = ["clients", "server", "synchronise"] if stage == "round" else [stage]
@@ -149,6 +182,7 @@ def main() -> None:
             *(f"{what}, {clock}" for clock in CLOCKS for what in ("1 process, ms", "2 processes, ms", "1 / 2")),
         ]
         print_table(f"{method}, a round of {args.clients} clients, and the end", header, rows)
+    print_memory(FEW, MANY, args.hidden if args.quick else WIDE)
 
 
 if __name__ == "__main__":
