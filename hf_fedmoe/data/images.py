@@ -125,15 +125,19 @@ def random_flip(pixels_BNYX: Tensor) -> Tensor:
 
 def cutout(pixels_BNYX: Tensor, size: int = 16, fill: int = 128) -> Tensor:
     """
-    Covers a square of `size` pixels around a random centre of each image (DeVries & Taylor 2017). At the border part
-    of it lies outside. `fill` is the middle grey by default, 0 once it is normalised to [-1, 1].
+    Covers a square of `size` pixels around a random centre of each image (DeVries & Taylor 2017), but no more than
+    half of its height and width. At the border part of it lies outside. `fill` is the middle grey by default, 0 once
+    it is normalised to [-1, 1].
     """
     B, _, Y, X = pixels_BNYX.shape
-    covered_BY, covered_BX = (
-        (offset_BZ >= 0) & (offset_BZ < size)
-        for offset_BZ in (torch.arange(Z) - torch.randint(Z, (B, 1)) + size // 2 for Z in (Y, X))
-    )
+    covered_BY, covered_BX = (_random_stretch(B, Z, min(size, Z // 2)) for Z in (Y, X))
     return pixels_BNYX.masked_fill((covered_BY[:, :, None] & covered_BX[:, None, :])[:, None], fill)
+
+
+def _random_stretch(B: int, Z: int, length: int) -> Tensor:
+    """Which of Z places are in a stretch around a random one of them, `[B, Z]`."""
+    offset_BZ = torch.arange(Z) - torch.randint(Z, (B, 1)) + length // 2
+    return (offset_BZ >= 0) & (offset_BZ < length)
 
 
 def random_resized_crop(pixels_BNYX: Tensor, scale: tuple[float, float] = (0.8, 1.0)) -> Tensor:

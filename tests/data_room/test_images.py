@@ -123,6 +123,11 @@ def test_random_resized_crop_keeps_the_whole_at_scale_one_and_enlarges_a_part_of
     assert cropped.min() >= 0 and cropped.max() <= 140 and cropped[:, 0, 0].std() > 5
 
 
+def test_cutout_leaves_half_of_a_small_image():
+    covered = cutout(torch.zeros(300, 1, 8, 6, dtype=torch.uint8), fill=9)[:, 0] == 9
+    assert covered.any(2).sum(1).max() == 4 and covered.any(1).sum(1).max() == 3
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_follows_from_the_seed(name):
     processor = SmallImageProcessor(num_channels=3, size=32)
