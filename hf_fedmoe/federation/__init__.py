@@ -6,7 +6,7 @@ from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .files import atomic_directory
 from .local_training import LocalTrainer, scale_learning_rates
-from .processes import Processes, balance
+from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
 from .server_step import take_step
@@ -28,6 +28,7 @@ __all__ = [
     "atomic_directory",
     "balance",
     "check_identity",
+    "leave_group",
     "load_federation",
     "read_manifest",
     "save_federation",

@@ -140,6 +140,15 @@ class Processes:
             self.broadcast_(tensor)
 
 
+def leave_group() -> None:
+    """
+    Ends what the process group runs, for the end of a process: gloo's threads, which nobody waited for, would abort it
+    now and then, and the launcher would end the others with it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous tensor: not every backend knows every dtype."""
     return tensor.view(-1).view(torch.uint8)

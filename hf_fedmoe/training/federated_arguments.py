@@ -1,10 +1,11 @@
 """Arguments of a federated run: `TrainingArguments` for what a client does, and a few more for the federation."""
 
+import atexit
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ..federation import CLIENT_CHOICES
+from ..federation import CLIENT_CHOICES, leave_group
 from ..strategies import FedMoESettings
 from ..weights import COMPRESSIONS, make_codec
 from .deepspeed_config import hidden_from_accelerate, requested_config
@@ -86,7 +87,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         config, self.deepspeed = requested_config(self.deepspeed), None
         with hidden_from_accelerate():
             super().__post_init__()
-            self.device  # noqa: B018  this starts the process group
+            device = self.device  # this starts the process group
+        if device.type == "cpu":
+            atexit.register(leave_group)
         self.deepspeed = config
         self.resolve_preset()
         for name in ("rounds", "clients_per_round"):
