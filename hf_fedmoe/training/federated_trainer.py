@@ -1,6 +1,5 @@
 """The face that Hugging Face users know: a `Trainer` whose steps are rounds."""
 
-import dataclasses
 import inspect
 import json
 import time
@@ -61,6 +60,7 @@ from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
 from .run_facts import run_facts
+from .run_identity import run_identity
 from .several_processes import SeveralProcesses
 
 
@@ -364,39 +364,10 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to resume the other."""
-        args = self.args
         modules, layout = self._server_models()
-        settings = self.strategy.settings if self.strategy.name == "fedmoe" else self.strategy
-        return {
-            "strategy": self.strategy.name,
-            "strategy_settings": dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else {},
-            "server_models": len(modules),
-            "parameters": layout.num_elements,
-            "base": self._base_fingerprint,
-            "data": self.federated_dataset.state_fingerprint(),
-            **{
-                name: vars(args)[name]
-                for name in (
-                    "seed",
-                    "client_draw_seed",
-                    "client_choice",
-                    "upload_compression",
-                    "top_k_share",
-                    "lora_fusion",
-                    "client_ranks",
-                    "clients_per_round",
-                    "num_train_epochs",
-                    "per_device_train_batch_size",
-                    "gradient_accumulation_steps",
-                    "learning_rate",
-                    "weight_decay",
-                    "lr_scheduler_scope",
-                    "keep_client_optimizer",
-                )
-            },
-            "optim": str(args.optim),
-            "lr_scheduler_type": str(args.lr_scheduler_type),
-        }
+        return run_identity(
+            self.args, self.strategy, layout, len(modules), self._base_fingerprint, self.federated_dataset
+        )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A whole checkpoint or none: written beside its place, synced, renamed."""
