@@ -133,9 +133,9 @@ class Federation:
     parallelism: str = field(kw_only=True, default="clients")
 
     def __post_init__(self) -> None:
-        self.sums = self.parallelism == "sums" and self.strategy.averages
-        # Each process keeps the uploads of its own clients.
-        self.apart = self.parallelism == "sums" and not self.sums and self.processes.count > 1
+        # Whether uploads stay in the process that trained them: added up as they come, or one by one.
+        self.apart = self.parallelism == "sums"
+        self.sums = self.apart and self.strategy.averages
         self.together = self.parallelism == "data"
         self._rows_mP = self.server.bank_SP[:0]
 
@@ -155,7 +155,7 @@ class Federation:
         owners = [0] * len(chosen) if self.together else balance(sizes, self.processes.count)
         serves = self.processes.index == 0
         # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
-        takes_all = serves and not self.sums and not self.apart
+        takes_all = serves and not self.apart
         held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
         # A sum needs a row for itself and one for the client that is training, however many there are.
         rows_mP = self._upload_rows(1 if self.sums else len(held))
@@ -187,7 +187,7 @@ class Federation:
             averaged=self.sums,
             probed=[t.to(rows_mP.device) for place in places if (t := replies[place].probed) is not None],
         )
-        if self.apart:
+        if self.apart and not self.sums:
             server.held = uploads.rows_mP, [places.index(place) for place in held if place in places]
         if self.sums:
             self.processes.add_up_(sum_P)
@@ -255,7 +255,7 @@ class Federation:
         gathered = self.processes.gather(train_own)
         replies = [gathered[owner][place] for place, owner in enumerate(owners)]
         for place, owner in enumerate(owners):
-            if replies[place].fault is None and place in rows and sum_P is None and not self.apart:
+            if replies[place].fault is None and place in rows and not self.apart:
                 self.processes.move_(rows[place], owner, 0)
             if owner != index and on_client is not None:
                 on_client(chosen[place])

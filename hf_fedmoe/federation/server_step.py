@@ -33,7 +33,7 @@ def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | Non
         _fuse_held(weights_Sm, keep_S, server, reserved, processes)
 
     def lead() -> T:
-        server.hand_out, server.fuse_held = hand_out, fuse_held
+        server.hand_out, server.fuse_held = hand_out, fuse_held if server.held else None
         try:
             return step()
         finally:
@@ -47,7 +47,7 @@ def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | Non
             try:
                 part(*arguments, server, reserved, processes)
             except Exception as caught:
-                # The main process has heard of it, which ends its step: that is waited for here.
+                # Of what is shared the main process has heard, which ends its step: that is waited for here.
                 error = caught
         if error is not None:
             raise error

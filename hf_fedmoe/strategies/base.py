@@ -77,7 +77,7 @@ class Server:
 
     def fuse_(self, uploads: "Uploads", weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
         """bank <- keep * bank + weights @ uploads, wherever they are; returns what [`fuse_models_`] does."""
-        if self.held is None or self.fuse_held is None:
+        if self.fuse_held is None:
             return fuse_models_(self.bank_SP, uploads.rows_mP, weights_Sm, keep_S, self.layout)
         self.fuse_held(weights_Sm, keep_S)
         return torch.zeros(len(self.bank_SP))
