@@ -10,6 +10,7 @@ from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
 from .server_step import take_step
+from .stacked_training import StackedTrainer
 from .team import Team
 from .zero import ZeroTrainer
 
@@ -22,6 +23,7 @@ __all__ = [
     "LocalTrainer",
     "Processes",
     "RoundReport",
+    "StackedTrainer",
     "Stream",
     "Team",
     "ZeroTrainer",

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -190,15 +190,22 @@ class LocalTrainer:
         self._scheduler = self.make_scheduler(self.optimizer, num_steps)
         self.worker.train()
 
-    def read_ahead(self, clients: Iterable[tuple[Dataset, int]]) -> None:
+    def groups(self, sizes: Sequence[int]) -> list[list[int]]:
+        """The places in `sizes` (examples of clients) of those that are trained at once: each by itself."""
+        return [[place] for place in range(len(sizes))]
+
+    def read_ahead(self, groups: Iterable[Sequence[tuple[Dataset, int]]]) -> None:
         """
-        Worker processes, if there are any, begin to read what [`LocalTrainer.train`] will ask for of these clients,
-        one after another, each a dataset and a seed.
+        Worker processes, if there are any, begin to read what training these clients will ask for, one group after
+        another, each client a dataset and a seed.
         """
         if self.reader is not None:
-            self.reader.expect(
-                self._wanted(dataset, list(self.own_rows(self.plan(dataset, seed))), seed) for dataset, seed in clients
-            )
+            self.reader.expect(self._wanted(*self.reading(clients)) for clients in groups)
+
+    def reading(self, clients: Sequence[tuple[Dataset, int]]) -> tuple[Dataset, list[list[int]], int]:
+        """What is read to train a group: a dataset, the indices of each batch, the seed of augmentation."""
+        ((dataset, seed),) = clients
+        return dataset, list(self.own_rows(self.plan(dataset, seed))), seed
 
     def own_rows(self, plan: list[list[list[int]]]) -> Iterator[list[int]]:
         """The indices of each batch of [`LocalTrainer.steps`]: as planned, or of this process's share."""

@@ -157,14 +157,18 @@ class Federation:
         # The places in `chosen` of the rows that this process holds: of its own clients, or as the server of all.
         takes_all = serves and not self.apart
         held = [place for place, owner in enumerate(owners) if takes_all or owner == self.processes.index]
-        # A sum needs a row for itself and one for the client that is training, however many there are.
-        rows_mP = self._upload_rows(1 if self.sums else len(held))
+        groups = self._groups(chosen, owners)
+        # A sum needs a row for itself and one for each client that is training, however many there are.
+        rows_mP = self._upload_rows(max(map(len, groups), default=1) if self.sums else len(held))
         sum_P = torch.zeros(layout.size, device=rows_mP.device) if self.sums else None
-        rows = dict(zip(held, rows_mP.expand(len(held), -1), strict=True))
+        if self.sums:
+            rows = {place: rows_mP[index] for group in groups for index, place in enumerate(group)}
+        else:
+            rows = dict(zip(held, rows_mP, strict=True))
         if self.together:
             replies, stays = self._train_together(chosen, round_index, rows, on_client)
         else:
-            replies, stays = self._train_clients(chosen, owners, round_index, rows, sum_P, on_client)
+            replies, stays = self._train_clients(chosen, owners, groups, round_index, rows, sum_P, on_client)
         for client, reply in zip(chosen, replies, strict=True):
             links = self.strategy.links(server, client, chosen)
             report.bytes_down += links * reply.received_bytes
@@ -178,6 +182,8 @@ class Federation:
             reasons = "; ".join(f"client {client}: {fault}" for client, fault in report.refused.items())
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {reasons}")
         num_examples = [replies[place].num_examples for place in places]
+        if self.sums:
+            rows_mP = rows_mP[:1]
         uploads = Uploads(
             [chosen[place] for place in places],
             rows_mP if self.sums or len(places) == len(chosen) else rows_mP[[place in places for place in held]],
@@ -225,25 +231,30 @@ class Federation:
         self,
         chosen: list[int],
         owners: list[int],
+        groups: list[list[int]],
         round_index: int,
         rows: dict[int, Tensor],
         sum_P: Tensor | None,
         on_client: Callable[[int], None] | None,
     ) -> tuple[list[Reply], dict[int, dict[str, Tensor]]]:
         """
-        Each process trains the participants that it owns and gets the replies of the others; the server gets their
-        rows too, unless `sum_P` adds up those of this process. What stays with a client is returned by its owner only.
+        Each process trains the participants that it owns, group by group, and gets the replies of the others; the
+        server gets their rows too, unless `sum_P` adds up those of this process. What stays with a client is returned
+        by its owner only.
         """
         stays: dict[int, dict[str, Tensor]] = {}
         index = self.processes.index
 
         def train_own() -> dict[int, Reply]:
             replies = {}
-            self._read_ahead([c for c, owner in zip(chosen, owners, strict=True) if owner == index], round_index)
-            for place, client in enumerate(chosen):
-                if owners[place] == index:
+            self._read_ahead([[chosen[place] for place in places] for places in groups], round_index)
+            for places in groups:
+                for place in places:
                     rows[place].zero_()  # of whatever was there
-                    reply, stays[client] = self._train_client(client, round_index, rows[place])
+                trained = self._train_at_once({chosen[place]: rows[place] for place in places}, round_index)
+                for place in places:
+                    client = chosen[place]
+                    reply, stays[client] = self._train_client(client, round_index, rows[place], trained.get(client))
                     self._probe(reply, rows[place])
                     if sum_P is not None and reply.fault is None:
                         add_to_sum_(sum_P, rows[place], reply.num_examples, self.server.layout.batchnorm)
@@ -277,7 +288,7 @@ class Federation:
         replies: list[Reply] = []
         errors: list[Exception] = []
         with self.local_trainer.team.together():
-            self._read_ahead(chosen, round_index)
+            self._read_ahead([[client] for client in chosen], round_index)
         for place, client in enumerate(chosen):
             row_P = rows.get(place, own_P).zero_()
             with self.local_trainer.team.together():
@@ -338,13 +349,34 @@ class Federation:
         for written in self.processes.gather(write):
             self.store.manifest |= written
 
-    def _train_client(self, client: int, round_index: int, out_P: Tensor) -> tuple[Reply, dict[str, Tensor]]:
-        """A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted."""
+    def _train_at_once(self, rows: dict[int, Tensor], round_index: int) -> dict[int, tuple[ClientTask, Payload]]:
+        """Trains the participants of a group, whose rows are given, together; nobody if it is one alone or fails."""
+        if len(rows) == 1:
+            return {}
+        try:
+            tasks = [self.task(client, round_index, out_P) for client, out_P in rows.items()]
+            payloads = self.local_trainer.train_at_once(tasks)
+        except Exception as error:  # each is trained by itself, where only those fail that have to
+            logger.warning(f"Clients {list(rows)} cannot be trained at once and are trained alone.", exc_info=error)
+            return {}
+        return {task.client: (task, payload) for task, payload in zip(tasks, payloads, strict=True)}
+
+    def _train_client(
+        self, client: int, round_index: int, out_P: Tensor, trained: tuple[ClientTask, Payload] | None = None
+    ) -> tuple[Reply, dict[str, Tensor]]:
+        """
+        A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted. `trained`
+        is what there is of one that has been trained already.
+        """
         reply, stays, task = Reply(), {}, None
         try:
             with self.local_trainer.team.client():
-                task = self.task(client, round_index, out_P)
-                payload, stays = self._upload(task)
+                if trained is None:
+                    task = self.task(client, round_index, out_P)
+                    payload, stays = self.strategy.train_client(self.local_trainer, task)
+                else:
+                    task, payload = trained
+                stays = self._finish_upload(task, payload, stays)
                 reply.fault = payload_fault(payload, self.server.layout)
         except LeftAloneError as error:
             reply.fault = str(error)
@@ -359,8 +391,8 @@ class Federation:
             reply.num_examples, reply.metrics = payload.num_examples, payload.metrics
         return reply, stays
 
-    def _upload(self, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
-        payload, stays = self.strategy.train_client(self.local_trainer, task)
+    def _finish_upload(self, task: ClientTask, payload: Payload, stays: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Makes a trained client's payload what travels, and returns all that stays with the client."""
         shared = self.strategy.shared(self.server, task.round_index)
         if payload.row_bytes is None:
             payload.row_bytes = self._row_bytes(task.client, shared)
@@ -379,14 +411,21 @@ class Federation:
             )
         if residual_U is not None:
             stays["residual_U"] = residual_U
-        return payload, stays
+        return stays
 
-    def _read_ahead(self, clients: list[int], round_index: int) -> None:
+    def _groups(self, chosen: list[int], owners: list[int]) -> list[list[int]]:
+        """The places in `chosen` of the participants that this process owns, those together that it trains at once."""
+        own = [place for place, owner in enumerate(owners) if owner == self.processes.index]
+        groups = self.local_trainer.groups([self.client_sizes[chosen[place]] for place in own])
+        return [[own[index] for index in group] for group in groups]
+
+    def _read_ahead(self, groups: list[list[int]], round_index: int) -> None:
         """Worker processes, if there are any, begin to read what these participants will train on."""
         if self.strategy.plain_clients:
             with suppress(Exception):  # what fails here fails again when its client trains, and counts there
                 self.local_trainer.read_ahead(
-                    (self.client_data(client), self._training_seed(client, round_index)) for client in clients
+                    [(self.client_data(client), self._training_seed(client, round_index)) for client in clients]
+                    for clients in groups
                 )
 
     def _training_seed(self, client: int, round_index: int) -> int:

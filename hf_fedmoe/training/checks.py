@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
-from ..strategies import Strategy
+from ..strategies import FedProx, Strategy
 from .deepspeed_config import check_deepspeed
 from .federated_arguments import FederatedTrainingArguments
 
@@ -22,6 +22,9 @@ NOT_HONOURED = (
     "neftune_noise_alpha",
     "use_liger_kernel",
 )
+
+# Optimizers that can train several models as one, `clients_at_once`.
+WEIGHT_BY_WEIGHT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 def check_run(
@@ -67,6 +70,8 @@ def check_run(
         )
     if args.deepspeed:
         check_deepspeed(strategy, strategy.server_models(model)[0], args)
+    if args.clients_at_once > 1:
+        check_clients_at_once(strategy.server_models(model)[0], args, strategy)
     if args.client_parallelism == "data":
         check_shared_batches(strategy.server_models(model)[0], strategy)
     if data.num_labels > model.config.num_labels:
@@ -115,6 +120,26 @@ def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:
         raise ValueError(
             f"{begin} the `balance_weight` {client_model.config.balance_weight} of the mixture is that of a loss of "
             f"whole batches: set it to 0 in the mixture's configuration, or {remedy}"
+        )
+
+
+def check_clients_at_once(client_model: nn.Module, args: FederatedTrainingArguments, strategy: Strategy) -> None:
+    """Raises `ValueError` for what [`~federation.StackedTrainer`] is known not to do; it tries the rest out."""
+    begin, remedy = f"`clients_at_once` is {args.clients_at_once}, but", "set it to 1."
+    own_loss = type(strategy).loss in (Strategy.loss, FedProx.loss)
+    if type(strategy).train_client is not Strategy.train_client or not own_loss:
+        raise ValueError(
+            f"{begin} clients of {strategy.name!r} do more than train one model by its own loss: {remedy}"
+        )
+    if args.client_parallelism == "data":
+        raise ValueError(f"{begin} `client_parallelism` is 'data', where all processes train one client: {remedy}")
+    for name in ("fp16", "keep_client_optimizer", "torch_compile"):
+        if vars(args)[name]:
+            raise ValueError(f"{begin} `{name}` is True, which is for clients one by one: leave it out, or {remedy}")
+    if args.optim not in WEIGHT_BY_WEIGHT:
+        raise ValueError(
+            f"{begin} `optim` is {args.optim.value!r}, and only optimizers that treat each weight by itself can train "
+            f"several models as one: choose one of {', '.join(WEIGHT_BY_WEIGHT)}, or {remedy}"
         )
 
 

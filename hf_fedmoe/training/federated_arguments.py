@@ -63,6 +63,11 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             those of its own clients, and no one has all) or `"data"` (all train each client together, on shares of
             its batches, whose size stays that of one process). The last two end like `"clients"` but for rounding.
             `"data"` with `deepspeed`, or where the launcher asks for that, and `"clients"` otherwise if left out.
+        clients_at_once (`int`, *optional*, defaults to 1):
+            How many clients a process trains at once, as one model of stacked weights (`torch.vmap`): for small
+            models and adapters. It takes the memory of that many models with their gradients and optimizer states.
+            Only clients with equally many steps are taken together. A run ends like one by one but for rounding,
+            dropout and augmentation.
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
@@ -78,6 +83,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     client_parallelism: str | None = field(
         default=None, metadata={"help": "What processes share: clients, sums, data."}
     )
+    clients_at_once: int = field(default=1, metadata={"help": "How many clients a process trains at once."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
     save_steps: float = field(default=1, metadata={"help": "Save a checkpoint every so many rounds."})
@@ -92,7 +98,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             atexit.register(leave_group)
         self.deepspeed = config
         self.resolve_preset()
-        for name in ("rounds", "clients_per_round"):
+        for name in ("rounds", "clients_per_round", "clients_at_once"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
         if self.client_choice not in CLIENT_CHOICES:

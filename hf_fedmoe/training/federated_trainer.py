@@ -37,6 +37,7 @@ from ..federation import (
     Federation,
     LocalTrainer,
     RoundReport,
+    StackedTrainer,
     Stream,
     Team,
     ZeroTrainer,
@@ -281,6 +282,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         if args.deepspeed:
             bf16 = self.accelerator.mixed_precision == "bf16"
             make_trainer = partial(ZeroTrainer, config=engine_config(args.deepspeed, args, bf16))
+        elif args.clients_at_once > 1:
+            make_trainer = partial(StackedTrainer, at_once=args.clients_at_once)
         local_trainer = make_trainer(
             worker,
             layout,
@@ -294,6 +297,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             Team(self.processes),
             BatchReader(pool, self.train_data_collator, args) if args.dataloader_num_workers else None,
         )
+        if isinstance(local_trainer, StackedTrainer):
+            local_trainer.try_out(pool)
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
             server,

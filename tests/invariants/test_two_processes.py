@@ -174,8 +174,15 @@ def fedmoe_sums(output_dir, client_parallelism="sums"):
     return fedmoe_of_images(output_dir, OwnRows, client_parallelism=client_parallelism, **changes)
 
 
+def at_once(output_dir, clients_at_once=2):
+    changes = {"clients_per_round": 4, "optim": "sgd", "clients_at_once": clients_at_once}
+    run = FederatedTrainer(tiny_expert(), tiny_args(output_dir, **changes), tiny_federation())
+    run.train()
+    return run
+
+
 # Equal but for rounding.
-SUMS = {"sums": sums, "fedmoe_sums": fedmoe_sums}
+SUMS = {"sums": sums, "fedmoe_sums": fedmoe_sums, "at_once": at_once}
 QUICK = {name: functools.partial(run_by_name, name) for name in QUICK_RUNS} | CASES
 REST = {name: functools.partial(run_by_name, name) for name in [*RUNS, *LORA_RUNS] if name not in QUICK_RUNS}
 
@@ -394,6 +401,14 @@ def test_fed_moe_fuses_uploads_where_they_are(quick, tmp_path):
         states = (load_file(f"{path}.safetensors"), load_file(tmp_path / "alone.safetensors"))
         # Adam trains gate and experts on the server, and divides small gradients by themselves.
         assert_equal_states(*states, atol=1e-3, rtol=1e-3)
+
+
+def test_each_process_trains_its_own_clients_at_once(quick, tmp_path):
+    record(at_once(tmp_path / "one_by_one", 1), tmp_path / "alone")
+    assert_same(*(quick / f"at_once-{index}" for index in range(PROCESSES)))
+    states = (load_file(quick / "at_once-1.safetensors"), load_file(tmp_path / "alone.safetensors"))
+    assert_equal_states(*states, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_each_process_does_its_share_of_the_server_step(quick, tmp_path):
