@@ -22,7 +22,8 @@ from transformers.utils import logging
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.models import FedMoEForSequenceClassification, gating_entropy
 from hf_fedmoe.strategies import Server
-from hf_fedmoe.strategies.server_training import expert_outputs, train_gate
+from hf_fedmoe.strategies.gate_training import GateFit, train_gate
+from hf_fedmoe.strategies.server_training import expert_outputs
 from hf_fedmoe.weights import StateLayout, collapse, fuse_
 
 
@@ -148,7 +149,8 @@ def gate_without_cache(server: Server, reserved: ReservedSet, epochs: int) -> No
 
 
 def gate_with_cache(server: Server, reserved: ReservedSet, epochs: int) -> None:
-    train_gate(server.model, expert_outputs(server, reserved), reserved, epochs, 1e-3, 0.0, 32, 1e-3, 0.0, seed=0)
+    cached = expert_outputs(server, reserved)
+    train_gate(GateFit(server.model), cached, reserved, epochs, 1e-3, 0.0, 32, 1e-3, 0.0, seed=0)
 
 
 def benchmark_gate(args: argparse.Namespace, clock: Callable[[], float]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..data import ReservedSet
-from ..strategies import Server, Work
+from ..strategies import JointWork, Server, Work
 from ..weights import fuse_
 from .processes import Processes
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | None, processes: Processes) -> T:
     """
     What `step` returns in the main process, the only one that calls it. Meanwhile the others wait for what it gives to
-    [`Server.share`] and do their part of it. Afterwards `server` is the same in all; if anything fails in one, all
-    raise.
+    [`Server.share`] or `Server.join` and do their part of it. Afterwards `server` is the same in all; if anything
+    fails in one, all raise.
     """
     if processes.count == 1:
         return step()
@@ -32,12 +32,19 @@ def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | Non
         processes.tell((_fuse_held, (weights_Sm.cpu(), keep_S.cpu())))
         _fuse_held(weights_Sm, keep_S, server, reserved, processes)
 
+    def join(work: JointWork, tensors: dict[str, Tensor], settings: Any) -> Any:
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        processes.tell((_join, (work, kinds, settings)))
+        return _join(work, kinds, settings, server, reserved, processes, tensors)
+
     def lead() -> T:
-        server.hand_out, server.fuse_held = hand_out, fuse_held if server.held else None
+        server.hand_out = hand_out
+        server.fuse_held = fuse_held if server.held else None
+        server.join = join if server.gate_fit else None
         try:
             return step()
         finally:
-            server.hand_out = server.fuse_held = None
+            server.hand_out = server.fuse_held = server.join = None
             processes.tell(None)
 
     def help_out() -> None:
@@ -97,3 +104,22 @@ def _fuse_held(
         server.layout.batchnorm,
         processes.add_up_,
     )
+
+
+def _join(
+    work: JointWork,
+    kinds: dict[str, tuple[torch.Size, torch.dtype]],
+    settings: Any,
+    server: Server,
+    reserved: ReservedSet | None,
+    processes: Processes,
+    tensors: dict[str, Tensor] | None = None,
+) -> Any:
+    """All processes do the same work together, with the main one's models and `tensors`."""
+    processes.broadcast_models_(server)
+    if tensors is None:
+        device = server.bank_SP.device
+        tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in kinds.items()}
+    for tensor in tensors.values():
+        processes.broadcast_(tensor)
+    return work(server, reserved, tensors, settings)

@@ -2,7 +2,7 @@
 
 from .afl import AFL
 from .apfl import APFL
-from .base import ClientTask, Server, Strategy, Uploads, Work
+from .base import ClientTask, JointWork, Server, Strategy, Uploads, Work
 from .clustered import ClusteredFL
 from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
@@ -14,6 +14,7 @@ from .fedmoe import FedMoE, FedMoESettings
 from .fedprox import FedProx
 from .fedrep import FedRep
 from .fedrolex import FedRolex, HeteroFL
+from .gate_training import GateFit
 from .l2sgd import L2SGD
 from .local import Local
 from .pfedme import PFedMe
@@ -43,7 +44,9 @@ __all__ = [
     "FedProx",
     "FedRep",
     "FedRolex",
+    "GateFit",
     "HeteroFL",
+    "JointWork",
     "Local",
     "PFedMM",
     "PFedMe",

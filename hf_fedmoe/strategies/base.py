@@ -17,13 +17,16 @@ from ..models import as_expert
 from ..weights import StateLayout, fuse_integers, fuse_models_
 
 
-if TYPE_CHECKING:  # a room above this one
+if TYPE_CHECKING:  # a room above this one, and what needs this file
     from ..federation import LocalTrainer
     from ..weights import Payload
+    from .gate_training import GateFit
 
 
 # From the server, its reserved set and an item to named tensors, see [`Server.share`].
 Work = Callable[["Server", ReservedSet | None, Any], dict[str, Tensor]]
+# From the server, its reserved set, tensors of the main process and settings to what that process wants to know.
+JointWork = Callable[["Server", ReservedSet | None, dict[str, Tensor], Any], Any]
 
 
 @dataclass
@@ -45,6 +48,9 @@ class Server:
             trained: those of this one, and their places among all.
         hand_out (`Callable`, *optional*): Shares work out while several processes take the server's step.
         fuse_held (`Callable`, *optional*): [`Server.fuse_`] of what all processes hold, while they take it.
+        gate_fit ([`GateFit`], *optional*): By what all processes train a gate together, if they do.
+        join (`Callable`, *optional*): Has them all do one work together, with tensors of this process, while they take
+            it.
     """
 
     model: PreTrainedModel
@@ -59,6 +65,8 @@ class Server:
     held: tuple[Tensor, list[int]] | None = None
     hand_out: Callable[[Work, Sequence[Any]], list[dict[str, Tensor]]] | None = None
     fuse_held: Callable[[Tensor, Tensor], None] | None = None
+    gate_fit: "GateFit | None" = None
+    join: Callable[[JointWork, dict[str, Tensor], Any], Any] | None = None
 
     def share(self, work: Work, reserved: ReservedSet | None, items: Sequence[Any]) -> list[dict[str, Tensor]]:
         """

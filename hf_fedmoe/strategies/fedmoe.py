@@ -14,8 +14,9 @@ from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel, gating_entropy
 from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
 from .base import Server, Strategy, Uploads, warmed_up
+from .gate_training import fit_gate
 from .relevance import CORRELATIONS, client_mixture, correlate
-from .server_training import expert_outputs, fine_tune, fine_tune_experts, gate_probabilities, probe, train_gate
+from .server_training import expert_outputs, fine_tune, fine_tune_experts, gate_probabilities, probe
 
 
 SYNCHRONISATIONS = ("download_main", "download_mixture", "after_round", "none")
@@ -211,8 +212,8 @@ class FedMoE(Strategy):
             if settings.expert_epochs:
                 report |= self._fine_tune(server, reserved, Q_RK, settings.expert_epochs, seed + iteration)
             server.cache["outputs"] = expert_outputs(server, reserved)
-            report |= train_gate(
-                model,
+            report |= fit_gate(
+                server,
                 server.cache["outputs"],
                 reserved,
                 settings.gate_epochs,

@@ -1,6 +1,6 @@
-"""Training on the server: models and gates on the reserved set.
+"""Training on the server: models on the reserved set, and what they say of it.
 
-Shape suffixes: R reserved examples, S experts (main ones first), K routed experts, C classes, H features, m clients.
+Shape suffixes: R reserved examples, S experts (main ones first), C classes, H features, m clients, K routed experts.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LinearLR
 
 from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel
-from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
 from ..weights import StateLayout
 from .base import Server
 
@@ -129,64 +128,3 @@ def gate_probabilities(model: FedMoEPreTrainedModel, cached: ExpertOutputs, rese
     if cached.features_RH is not None:
         return model.gate_logits(cached.features_RH, {}).float().softmax(-1)
     return torch.cat([model.gate_logits(None, inputs).float().softmax(-1) for inputs in reserved.inputs])
-
-
-def train_gate(
-    model: FedMoEPreTrainedModel,
-    cached: ExpertOutputs,
-    reserved: ReservedSet,
-    epochs: int,
-    learning_rate: float,
-    weight_decay: float,
-    batch_size: int,
-    entropy_weight: float,
-    balance_weight: float,
-    seed: int,
-) -> dict[str, float]:
-    """
-    Trains the gate and alpha, and nothing else, on the experts' cached outputs (Fed-MoE Eq. 7-9).
-
-    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform).
-
-    Returns:
-        `dict[str, float]`: The mean `gate_loss` of the last epoch, and `gate_grad_norm`, the mean gradient norm.
-    """
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    gate_parameters = model.gate_parameters()
-    parameters = [*gate_parameters, model.alpha_logit]
-    # Weight decay on alpha would pull it to one half whatever the data say.
-    optimizer = AdamW(
-        [
-            {"params": gate_parameters, "weight_decay": weight_decay},
-            {"params": [model.alpha_logit], "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-    )
-    model.gate.train()
-    total = norm = torch.zeros((), device=reserved.labels_R.device)
-    steps = 0
-    for _ in range(epochs):
-        total, steps = torch.zeros_like(total), 0
-        for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
-            indices = indices.to(reserved.labels_R.device)
-            if cached.features_RH is not None:
-                gate_logits_BK = model.gate_logits(cached.features_RH[indices], {})
-            else:
-                batch = reserved.batch(indices)
-                batch.pop("labels")
-                gate_logits_BK = model.gate_logits(None, batch)
-            Q_BK = gate_logits_BK.float().softmax(-1)
-            log_P_BC = dense_mixture(
-                cached.logits_RSC[indices], Q_BK, model.alpha, model.config.num_main_experts, model.config.mix
-            )
-            loss = cross_entropy(log_P_BC, reserved.labels_R[indices])
-            objective = loss + entropy_weight * gating_entropy(Q_BK) + balance_weight * load_imbalance(Q_BK)
-            objective.backward()
-            norm = norm + torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            total = total + loss.detach()
-            steps += 1
-    model.gate.eval()
-    return {"gate_loss": (total / steps).item(), "gate_grad_norm": (norm / (steps * epochs)).item()}

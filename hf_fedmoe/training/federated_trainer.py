@@ -50,9 +50,9 @@ from ..federation import (
     seed_of,
     take_step,
 )
-from ..models import AdapterExpert
+from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..reporting import ClientScore, write_model_card
-from ..strategies import FedAvg, Server, Strategy
+from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, base_fingerprint, check_adapters, freeze_lora_a
 from .checks import check_images, check_run
@@ -268,6 +268,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             weight_decay=args.weight_decay,
             num_examples=int(data.client_sizes.sum()),
         )
+        if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):
+            server.gate_fit = GateFit(self.model, self.processes)
         pool = self._columns_of_clients()
         reserved = None
         if self.strategy.needs_reserved_set():

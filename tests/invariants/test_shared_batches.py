@@ -1,5 +1,6 @@
 """A run whose processes train each client together ends like that of one process, but for rounding."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from hf_fedmoe.strategies import FedAvg
+from hf_fedmoe.models import FedMoEForSequenceClassification
+from hf_fedmoe.strategies import FedAvg, FedMoE, FedMoESettings
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import METHODS, PERSONAL_RUNS, trainer
-from tests.tiny_federation import assert_equal_states, tiny_args, tiny_expert, tiny_federation
+from tests.tiny_federation import assert_equal_states, tiny_args, tiny_expert, tiny_federation, tiny_gate
+from tests.tiny_models import make_different
 from tests.two_processes import (
     PROCESSES,
     assert_same,
@@ -50,6 +53,29 @@ def run_by_name(name, output_dir, **changes):
     else:
         run = trainer(name, output_dir, **settings(name) | changes)
     run.train()
+    return run
+
+
+def shared_gate(kind, output_dir, **changes):
+    """A gate that reads examples. Of the last batch of the reserved set, one row, the second process has none."""
+    gate = {"gate": tiny_gate(2)} if kind == "model" else {"gate": "adapter", "peft_config": LoraConfig(r=4)}
+    model = FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=2, **gate)
+    # Alpha has no gradient but rounding while all experts are alike, and Adam would divide that by itself.
+    for seed, expert in enumerate(model.experts):
+        make_different(expert, 0.3, seed)
+    rows = []
+
+    def count(gate, _, output):
+        rows.append(len(output.logits if kind == "model" else output) * gate.training)
+
+    model.gate.register_forward_hook(count)
+    stay_different = {"fusion_warmup": False, "fusion_rate": 0.2, "main_fusion_rate": 0.2}
+    gate_settings = {"gate_batch_size": 7, "gate_epochs": 2, "balance_weight": 0.3, "server_iterations": 2}
+    strategy = FedMoE(FedMoESettings(**stay_different, **gate_settings))
+    args = tiny_args(output_dir, **settings("fedmoe") | changes)
+    run = FederatedTrainer(model, args, tiny_federation(reserved_size=22), strategy)
+    run.train()
+    (output_dir / f"gate_rows-{index_of_this_process()}").write_text(str(sum(rows)))
     return run
 
 
@@ -98,19 +124,20 @@ def fails_somewhere(output_dir):
 
 
 FAILING = {"broken_row": broken_row, "fails_somewhere": fails_somewhere}
+GATES = {f"gate_{kind}": functools.partial(shared_gate, kind) for kind in ("model", "adapter")}
 
 
 def process(index, port, folder, names):
     join_group(index, port)
     for name in names:
-        run = FAILING[name](folder / name) if name in FAILING else run_by_name(name, folder / name)
-        record(run, folder / f"{name}-{index}")
+        make = (FAILING | GATES).get(name) or functools.partial(run_by_name, name)
+        record(make(folder / name), folder / f"{name}-{index}")
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
-    launch(process, folder, [*QUICK_METHODS, *FAILING])
+    launch(process, folder, [*QUICK_METHODS, *GATES, *FAILING])
     return folder
 
 
@@ -126,6 +153,19 @@ def test_shares_of_batches_end_like_one_process(name, request, tmp_path):
     folder = request.getfixturevalue("quick" if name in QUICK_METHODS else "rest")
     record(run_by_name(name, tmp_path / name, client_parallelism=None), tmp_path / "alone")
     assert_like_one_process(name, folder / name, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_that_reads_examples_is_trained_by_all_processes(name, quick, tmp_path):
+    record(GATES[name](tmp_path, client_parallelism=None), tmp_path / "alone")
+    assert_same(*(quick / f"{name}-{index}" for index in range(PROCESSES)))
+    # Adam divides small gradients by themselves; tests/strategies/test_gate_training.py is stricter.
+    states = (load_file(quick / f"{name}-0.safetensors"), load_file(tmp_path / "alone.safetensors"))
+    assert_equal_states(*states, rtol=1e-3, atol=1e-3)
+    # Batches of 7, 7, 7 and 1 rows, twice in each of two iterations of each of two rounds.
+    assert (tmp_path / "gate_rows-0").read_text() == str(8 * 22)
+    rows = [(quick / name / f"gate_rows-{index}").read_text() for index in range(PROCESSES)]
+    assert rows == [str(8 * (4 + 4 + 4 + 1)), str(8 * (3 + 3 + 3 + 1))]
 
 
 def assert_like_one_process(name, folder, alone):

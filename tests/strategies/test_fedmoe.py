@@ -6,7 +6,8 @@ from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.strategies import FedMoE, FedMoESettings, Server, Uploads, client_mixture, correlate
-from hf_fedmoe.strategies.server_training import expert_outputs, fine_tune, gate_probabilities, probe, train_gate
+from hf_fedmoe.strategies.gate_training import GateFit, train_gate
+from hf_fedmoe.strategies.server_training import expert_outputs, fine_tune, gate_probabilities, probe
 from hf_fedmoe.weights import StateLayout, copy_module
 from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_federation, tiny_mixture
 from tests.tiny_models import tiny_bert
@@ -116,11 +117,11 @@ def test_the_gate_learns_and_nothing_else_does(reserved):
     server, _ = perturbed_server()
     model, outputs = server.model, expert_outputs(server, reserved)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    report = train_gate(model, outputs, reserved, 3, 1e-2, 0.0, 8, 1e-3, 0.1, seed=0)
+    report = train_gate(GateFit(model), outputs, reserved, 3, 1e-2, 0.0, 8, 1e-3, 0.1, seed=0)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"gate.weight", "gate.bias", "alpha_logit"}
     assert report["gate_grad_norm"] > 1e-4
-    longer = train_gate(model, outputs, reserved, 30, 1e-2, 0.0, 8, 0.0, 0.0, seed=1)
+    longer = train_gate(GateFit(model), outputs, reserved, 30, 1e-2, 0.0, 8, 0.0, 0.0, seed=1)
     assert longer["gate_loss"] < report["gate_loss"]
 
 
@@ -145,7 +146,7 @@ def test_cached_outputs_train_the_gate_as_recomputed_ones_do(reserved):
                 optimizer.step()
                 optimizer.zero_grad()
         else:
-            train_gate(model, outputs, reserved, 1, 1e-2, 0.0, 8, 0.01, 0.1, seed=5)
+            train_gate(GateFit(model), outputs, reserved, 1, 1e-2, 0.0, 8, 0.01, 0.1, seed=5)
         trained.append((model.gate.weight.detach(), model.alpha.detach()))
     torch.testing.assert_close(trained[0][0], trained[1][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(trained[0][1], trained[1][1], atol=1e-5, rtol=0)
@@ -156,7 +157,7 @@ def test_entropy_of_the_gate_falls_with_beta(reserved):
     for beta in (0.0, 0.1, 1.0):
         server, _ = perturbed_server()
         outputs = expert_outputs(server, reserved)
-        train_gate(server.model, outputs, reserved, 20, 1e-2, 0.0, 8, beta, 0.0, seed=0)
+        train_gate(GateFit(server.model), outputs, reserved, 20, 1e-2, 0.0, 8, beta, 0.0, seed=0)
         Q_RK = gate_probabilities(server.model, outputs, reserved)
         entropies.append(-(Q_RK * Q_RK.clamp_min(1e-12).log()).sum(1).mean().item())
     assert entropies[0] > entropies[1] > entropies[2]
@@ -168,7 +169,7 @@ def test_balance_keeps_all_experts_in_use(reserved):
     for balance_weight in (0.0, 2.0):
         server, _ = perturbed_server()
         outputs = expert_outputs(server, reserved)
-        train_gate(server.model, outputs, reserved, 60, 1e-2, 0.0, 8, 1.0, balance_weight, seed=0)
+        train_gate(GateFit(server.model), outputs, reserved, 60, 1e-2, 0.0, 8, 1.0, balance_weight, seed=0)
         shares.append(gate_probabilities(server.model, outputs, reserved).mean(0).min().item())
     assert shares[0] < 0.05 < 0.3 < shares[1]
 

@@ -1,0 +1,150 @@
+"""Training the gate on the reserved set.
+
+Shape suffixes: R reserved examples, B of a batch, b those of them that this process runs, S experts (main ones first),
+K routed experts, C classes, H features.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+
+from ..data import ReservedSet
+from ..models import FedMoEPreTrainedModel
+from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
+from .base import Server
+from .server_training import ExpertOutputs
+
+
+if TYPE_CHECKING:  # a room above this one
+    from ..federation import Processes
+
+
+def fit_gate(server: Server, cached: ExpertOutputs, reserved: ReservedSet, *settings: Any) -> dict[str, float]:
+    """[`train_gate`], by all processes if they work together and the gate is more than a layer on features."""
+    if server.join is None or cached.features_RH is not None:
+        return train_gate(GateFit(server.model), cached, reserved, *settings)
+    return server.join(_fit_gate_together, {"logits_RSC": cached.logits_RSC}, settings)
+
+
+def _fit_gate_together(
+    server: Server, reserved: ReservedSet, tensors: dict[str, Tensor], settings: tuple[Any, ...]
+) -> dict[str, float]:
+    return train_gate(server.gate_fit, ExpertOutputs(tensors["logits_RSC"], None), reserved, *settings)
+
+
+class GateFit:
+    """
+    The gate and alpha while they are trained.
+
+    Of several processes each runs the gate on its rows of every batch. All know what the others found, and add their
+    gradients up, so that all take the steps of one process.
+
+    Args:
+        model ([`~models.FedMoEPreTrainedModel`]): The mixture.
+        processes (`Processes`, *optional*): Those that train the gate together; this one alone if left out.
+    """
+
+    def __init__(self, model: FedMoEPreTrainedModel, processes: "Processes | None" = None):
+        self.model = model
+        self.index, self.count = (processes.index, processes.count) if processes else (0, 1)
+        self._processes = processes
+
+    def begin(self, learning_rate: float, weight_decay: float) -> None:
+        """A fresh optimizer; the gate learns from now on."""
+        self._gate_parameters = self.model.gate_parameters()
+        self._parameters = [*self._gate_parameters, self.model.alpha_logit]
+        # Weight decay on alpha would pull it to one half whatever the data say.
+        self._optimizer = AdamW(
+            [
+                {"params": self._gate_parameters, "weight_decay": weight_decay},
+                {"params": [self.model.alpha_logit], "weight_decay": 0.0},
+            ],
+            lr=learning_rate,
+        )
+        self.model.gate.train()
+
+    def choices(self, reserved: ReservedSet, cached: ExpertOutputs, indices_B: Tensor) -> Tensor:
+        """Q `[B, K]` of reserved examples; its gradient reaches the gate from the rows of this process."""
+        if cached.features_RH is not None:
+            return self.model.gate_logits(cached.features_RH[indices_B], {}).float().softmax(-1)
+        rows_b = torch.arange(len(indices_B), device=indices_B.device)[self.index :: self.count]
+        # One without a row runs another's, which counts nothing: the gate runs equally often in all.
+        batch = reserved.batch(indices_B[rows_b] if len(rows_b) else indices_B[:1])
+        batch.pop("labels")
+        Q_bK = self.gate_logits(batch).float().softmax(-1)[: len(rows_b)]
+        if self.count == 1:
+            return Q_bK
+        Q_BK = Q_bK.new_zeros(len(indices_B), Q_bK.shape[1])
+        Q_BK[rows_b] = Q_bK.detach()
+        self._processes.sum_(Q_BK)
+        return Q_BK.index_copy(0, rows_b, Q_bK)
+
+    def gate_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Scores `[b, K]` of the routed experts."""
+        return self.model.gate_logits(None, batch)
+
+    def step(self, objective: Tensor) -> Tensor:
+        """One step of the optimizer, its gradient clipped to the norm 1; returns the norm before."""
+        objective.backward()
+        if self.count > 1:
+            # Alpha's gradient is that of the whole batch in each process.
+            grads = [p.grad for p in self._gate_parameters if p.grad is not None]
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            self._processes.sum_(flat)
+            for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def end(self) -> None:
+        """The gate has learned."""
+        self.model.gate.eval()
+
+
+def train_gate(
+    fit: GateFit,
+    cached: ExpertOutputs,
+    reserved: ReservedSet,
+    epochs: int,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    entropy_weight: float,
+    balance_weight: float,
+    seed: int,
+) -> dict[str, float]:
+    """
+    Trains the gate and alpha, and nothing else, on the experts' cached outputs (Fed-MoE Eq. 7-9).
+
+    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform).
+
+    Returns:
+        `dict[str, float]`: The mean `gate_loss` of the last epoch, and `gate_grad_norm`, the mean gradient norm.
+    """
+    # Masks of dropout must not be alike in processes that have other rows.
+    torch.manual_seed(seed + fit.index)
+    generator = torch.Generator().manual_seed(seed)
+    model = fit.model
+    fit.begin(learning_rate, weight_decay)
+    total = norm = torch.zeros((), device=reserved.labels_R.device)
+    steps = 0
+    for _ in range(epochs):
+        total, steps = torch.zeros_like(total), 0
+        for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
+            indices = indices.to(reserved.labels_R.device)
+            Q_BK = fit.choices(reserved, cached, indices)
+            log_P_BC = dense_mixture(
+                cached.logits_RSC[indices], Q_BK, model.alpha, model.config.num_main_experts, model.config.mix
+            )
+            loss = cross_entropy(log_P_BC, reserved.labels_R[indices])
+            objective = loss + entropy_weight * gating_entropy(Q_BK) + balance_weight * load_imbalance(Q_BK)
+            norm = norm + fit.step(objective)
+            total = total + loss.detach()
+            steps += 1
+    fit.end()
+    return {"gate_loss": (total / steps).item(), "gate_grad_norm": (norm / (steps * epochs)).item()}

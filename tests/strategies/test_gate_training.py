@@ -1,0 +1,73 @@
+"""Processes that train a gate together take the steps of one."""
+
+import threading
+
+import pytest
+import torch
+
+from hf_fedmoe.data import ReservedSet
+from hf_fedmoe.models import FedMoEForSequenceClassification
+from hf_fedmoe.strategies.gate_training import GateFit, train_gate
+from hf_fedmoe.strategies.server_training import ExpertOutputs
+from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_gate, tiny_rows
+from tests.tiny_models import make_different
+
+
+COUNT = 3
+
+
+class Thread:
+    """A process of three, as far as a gate's training needs one: what all hand in is added up."""
+
+    barrier = threading.Barrier(COUNT, timeout=30)
+    handed_in = [None] * COUNT
+
+    def __init__(self, index):
+        self.index, self.count = index, COUNT
+
+    def sum_(self, tensor):
+        self.handed_in[self.index] = tensor.clone()
+        self.barrier.wait()
+        tensor.copy_(sum(self.handed_in))
+        self.barrier.wait()
+
+
+def mixture():
+    model = FedMoEForSequenceClassification.from_expert(tiny_expert(), gate=tiny_gate(2), num_routed_experts=2)
+    for seed, expert in enumerate(model.experts):
+        make_different(expert, 0.3, seed)
+    return model
+
+
+# A last batch of 1 row, of 2 and of 6: some processes have none of it.
+@pytest.mark.parametrize("batch_size", [7, 10, 8])
+def test_three_processes_end_like_one(batch_size):
+    rows = tiny_rows(22)
+    reserved = ReservedSet(rows, _collate, 8)
+    with torch.no_grad():
+        logits = [mixture().expert_outputs(inputs)[0] for inputs in reserved.inputs]
+    cached = ExpertOutputs(torch.cat(logits), None)
+    settings = (cached, reserved, 2, 1e-2, 0.01, batch_size, 0.1, 0.3, 5)
+    alone = mixture()
+    report = train_gate(GateFit(alone), *settings)
+    models, reports = [mixture() for _ in range(COUNT)], [None] * COUNT
+
+    def run(index):
+        reports[index] = train_gate(GateFit(models[index], Thread(index)), *settings)
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(COUNT)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    before = state(mixture())
+    for index in range(COUNT):
+        assert reports[index] == pytest.approx(report, rel=1e-4)
+        assert_equal_states(state(models[index]), state(alone), rtol=1e-4, atol=1e-5)
+        changed = {name for name, tensor in state(models[index]).items() if not torch.equal(tensor, before[name])}
+        assert "alpha_logit" in changed and all(name.startswith(("gate.", "alpha_logit")) for name in changed)
+
+
+def _collate(rows):
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
+    return batch | {"labels": torch.tensor([row["label"] for row in rows])}
