@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..models import AdapterExpert
 from ..weights import Payload, copy_module
 from .local_training import LocalTrainer, Loss, StepBatches
 from .team import Stage
@@ -45,7 +46,8 @@ def unbroken() -> Iterator[None]:
 class ZeroTrainer(LocalTrainer):
     """
     A [`LocalTrainer`] whose clients are trained by one DeepSpeed engine, which becomes the model of each in turn, with
-    a fresh optimizer. It trains by the model's own loss and [`~strategies.Strategy.pull`].
+    a fresh optimizer. It trains by the model's own loss and [`~strategies.Strategy.pull`]. Of an [`AdapterExpert`] the
+    engine has the adapter; the frozen base stays whole, the server's, and bf16 is that of autocast.
 
     Only while processes train together: alone, a client is trained in the worker as ever.
 
@@ -63,9 +65,18 @@ class ZeroTrainer(LocalTrainer):
         import deepspeed
 
         deepspeed.init_distributed(auto_mpi_discovery=False)
-        module = copy_module(self.worker)
+        module, config = copy_module(self.worker), self.config
+        adapter = isinstance(module, AdapterExpert)
+        if adapter and config["bf16"]["enabled"]:
+            # Weights in bf16 would be those of the adapter alone, and DeepSpeed ends autocast that begins outside.
+            module.forward = torch.autocast(self.accelerator.device.type, torch.bfloat16)(module.forward)
+            config = config | {"bf16": {"enabled": False}}
         optimizer = self.make_optimizer(module).optimizer
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if adapter and engine.zero_optimization_stage() == 3:
+            # The layers that run are the base's, which DeepSpeed does not see: the adapter is fetched as a whole.
+            for parameter in module.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._scale = 1.0
         self._pulled = torch.zeros((), device=self.accelerator.device)

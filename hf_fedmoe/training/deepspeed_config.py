@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..models import AdapterExpert
@@ -115,7 +116,12 @@ def check_deepspeed(strategy: Strategy, client_model: Any, args: TrainingArgumen
     if not strategy.plain_clients or not own_loss:
         raise ValueError(f"{begin} those of {strategy.name!r} do more than train one model by its own loss: {remedy}")
     if isinstance(client_model, AdapterExpert):
-        raise ValueError(f"{begin} they train adapters, whose frozen base ZeRO would take from the server: {remedy}")
+        for name, parameter in client_model.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"{begin} `{name}` of their adapter is {parameter.dtype}, and the engine trains torch.float32: "
+                    "load the model with `dtype=torch.float32`, and choose `bf16` in the training arguments."
+                )
     if args.torch_compile:
         raise ValueError(
             f"{begin} `torch_compile` is True, which would compile a model that its engine does not use: {remedy}"

@@ -2,14 +2,16 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_fedmoe.training import FederatedTrainer
-from tests.every_method import trainer
+from tests.every_method import METHODS, trainer
 from tests.invariants.test_shared_batches import (
     TOLERANCE,
     BrokenRow,
@@ -18,7 +20,14 @@ from tests.invariants.test_shared_batches import (
     recorded_rounds,
     settings,
 )
-from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
+from tests.tiny_federation import (
+    assert_equal_states,
+    state,
+    tiny_args,
+    tiny_expert,
+    tiny_federation,
+    tiny_mixture,
+)
 from tests.two_processes import (
     PROCESSES,
     ROOT,
@@ -40,16 +49,52 @@ PLAIN = {
     "fedmoe-3": {"stage": 3},
 }
 STAGES = (1, 2, 3)
+# Method, stage, adapter, and other settings.
+ADAPTERS = {
+    "lora-1": ("fedavg", 1, LoraConfig(r=4), {}),
+    "lora-2": ("fedavg", 2, LoraConfig(r=4), {"client_ranks": [4, 2]}),
+    "lora-3": ("fedavg", 3, LoraConfig(r=4, target_modules=["query", "word_embeddings"]), {}),
+    "lora-ffa-3": ("fedavg", 3, LoraConfig(r=4), {"lora_fusion": "ffa", "gradient_checkpointing": True}),
+    "lora-fedprox-2": ("fedprox", 2, LoraConfig(r=4), {}),
+    "lora-fedprox-3": ("fedprox", 3, LoraConfig(r=4), {"client_ranks": [4, 2]}),
+    "ia3-3": ("fedavg", 3, IA3Config(), {}),
+    "lora-fedmoe-1": ("fedmoe", 1, LoraConfig(r=4), {"lora_fusion": "ffa"}),
+    "lora-fedmoe-3": ("fedmoe", 3, LoraConfig(r=4), {}),
+}
 
 
 def engine(stage, bf16=False):
     zero = stage if isinstance(stage, dict) else {"stage": stage}
+    if zero["stage"] == 3:  # or it leaves parameters as small as these whole
+        zero = zero | {"stage3_param_persistence_threshold": 0}
     return {"deepspeed": {"zero_optimization": zero, "bf16": {"enabled": bf16}, "gradient_clipping": "auto"}}
+
+
+def changed_settings(method, changes):
+    return {**settings(method), "client_parallelism": None, "rounds": 3} | changes
 
 
 def run_by_name(name, output_dir, **changes):
     method = name.split("-")[0]
-    run = trainer(method, output_dir, **{**settings(method), "client_parallelism": None, "rounds": 3} | changes)
+    run = trainer(method, output_dir, **changed_settings(method, changes))
+    run.train()
+    run.save_model(str(output_dir / "saved"))
+    return run
+
+
+def adapters(method, peft_config, output_dir, base=tiny_expert, **changes):
+    """Without the dropout of those in `LORA_RUNS`."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1}
+    args = tiny_args(output_dir, **evaluation | changed_settings(method, changes))
+    parts = (args, tiny_federation(), METHODS[method].strategy())
+    if method == "fedmoe":
+        return FederatedTrainer(tiny_mixture(peft_config=peft_config), *parts)
+    return FederatedTrainer(base(), *parts, peft_config=peft_config)
+
+
+def adapters_by_name(name, output_dir, **changes):
+    method, _, peft_config, own = ADAPTERS[name]
+    run = adapters(method, peft_config, output_dir, **own, **changes)
     run.train()
     run.save_model(str(output_dir / "saved"))
     return run
@@ -57,6 +102,58 @@ def run_by_name(name, output_dir, **changes):
 
 def plain(name):
     return lambda output_dir: run_by_name(name, output_dir, **engine(PLAIN[name]))
+
+
+def plain_adapters(name):
+    return lambda output_dir: adapters_by_name(name, output_dir, **engine(ADAPTERS[name][1]))
+
+
+def bf16_base():
+    base = tiny_expert().bfloat16()
+    base.classifier.float()
+    return base
+
+
+# What each asks for bf16 by: DeepSpeed's configuration, the arguments, both.
+BF16_ADAPTERS = {
+    "lora-bf16-1": engine(1, bf16=True),
+    "lora-bf16-2": engine(2, bf16="auto") | {"bf16": True},
+    "lora-bf16-3": engine(3, bf16=True) | {"bf16": True},
+    "lora-bf16-base-3": engine(3, bf16="auto") | {"bf16": True},
+}
+
+
+def bf16_adapters(name, output_dir, **changes):
+    base = bf16_base if "base" in name else tiny_expert
+    run = adapters("fedavg", LoraConfig(r=4), output_dir, base, **changes)
+    run.train()
+    return run
+
+
+def held(stage):
+    """What a process holds of an adapter at the end of a round, beside the record."""
+
+    def run(output_dir):
+        run = adapters("fedavg", LoraConfig(r=4), output_dir, rounds=1, **engine(stage))
+
+        class Look(TrainerCallback):
+            def on_epoch_end(self, *args, **kwargs):
+                local = run._active_federation.local_trainer
+                expert, optimizer = local.engine.module, local.engine.optimizer.optimizer
+                frozen = [[p for p in e.parameters() if not p.requires_grad] for e in (expert.base, run.model)]
+                facts = {
+                    "adapter": sum(p.numel() for p in expert.parameters()),
+                    "exp_avg": sum(state["exp_avg"].numel() for state in optimizer.state.values()),
+                    "all": local.layout.num_elements,
+                    "shares_base": all(a.data_ptr() == b.data_ptr() for a, b in zip(*frozen, strict=True)),
+                }
+                (output_dir / f"held-{run.args.process_index}.json").write_text(json.dumps(facts))
+
+        run.add_callback(Look())
+        run.train()
+        return run
+
+    return run
 
 
 def bf16(stage):
@@ -111,6 +208,13 @@ def infinite(output_dir):
 
 RUNS = {
     **{name: plain(name) for name in PLAIN},
+    **{name: plain_adapters(name) for name in ADAPTERS},
+    **{name: partial(bf16_adapters, name, **changes) for name, changes in BF16_ADAPTERS.items()},
+    **{
+        f"{name}-without-learning": partial(bf16_adapters, name, learning_rate=0.0, **changes)
+        for name, changes in BF16_ADAPTERS.items()
+    },
+    **{f"held-{stage}": held(stage) for stage in STAGES},
     **{f"bf16-{stage}": bf16(stage) for stage in STAGES},
     **{f"bf16-without-learning-{stage}": bf16_without_learning(stage) for stage in STAGES},
     "loaded_beside": loaded_beside,
@@ -143,15 +247,55 @@ def test_zero_ends_like_one_process(name, folder, tmp_path):
     assert_equal_states(state(saved), load_file(folder / f"{name}-0.safetensors"))
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_end_like_those_of_one_process(name, folder, tmp_path):
+    method = ADAPTERS[name][0]
+    alone = adapters_by_name(name, tmp_path / name)
+    record(alone, tmp_path / "alone")
+    assert_like_one_process(method, folder / name, tmp_path / "alone")
+    path = folder / name / "saved"
+    saved = type(alone.model).from_pretrained(*[path] if method == "fedmoe" else [tiny_expert(), path])
+    assert_equal_states(state(saved), load_file(folder / f"{name}-0.safetensors"))
+
+
+def losses(log):
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", BF16_ADAPTERS)
+def test_bf16_of_adapters_is_that_of_autocast(name, folder, tmp_path):
+    alone = bf16_adapters(name, tmp_path / "alone", bf16=True)
+    trained = load_file(folder / f"{name}-0.safetensors")
+    assert_equal_states(trained, state(alone.model), rtol=0.0, atol=1e-3)
+    adapter = [tensor for key, tensor in trained.items() if ".default." in key]
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in adapter)
+    # While weights stay the same, losses tell bf16 from fp32.
+    found = losses(json.loads((folder / f"{name}-without-learning-0.json").read_text())["log"])
+    still = bf16_adapters(name, tmp_path / "bf16", bf16=True, learning_rate=0.0)
+    assert found == pytest.approx(losses(still.state.log_history), rel=5e-7)
+    if "base" not in name:
+        fp32 = bf16_adapters(name, tmp_path / "fp32", learning_rate=0.0)
+        assert found != pytest.approx(losses(fp32.state.log_history), rel=5e-7)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_of_adapters_optimizer_and_weights_are_shared_out_and_the_base_is_the_servers(stage, folder):
+    both = [json.loads((folder / f"held-{stage}" / f"held-{index}.json").read_text()) for index in range(PROCESSES)]
+    for facts in both:
+        size = facts["all"]
+        assert facts["adapter"] == (0 if stage == 3 else size)
+        assert size / PROCESSES <= facts["exp_avg"] < 0.6 * size
+        assert facts["shares_base"]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_is_that_of_the_engine_alone(stage, folder, tmp_path):
     left = load_file(folder / f"bf16-without-learning-{stage}-1.safetensors")
     assert_equal_states(left, state(tiny_expert()))
     run = run_by_name("fedavg", tmp_path)
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    log = json.loads((folder / f"bf16-{stage}-0.json").read_text())["log"]
-    found = [entry["loss"] for entry in log if "loss" in entry]
-    assert found == pytest.approx(losses, rel=0.02) and found != losses
+    expected = losses(run.state.log_history)
+    found = losses(json.loads((folder / f"bf16-{stage}-0.json").read_text())["log"])
+    assert found == pytest.approx(expected, rel=0.02) and found != expected
     trained = load_file(folder / f"bf16-{stage}-0.safetensors")
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained.values())
 

@@ -147,27 +147,43 @@ def test_configuration_of_deepspeeds_engine(tmp_path):
     assert found["bf16"] == {"enabled": True}
 
 
+@pytest.fixture
+def with_deepspeed(monkeypatch):
+    """As if it were installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name if name == "deepspeed" else find(name, *rest)
+    )
+
+
 class OwnLoss(FedAvg):
     def loss(self, model, batch, received):
         return model(**batch).loss
 
 
 @pytest.mark.parametrize(
-    ("strategy", "changes", "peft_config", "message"),
+    ("strategy", "changes", "message"),
     [
-        (FedRep, {}, None, "those of 'fedrep' do more than train one model by its own loss: leave DeepSpeed out"),
-        (OwnLoss, {}, None, "those of 'fedavg' do more than"),
-        (FedAvg, {}, LoraConfig(r=2), "they train adapters"),
-        (FedAvg, {"keep_client_optimizer": True}, None, "`keep_client_optimizer` is True"),
-        (FedAvg, {"torch_compile": True}, None, "`torch_compile` is True"),
+        (FedRep, {}, "those of 'fedrep' do more than train one model by its own loss: leave DeepSpeed out"),
+        (OwnLoss, {}, "those of 'fedavg' do more than"),
+        (FedAvg, {"keep_client_optimizer": True}, "`keep_client_optimizer` is True"),
+        (FedAvg, {"torch_compile": True}, "`torch_compile` is True"),
     ],
 )
-def test_clients_that_deepspeed_cannot_train(tmp_path, monkeypatch, strategy, changes, peft_config, message):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+def test_clients_that_deepspeed_cannot_train(tmp_path, with_deepspeed, strategy, changes, message):
     args = tiny_args(tmp_path, deepspeed={"zero_optimization": {"stage": 2}}, **changes)
     assert args.client_parallelism == "data"
     with pytest.raises(ValueError, match=message):
-        FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy(), peft_config=peft_config)
+        FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy())
+
+
+def test_adapters_that_deepspeed_cannot_train(tmp_path, with_deepspeed):
+    args = tiny_args(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
+    half, mixed = tiny_expert().bfloat16(), tiny_expert().bfloat16()
+    mixed.classifier.float()
+    with pytest.raises(ValueError, match=r"classifier.*of their adapter is torch.bfloat16.*`dtype=torch.float32`"):
+        FederatedTrainer(half, args, tiny_federation(), peft_config=LoraConfig(r=2))
+    FederatedTrainer(mixed, args, tiny_federation(), peft_config=LoraConfig(r=2))
 
 
 def test_deepspeed_is_asked_for_by_an_argument_or_by_the_launcher(tmp_path, monkeypatch):
