@@ -169,10 +169,11 @@ class FedMoE(Strategy):
 
     def setup(self, server: Server, num_clients: int) -> None:
         # How much of each expert came from each client; what is missing to one is the common start.
-        server.tensors["contribution_SM"] = torch.zeros(server.bank_SP.shape[0], num_clients)
+        nothing_SM = torch.zeros(len(server.bank_SP), num_clients, device=server.bank_SP.device)
+        server.tensors["contribution_SM"] = nothing_SM
         if self.settings.synchronisation == "download_mixture":
             # W^c of each client's last round; a column of zeros means that it never took part.
-            server.tensors["mixture_SM"] = torch.zeros(server.bank_SP.shape[0], num_clients)
+            server.tensors["mixture_SM"] = nothing_SM.clone()
         if self.settings.synchronisation in ("after_round", "none"):
             server.tensors["initial_P"] = self._main(server).clone()
 
@@ -230,7 +231,7 @@ class FedMoE(Strategy):
         W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
         server.cache["mixture_Sm"] = client_mixture(W_Km, model.alpha.detach(), model.config.num_main_experts)
         if "mixture_SM" in server.tensors:
-            server.tensors["mixture_SM"][:, uploads.clients] = server.cache["mixture_Sm"].cpu()
+            server.tensors["mixture_SM"][:, uploads.clients] = server.cache["mixture_Sm"]
         share_K = torch.bincount(Q_RK.argmax(1), minlength=Q_RK.shape[1]) / len(Q_RK)
         return report | {
             "alpha": model.alpha.item(),
@@ -277,8 +278,8 @@ class FedMoE(Strategy):
         mean_m = torch.full_like(uploads.weights_m, 1 / len(uploads.clients))
         weights_Sm = rate_S[:, None] * torch.cat([mean_m.expand(server.model.config.num_main_experts, -1), W_r_Km])
         contribution_SM = server.tensors["contribution_SM"]
-        contribution_SM *= 1 - rate_S.cpu()[:, None]
-        contribution_SM[:, uploads.clients] += weights_Sm.cpu()
+        contribution_SM *= 1 - rate_S[:, None]
+        contribution_SM[:, uploads.clients] += weights_Sm
         return weights_Sm
 
     def _fuse(self, server: Server, uploads: Uploads, steps_TSm: list[Tensor], round_index: int) -> dict[str, float]:
