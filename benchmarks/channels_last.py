@@ -5,7 +5,7 @@ same with channels first, in turns.
 
 import torch
 from compiled import Steps, images
-from machine import alternate, benchmark_parser, pin_threads, print_table, ratios, spread
+from machine import add_device, alternate, benchmark_parser, pin_threads, print_table, ratios, spread
 from torch import Tensor
 from transformers import AutoModelForImageClassification, MobileNetV2Config
 from transformers.utils import logging
@@ -36,19 +36,21 @@ def channels_last(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = benchmark_parser("A local step on images with channels last in memory against channels first.")
+    add_device(parser)
     parser.add_argument("--steps", type=int, default=5, help="Steps of a turn.")
     parser.add_argument("--repetitions", type=int, default=9, help="Turns that count, after one that does not.")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.repetitions = 1, 2
-    clock = pin_threads(args)
+    clock = pin_threads(args, args.device)
     logging.set_verbosity_error()
     rows = []
     for name, (config, first) in MODELS.items():
         candidates = {}
         for order, batch in {"first": first, "last": channels_last(first)}.items():
             torch.manual_seed(0)
-            candidates[order] = Steps(AutoModelForImageClassification.from_config(config), batch, args.steps)
+            model = AutoModelForImageClassification.from_config(config)
+            candidates[order] = Steps(model, batch, args.steps, args.device)
         seconds = alternate(candidates, args.repetitions, clock)
         milliseconds = [spread(seconds[order], 1e3 / args.steps, 1) for order in candidates]
         rows.append([name, *milliseconds, spread(ratios(seconds["first"], seconds["last"]))])

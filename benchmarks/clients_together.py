@@ -10,8 +10,8 @@ import copy
 from collections.abc import Callable
 
 import torch
-from compiled import gpt2, images, texts
-from machine import alternate, benchmark_parser, pin_threads, print_table, ratios, spread
+from compiled import gpt2, images, on, texts
+from machine import add_device, alternate, benchmark_parser, pin_threads, print_table, ratios, spread
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -143,14 +143,14 @@ def adapters(count: int, device: str) -> list[AdapterExpert]:
 
 def main() -> None:
     parser = benchmark_parser("A step of several clients, one after another and together.")
+    add_device(parser)
     parser.add_argument("--clients", type=int, default=10, help="How many are trained together.")
-    parser.add_argument("--device", default="cpu", help="Where: cpu or cuda.")
     parser.add_argument("--steps", type=int, default=3, help="Steps of a turn.")
     parser.add_argument("--repetitions", type=int, default=7, help="Turns that count, after one that does not.")
     args = parser.parse_args()
     if args.quick:
         args.clients, args.repetitions = 2, 2
-    clock = pin_threads(args)
+    clock = pin_threads(args, args.device)
     logging.set_verbosity_error()
     kinds = {
         name: (Stacked, lambda make=make: whole_models(make, args.clients, args.device), batch)
@@ -161,14 +161,12 @@ def main() -> None:
     rows = []
     for name, (together, make, batch) in kinds.items():
         torch.manual_seed(1)
-        batches = [{k: t.to(args.device) for k, t in batch().items()} for _ in range(args.clients)]
+        batches = [on(args.device, batch()) for _ in range(args.clients)]
         steps = {"one by one": OneByOne(make(), batches), "together": together(make(), batches)}
 
         def turn(step: Callable[[], None]) -> None:
             for _ in range(args.steps):
                 step()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
 
         turns = {kind: (lambda step=step: turn(step)) for kind, step in steps.items()}
         seconds = alternate(turns, args.repetitions, clock)

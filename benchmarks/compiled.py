@@ -8,7 +8,7 @@ does it.
 import time
 
 import torch
-from machine import alternate, benchmark_parser, pin_threads, print_table, ratios, spread
+from machine import add_device, alternate, benchmark_parser, pin_threads, print_table, ratios, spread
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -17,11 +17,15 @@ from transformers.utils import logging
 from hf_fedmoe.models import SmallCNNConfig, SmallCNNForImageClassification
 
 
+def on(device: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 class Steps:
     """Some steps of one model on one batch."""
 
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor], count: int):
-        self.model, self.batch, self.count = model.train(), batch, count
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], count: int, device: str):
+        self.model, self.batch, self.count = model.train().to(device), on(device, batch), count
         self.optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
         self.losses: list[float] = []
 
@@ -71,12 +75,13 @@ MODELS = {
 
 def main() -> None:
     parser = benchmark_parser("A local step of compiled workers against eager ones.")
+    add_device(parser)
     parser.add_argument("--steps", type=int, default=20, help="Steps of a turn.")
     parser.add_argument("--repetitions", type=int, default=7, help="Turns that count, after one that does not.")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.repetitions = 3, 2
-    clock = pin_threads(args)
+    clock = pin_threads(args, args.device)
     logging.set_verbosity_error()
     rows = []
     for name, make in MODELS.items():
@@ -86,11 +91,11 @@ def main() -> None:
             model, batch = make()
             if kind == "compiled":
                 model.compile()
-            candidates[kind] = Steps(model, batch, args.steps)
+            candidates[kind] = Steps(model, batch, args.steps, args.device)
         started = time.perf_counter()
-        Steps(candidates["compiled"].model, candidates["compiled"].batch, 1)()
+        Steps(candidates["compiled"].model, candidates["compiled"].batch, 1, args.device)()
         first = time.perf_counter() - started
-        Steps(candidates["eager"].model, candidates["eager"].batch, 1)()
+        Steps(candidates["eager"].model, candidates["eager"].batch, 1, args.device)()
         seconds = alternate(candidates, args.repetitions, clock)
         gap = max(abs(a - b) for a, b in zip(candidates["eager"].losses, candidates["compiled"].losses, strict=True))
         milliseconds = [spread(seconds[kind], 1e3 / args.steps) for kind in candidates]

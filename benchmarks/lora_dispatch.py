@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from machine import alternate, benchmark_parser, pin_threads, print_table, ratios, spread
+from machine import add_device, alternate, benchmark_parser, pin_threads, print_table, ratios, spread
 from peft import LoraConfig
 from torch import nn
 from transformers import (
@@ -78,8 +78,8 @@ def parameter_bytes(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def benchmark_time(shape: str, args: argparse.Namespace, clock: Callable[[], float]) -> list[list[str]]:
-    input_ids = random_ids(shape, args.tokens)
-    base = base_classifier(shape)
+    input_ids = random_ids(shape, args.tokens).to(args.device)
+    base = base_classifier(shape).to(args.device)
     candidates, sent = {"base": partial(base, input_ids)}, {}
     variants = [("adapters", K, L) for K in args.experts for L in args.top_l]
     if args.whole:
@@ -87,7 +87,7 @@ def benchmark_time(shape: str, args: argparse.Namespace, clock: Callable[[], flo
     built = {}
     for kind, K, L in variants:
         if (kind, K) not in built:
-            built[kind, K] = mixture(shape, K, whole=kind != "adapters")
+            built[kind, K] = mixture(shape, K, whole=kind != "adapters").to(args.device)
             use_all_experts(built[kind, K], input_ids)
         candidates[kind, K, L] = partial(built[kind, K], input_ids, top_l=L)
         sent[kind, K, L] = len(candidates[kind, K, L]().selected_experts.unique())
@@ -152,6 +152,7 @@ def benchmark_memory(shape: str, args: argparse.Namespace) -> list[list[str]]:
 
 def main() -> None:
     parser = benchmark_parser("Experts as LoRA adapters of one base against a single forward of the base.")
+    add_device(parser)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="Bases.")
     parser.add_argument("--experts", nargs="+", type=int, default=[5, 10], help="Routed experts K.")
     parser.add_argument("--top-l", nargs="+", type=int, default=[1, 2], help="Routed experts L of an example.")
@@ -163,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.shapes, args.experts, args.tokens, args.repetitions, args.processes = ["MiniLM"], [5], QUICK_TOKENS, 3, 1
-    clock = pin_threads(args)
+    clock = pin_threads(args, args.device)
     logging.set_verbosity_error()
     if args.peak_of:
         shape, kind, K = args.peak_of
@@ -172,6 +173,8 @@ def main() -> None:
     rows = [row for shape in args.shapes for row in benchmark_time(shape, args, clock)]
     header = ["base", "model", "K", "L", "experts in use", "ms", "time / base", "parameters, MB", "/ base"]
     print_table(f"Forward of one batch of {args.tokens} tokens: a main expert, and L of K routed ones", header, rows)
+    if args.device != "cpu":
+        return
     rows = [row for shape in args.shapes for row in benchmark_memory(shape, args)]
     header = ["base", "model", "K", "built, MB", "built / base", "peak, MB", "peak / base"]
     print_table("Growth of resident memory in a process that builds the model and runs it, L = 1", header, rows)

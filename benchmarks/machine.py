@@ -1,11 +1,16 @@
-"""What every benchmark here shares: threads, alternating repetitions, copy bandwidth, stages, tables."""
+"""What every benchmark here shares: threads, alternating repetitions, processes, copy bandwidth, stages, tables."""
 
 import argparse
 import functools
+import os
+import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -29,14 +34,32 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def pin_threads(args: argparse.Namespace) -> Callable[[], float]:
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Of those benchmarks that can run on a GPU."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Where models are.")
+
+
+def pin_threads(args: argparse.Namespace, device: str = "cpu") -> Callable[[], float]:
     """Fixes the number of threads, prints the machine in words and returns the clock to measure with."""
     if args.clock == "cpu" and args.threads > 1:
         raise ValueError(f"`--clock cpu` adds up the time of {args.threads} threads: take `--clock wall`.")
+    if args.clock == "cpu" and device != "cpu":
+        raise ValueError(f"`--clock cpu` does not see what `--device {device}` does: take `--clock wall`.")
     torch.set_num_threads(args.threads)
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(f"PyTorch {torch.__version__}, {capability}, {args.threads} thread(s), {args.clock} clock")
+    print(f"PyTorch {torch.__version__}, {device_name(device)}, {args.threads} thread(s), {args.clock} clock")
+    if device != "cpu":
+        return synchronised
     return time.process_time if args.clock == "cpu" else time.perf_counter
+
+
+def device_name(device: str) -> str:
+    return torch.backends.cpu.get_cpu_capability() if device == "cpu" else torch.cuda.get_device_name()
+
+
+def synchronised() -> float:
+    """The time when the GPU has done all that it was asked for."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def alternate(
@@ -62,9 +85,26 @@ def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
 
 
-def copy_candidate(num_bytes: int) -> tuple[Callable[[], object], int]:
+def launch(arguments: list[str], count: int, grouped: bool) -> list[subprocess.CompletedProcess[str]]:
+    """How each of `count` processes of a Python script ended; `grouped`, they know of each other as by `torchrun`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    group |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+
+    def run(index: int) -> subprocess.CompletedProcess[str]:
+        own = group | {"RANK": index, "LOCAL_RANK": index} if grouped else {}
+        variables = os.environ | {name: str(value) for name, value in own.items()}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def copy_candidate(num_bytes: int, device: str = "cpu") -> tuple[Callable[[], object], int]:
     """A large `copy_` (the roof of everything that only moves memory) and the bytes it reads and writes."""
-    source = torch.ones(num_bytes // 4)
+    source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source).fill_(0)
     return lambda: target.copy_(source), 2 * source.nbytes
 

@@ -11,7 +11,7 @@ import tempfile
 import datasets
 import torch
 from image_round import SHAPES, as_files, image_clients
-from machine import pin_threads, print_table, ratios, spread
+from machine import add_device, pin_threads, print_table, ratios, spread
 from transformers import AutoModelForImageClassification
 from transformers.utils import logging
 
@@ -33,7 +33,9 @@ def clients_of(name: str, files: bool, examples: int) -> tuple[FederatedDataset,
     return data, collate
 
 
-def run(name: str, data: FederatedDataset, collate: ImageCollator, workers: int, rounds: int) -> list[float]:
+def run(
+    name: str, data: FederatedDataset, collate: ImageCollator, workers: int, rounds: int, device: str
+) -> list[float]:
     """Seconds of the clients' part of each round but the first, in which workers start."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +49,7 @@ def run(name: str, data: FederatedDataset, collate: ImageCollator, workers: int,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=device == "cpu",
         )
         model = AutoModelForImageClassification.from_config(SHAPES[name].config)
         trainer = FederatedTrainer(model, args, data, data_collator=collate)
@@ -57,6 +59,7 @@ def run(name: str, data: FederatedDataset, collate: ImageCollator, workers: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__)
+    add_device(parser)
     parser.add_argument("--workers", type=int, nargs="+", default=[1], help="Numbers of worker processes.")
     parser.add_argument("--repetitions", type=int, default=3, help="Runs of each kind.")
     parser.add_argument("--rounds", type=int, default=3, help="Of a run, after one that does not count.")
@@ -65,7 +68,7 @@ def main() -> None:
     examples = 20 if args.quick else 100
     if args.quick:
         args.repetitions, args.rounds = 1, 2
-    pin_threads(argparse.Namespace(threads=1, clock="wall"))
+    pin_threads(argparse.Namespace(threads=1, clock="wall"), args.device)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     rows = []
@@ -75,7 +78,7 @@ def main() -> None:
             seconds: dict[int, list[float]] = {workers: [] for workers in (0, *args.workers)}
             for _ in range(args.repetitions):
                 for workers, values in seconds.items():
-                    values += run(name, data, collate, workers, args.rounds)
+                    values += run(name, data, collate, workers, args.rounds, args.device)
             for workers in args.workers:
                 gain = spread(ratios(seconds[0], seconds[workers]))
                 rows.append(

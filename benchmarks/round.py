@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from machine import StageClock, benchmark_parser, pin_threads, print_table, ratios, spread
+from machine import StageClock, add_device, benchmark_parser, pin_threads, print_table, ratios, spread
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, adam
 from torch.optim.lr_scheduler import LRScheduler
@@ -53,6 +53,7 @@ class BareLoop:
         collate: Callable,
     ):
         self.model, self.clients, self.args, self.collate = copy.deepcopy(model), clients, args, collate
+        self.model.to(args.device)
 
     def order(self, client: int, round_index: int) -> list[list[int]]:
         """The rows of each batch; seeds what is random in training as well."""
@@ -61,7 +62,8 @@ class BareLoop:
         return [batch for step in local_steps(len(self.clients[client]), self.args, seed) for batch in step]
 
     def load(self, client: int, order: list[list[int]]) -> Iterable[dict[str, Tensor]]:
-        return DataLoader(self.clients[client], batch_sampler=order, collate_fn=self.collate)
+        pin_memory = self.args.device.type == "cuda"
+        return DataLoader(self.clients[client], batch_sampler=order, collate_fn=self.collate, pin_memory=pin_memory)
 
     def run_round(self, round_index: int, start: dict[str, Tensor], collated: list | None = None) -> dict[str, Tensor]:
         states, sizes = [], []
@@ -79,6 +81,7 @@ class BareLoop:
         optimizer = AdamW(model.parameters(), lr=self.args.learning_rate, weight_decay=0.0, fused=True)
         scheduler = linear_schedule(optimizer, 0, num_steps)
         for batch in batches:
+            batch = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in batch.items()}
             loss = model(**batch).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
@@ -175,7 +178,7 @@ def take_turns(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
         )
         clients = [data.client(client) for client in range(data.num_clients)]
         bare = bare_class(model, clients, training, collate)
@@ -206,19 +209,23 @@ def print_turns(turns: Turns, title: str) -> None:
     print_table("One more round by stages, ms per client", header, rows)
 
 
-def random_clients(num_clients: int, num_examples: int) -> FederatedDataset:
-    rng, count = np.random.default_rng(0), num_clients * num_examples
+def random_clients(
+    num_clients: int, num_examples: int, num_reserved: int = 0, tokens: int = TOKENS, vocab_size: int = VOCAB_SIZE
+) -> FederatedDataset:
+    rng, count = np.random.default_rng(0), num_clients * num_examples + num_reserved
     columns = {
-        "input_ids": rng.integers(1, VOCAB_SIZE, (count, TOKENS)),
-        "attention_mask": np.ones((count, TOKENS), dtype=np.int64),
+        "input_ids": rng.integers(1, vocab_size, (count, tokens)),
+        "attention_mask": np.ones((count, tokens), dtype=np.int64),
         "label": rng.integers(0, 4, count),
     }
     pool = datasets.Dataset.from_dict(columns)
-    return FederatedDataset(pool, np.split(np.arange(count), num_clients), num_labels=4)
+    *clients, reserved = np.split(np.arange(count), np.arange(1, num_clients + 1) * num_examples)
+    return FederatedDataset(pool, clients, reserved=reserved if num_reserved else None, num_labels=4)
 
 
 def main() -> None:
     parser = benchmark_parser("A round of FederatedTrainer against a bare PyTorch loop with the same local steps.")
+    add_device(parser)
     parser.add_argument("--clients", type=int, default=50, help="Clients of a round.")
     parser.add_argument("--examples", type=int, default=50, help="Examples of a client.")
     parser.add_argument("--hidden", type=int, default=64, help="Width of the two-layer GPT-2 classifier.")
@@ -226,7 +233,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.clients, args.repetitions = 8, 2
-    clock = pin_threads(args)
+    clock = pin_threads(args, args.device)
     logging.set_verbosity_error()
     data = random_clients(args.clients, args.examples)
     torch.manual_seed(0)

@@ -14,7 +14,16 @@ from functools import partial
 import datasets
 import numpy as np
 import torch
-from machine import alternate, benchmark_parser, copy_candidate, pin_threads, print_table, ratios, spread
+from machine import (
+    add_device,
+    alternate,
+    benchmark_parser,
+    copy_candidate,
+    pin_threads,
+    print_table,
+    ratios,
+    spread,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, default_data_collator
 from transformers.utils import logging
@@ -24,7 +33,7 @@ from hf_fedmoe.models import FedMoEForSequenceClassification, gating_entropy
 from hf_fedmoe.strategies import Server
 from hf_fedmoe.strategies.gate_training import GateFit, train_gate
 from hf_fedmoe.strategies.server_training import expert_outputs
-from hf_fedmoe.weights import StateLayout, collapse, fuse_
+from hf_fedmoe.weights import StateLayout, collapse, fuse_, fusion
 
 
 GPT2_SIZES = {
@@ -38,19 +47,19 @@ VOCAB_SIZE, RATE, T = 8000, 0.3, 5
 class Fusion:
     """A bank and uploads with the shapes of a GPT-2 and the ways to fuse them, all on the same memory."""
 
-    def __init__(self, size: str, K: int):
+    def __init__(self, size: str, K: int, device: str):
         config = GPT2Config(**GPT2_SIZES[size], num_labels=4, pad_token_id=0)
         torch.manual_seed(0)
         with torch.device("meta"):
             self.experts = [GPT2ForSequenceClassification(config) for _ in range(K + 1)]
         self.layout = StateLayout.of(self.experts[0])
-        self.bank_SP = torch.randn(1, self.layout.size).repeat(K + 1, 1)
-        self.uploads_mP = torch.randn(1, self.layout.size).repeat(K, 1)
+        self.bank_SP = torch.randn(1, self.layout.size, device=device).repeat(K + 1, 1)
+        self.uploads_mP = torch.randn(1, self.layout.size, device=device).repeat(K, 1)
         for expert, row_P in zip(self.experts, self.bank_SP, strict=True):
             expert.load_state_dict(self.layout.views(row_P), assign=True)
         self.uploads = [self.layout.views(row_P) for row_P in self.uploads_mP]
-        self.weights_TSm = RATE * torch.rand(T, K + 1, K).softmax(-1)
-        self.keep_S = torch.full((K + 1,), 1 - RATE)
+        self.weights_TSm = RATE * torch.rand(T, K + 1, K, device=device).softmax(-1)
+        self.keep_S = torch.full((K + 1,), 1 - RATE, device=device)
         self.bytes_moved = 2 * self.bank_SP.nbytes + self.uploads_mP.nbytes
 
     def as_rows(self) -> None:
@@ -98,18 +107,18 @@ class Fusion:
 def benchmark_fusion(args: argparse.Namespace, clock: Callable[[], float]) -> None:
     times, rates, collapsed = [], [], []
     for size, K in [(size, K) for size in args.sizes for K in args.experts]:
-        fusion = Fusion(size, K)
-        fusion.check()
-        copy, copy_bytes = copy_candidate(min(fusion.bank_SP.nbytes, 2**28))
-        ways = {"rows": fusion.as_rows, "in place": fusion.as_state_dicts_in_place, "loop": fusion.as_state_dicts}
+        case = Fusion(size, K, args.device)
+        case.check()
+        copy, copy_bytes = copy_candidate(min(case.bank_SP.nbytes, 2**28), args.device)
+        ways = {"rows": case.as_rows, "in place": case.as_state_dicts_in_place, "loop": case.as_state_dicts}
         seconds = alternate({"copy": copy, **ways}, args.repetitions, clock)
         against = [spread(ratios(seconds[name], seconds["rows"]), digits=1) for name in ("loop", "in place")]
         times.append([size, str(K), *(spread(seconds[way], 1e3, 0) for way in reversed(ways)), *against])
         copy_rate = [copy_bytes / s / 1e9 for s in seconds["copy"]]
-        fuse_rate = [fusion.bytes_moved / s / 1e9 for s in seconds["rows"]]
+        fuse_rate = [case.bytes_moved / s / 1e9 for s in seconds["rows"]]
         share = spread(ratios(fuse_rate, copy_rate), 100, 0)
         rates.append([size, str(K), spread(fuse_rate, digits=1), spread(copy_rate, digits=1), share])
-        seconds = alternate({"single": fusion.t_single, "collapsed": fusion.t_collapsed}, args.repetitions, clock)
+        seconds = alternate({"single": case.t_single, "collapsed": case.t_collapsed}, args.repetitions, clock)
         collapsed.append([size, str(K), *(spread(values, 1e3, 0) for values in seconds.values())])
         collapsed[-1].append(spread(ratios(seconds["single"], seconds["collapsed"])))
     header = ["model", "K = m", "loop, ms", "in-place loop, ms", "fuse_, ms", "loop / fuse_", "in-place / fuse_"]
@@ -125,7 +134,7 @@ def small_mixture(K: int, args: argparse.Namespace) -> FedMoEForSequenceClassifi
     expert = GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=4, pad_token_id=0))
     model = FedMoEForSequenceClassification.from_expert(expert, gate="main_features", num_routed_experts=K)
     nn.init.normal_(model.gate.weight)  # routes differently from example to example
-    return model
+    return model.to(args.device)
 
 
 def random_examples(count: int, tokens: int) -> datasets.Dataset:
@@ -154,7 +163,7 @@ def gate_with_cache(server: Server, reserved: ReservedSet, epochs: int) -> None:
 
 
 def benchmark_gate(args: argparse.Namespace, clock: Callable[[], float]) -> None:
-    reserved = ReservedSet(random_examples(256, 32), default_data_collator, batch_size=32)
+    reserved = ReservedSet(random_examples(256, 32), default_data_collator, 32, args.device)
     rows = []
     for K, epochs in [(K, epochs) for K in args.experts for epochs in args.epochs]:
         model = small_mixture(K, args)
@@ -173,7 +182,7 @@ def benchmark_gate(args: argparse.Namespace, clock: Callable[[], float]) -> None
 
 
 def benchmark_inference(args: argparse.Namespace, clock: Callable[[], float]) -> None:
-    inputs, rows = {"input_ids": random_examples(64, 64)["input_ids"][:]}, []
+    inputs, rows = {"input_ids": random_examples(64, 64)["input_ids"][:].to(args.device)}, []
     for K in args.experts:
         model = torch.inference_mode()(small_mixture(K, args).forward)
         candidates = {name: partial(model, **inputs, top_l=1, dense=name == "dense") for name in ("dense", "sparse")}
@@ -186,16 +195,19 @@ def benchmark_inference(args: argparse.Namespace, clock: Callable[[], float]) ->
 
 def main() -> None:
     parser = benchmark_parser("Fusion, gate training and inference of Fed-MoE against plain references.")
+    add_device(parser)
     parser.add_argument("--sizes", nargs="+", default=["21M"], choices=GPT2_SIZES, help="GPT-2 shapes to fuse.")
     parser.add_argument("--experts", nargs="+", type=int, default=[3, 5], help="Routed experts K, and uploads m.")
     parser.add_argument("--epochs", nargs="+", type=int, default=[3], help="Epochs of the gate.")
     parser.add_argument("--layers", type=int, default=2, help="Layers of the experts of gate and inference.")
     parser.add_argument("--hidden", type=int, default=128, help="Their width.")
+    parser.add_argument("--columns", type=int, default=fusion._CHUNK, help="That `fuse_` takes at a time.")
     parser.add_argument("--repetitions", type=int, default=5, help="Turns of each pair.")
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.experts, args.epochs, args.hidden, args.repetitions = ["1M"], [3], [3], 64, 3
-    clock = pin_threads(args)
+    fusion._CHUNK = args.columns
+    clock = pin_threads(args, args.device)
     logging.set_verbosity_error()
     benchmark_fusion(args, clock)
     benchmark_gate(args, clock)

@@ -9,24 +9,19 @@ Then what memory Fed-MoE's uploads take in each of two processes, by peaks of ru
 
 import argparse
 import json
-import os
 import resource
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import torch
-from machine import StageClock, print_table, ratios, spread
+from machine import StageClock, launch, print_table, ratios, spread
 from round import BATCH_SIZE, TOKENS, VOCAB_SIZE, random_clients
 from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
 from transformers.utils import logging
 
-from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.federation import Federation, round
 from hf_fedmoe.models import FedMoEForSequenceClassification
 from hf_fedmoe.strategies import FedAvg, FedMoE
@@ -65,11 +60,7 @@ def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[st
     """
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    *clients, reserved = np.split(
-        np.arange(args.clients * args.examples + args.reserved), np.arange(1, args.clients + 1) * args.examples
-    )
-    pool = random_clients(1, args.clients * args.examples + args.reserved).pool
-    data = FederatedDataset(pool, clients, reserved=reserved, num_labels=4)
+    data = random_clients(args.clients, args.examples, args.reserved)
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_embd=args.hidden, n_head=args.hidden // 32, n_positions=TOKENS)
     model = GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCAB_SIZE, num_labels=4, pad_token_id=0))
@@ -101,27 +92,14 @@ def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[st
     return seconds | {"memory": {"peak": peak / MEGABYTE, "upload": upload / MEGABYTE}}
 
 
-def launch(method: str, count: int, *changes: str) -> list[dict[str, dict[str, float]]]:
+def found_by(method: str, count: int, *changes: str) -> list[dict[str, dict[str, float]]]:
     """What each of `count` processes of a run found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for index in range(count):
-                own = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-                variables = {name: str(value) for name, value in own.items()} if count > 1 else {}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                command = [sys.executable, __file__, "--child", method, folder, *sys.argv[1:], *changes]
-                started.append(
-                    subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
-                )
-            outputs = [process.communicate()[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-    return [json.loads(output.strip().split("\n")[-1]) for output in outputs]
+        ended = launch([__file__, "--child", method, folder, *sys.argv[1:], *changes], count, count > 1)
+    for process in ended:
+        if process.returncode:
+            sys.exit(process.stderr)
+    return [json.loads(process.stdout.strip().split("\n")[-1]) for process in ended]
 
 
 def slowest(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -134,7 +112,7 @@ def print_memory(few: int, many: int, width: int) -> None:
         sizes = ("--parallelism", parallelism, "--hidden", str(width), "--examples", "10", "--rounds", "1")
         peaks = []
         for clients in (few, many):
-            found = launch("Fed-MoE", 2, "--clients", str(clients), *sizes)
+            found = found_by("Fed-MoE", 2, "--clients", str(clients), *sizes)
             peaks.append([own["memory"]["peak"] for own in found])
         upload = found[0]["memory"]["upload"]
         for name, less, more in zip(("main", "other"), *peaks, strict=True):
@@ -166,7 +144,7 @@ def main() -> None:
         print(json.dumps(run(*args.child, args)))
         return
     for method in METHODS:
-        turns = [[slowest(launch(method, count)) for count in (1, 2)] for _ in range(args.turns)]
+        turns = [[slowest(found_by(method, count)) for count in (1, 2)] for _ in range(args.turns)]
         rows = []
         for stage in ["clients", "server", "synchronise", "round", "end"]:
             parts = ["clients", "server", "synchronise"] if stage == "round" else [stage]
