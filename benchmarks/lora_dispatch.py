@@ -92,11 +92,11 @@ def benchmark_time(shape: str, args: argparse.Namespace, clock: Callable[[], flo
         candidates[kind, K, L] = partial(built[kind, K], input_ids, top_l=L)
         sent[kind, K, L] = len(candidates[kind, K, L]().selected_experts.unique())
     seconds = alternate(candidates, args.repetitions, clock)
-    milliseconds = spread(seconds["base"], 1e3, 0)
+    milliseconds = spread(seconds["base"], 1e3, 1)
     rows = [[shape, "base alone", "", "", "", milliseconds, "1", parameter_megabytes(base), "1"]]
     for kind, K, L in variants:
         times, model = seconds[kind, K, L], built[kind, K]
-        times = [spread(times, 1e3, 0), spread(ratios(times, seconds["base"]))]
+        times = [spread(times, 1e3, 1), spread(ratios(times, seconds["base"]))]
         memory = [parameter_megabytes(model), f"{parameter_bytes(model) / parameter_bytes(base):.2f}"]
         rows.append([shape, kind, str(K), str(L), str(sent[kind, K, L]), *times, *memory])
     return rows

@@ -113,13 +113,13 @@ def benchmark_fusion(args: argparse.Namespace, clock: Callable[[], float]) -> No
         ways = {"rows": case.as_rows, "in place": case.as_state_dicts_in_place, "loop": case.as_state_dicts}
         seconds = alternate({"copy": copy, **ways}, args.repetitions, clock)
         against = [spread(ratios(seconds[name], seconds["rows"]), digits=1) for name in ("loop", "in place")]
-        times.append([size, str(K), *(spread(seconds[way], 1e3, 0) for way in reversed(ways)), *against])
+        times.append([size, str(K), *(spread(seconds[way], 1e3) for way in reversed(ways)), *against])
         copy_rate = [copy_bytes / s / 1e9 for s in seconds["copy"]]
         fuse_rate = [case.bytes_moved / s / 1e9 for s in seconds["rows"]]
         share = spread(ratios(fuse_rate, copy_rate), 100, 0)
         rates.append([size, str(K), spread(fuse_rate, digits=1), spread(copy_rate, digits=1), share])
         seconds = alternate({"single": case.t_single, "collapsed": case.t_collapsed}, args.repetitions, clock)
-        collapsed.append([size, str(K), *(spread(values, 1e3, 0) for values in seconds.values())])
+        collapsed.append([size, str(K), *(spread(values, 1e3) for values in seconds.values())])
         collapsed[-1].append(spread(ratios(seconds["single"], seconds["collapsed"])))
     header = ["model", "K = m", "loop, ms", "in-place loop, ms", "fuse_, ms", "loop / fuse_", "in-place / fuse_"]
     print_table("Fusion: rows against loops over state dicts", header, times)
@@ -175,7 +175,7 @@ def benchmark_gate(args: argparse.Namespace, clock: Callable[[], float]) -> None
         ways = {"recomputed": gate_without_cache, "cached": gate_with_cache}
         candidates = {name: partial(way, server, reserved, epochs) for name, way in ways.items()}
         seconds = alternate(candidates, min(3, args.repetitions), clock)
-        times = [spread(values, 1e3, 0) for values in seconds.values()]
+        times = [spread(values, 1e3) for values in seconds.values()]
         rows.append([str(K), str(epochs), *times, spread(ratios(seconds["recomputed"], seconds["cached"]))])
     header = ["K", "epochs", "recomputed, ms", "cached, ms", "ratio (at most: epochs)"]
     print_table("Gate on 256 reserved examples; the cached time includes the one pass of the experts", header, rows)
@@ -187,7 +187,7 @@ def benchmark_inference(args: argparse.Namespace, clock: Callable[[], float]) ->
         model = torch.inference_mode()(small_mixture(K, args).forward)
         candidates = {name: partial(model, **inputs, top_l=1, dense=name == "dense") for name in ("dense", "sparse")}
         seconds = alternate(candidates, args.repetitions, clock)
-        times = [spread(values, 1e3, 0) for values in seconds.values()]
+        times = [spread(values, 1e3) for values in seconds.values()]
         rows.append([str(K), *times, spread(ratios(seconds["sparse"], seconds["dense"])), f"{2 / (1 + K):.2f}"])
     header = ["K", "dense, ms", "L = 1, ms", "L = 1 / dense", "(1 + L) / (1 + K)"]
     print_table('Inference on 64 examples of 64 tokens, gate="main_features"', header, rows)
