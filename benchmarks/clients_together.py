@@ -1,9 +1,9 @@
 """
-Whether it would pay to train several clients of a process at once: a step of plain gradient descent of n clients, one
+Whether it pays to train several clients of a process at once: a step of plain gradient descent of n clients, one
 after another as `LocalTrainer` does it, and together. Whole models go through `torch.vmap`; LoRA adapters through one
 forward of their base, in a batch that PEFT divides among them.
 
-Nothing in `hf_fedmoe` trains clients together. This says where it would be worth building.
+`clients_at_once` trains them together. This says where it pays.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: threads, devices, alternating repetitions, launches, copy bandwidth, stages, tables."""
+"""What benchmarks here share: threads, devices, alternating repetitions, launches, copy bandwidth, stages, tables."""
 
 import argparse
 import functools

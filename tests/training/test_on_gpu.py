@@ -29,6 +29,7 @@ WAYS = {
     "paper": {"preset": "paper"},
     "lora": {"lora": True},
     "sums": {"client_parallelism": "sums"},
+    "at_once": {"clients_at_once": 2},
     "read_ahead": {"dataloader_num_workers": 2},
     "compiled": {"torch_compile": True},
 }
