@@ -13,6 +13,7 @@ from .server_step import take_step
 from .stacked_training import StackedTrainer
 from .team import Team
 from .zero import ZeroTrainer
+from .zero_gate import ZeroGateFit
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "StackedTrainer",
     "Stream",
     "Team",
+    "ZeroGateFit",
     "ZeroTrainer",
     "atomic_directory",
     "balance",

@@ -3,7 +3,8 @@ The processes of one launch (`accelerate launch`, `torchrun`): each trains other
 is the server as well.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -147,6 +148,22 @@ def leave_group() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class BrokenOffError(BaseException):
+    """
+    What all processes do at once failed in this one, and the others may wait for it in a collective. The run has to
+    end, so this is none of the exceptions that are taken for a failing client.
+    """
+
+
+@contextmanager
+def unbroken(what: str) -> Iterator[None]:
+    """What must succeed in all processes."""
+    try:
+        yield
+    except Exception as error:
+        raise BrokenOffError(f"{what} failed, {type(error).__name__}: {error}") from error
 
 
 def _bytes(tensor: Tensor) -> Tensor:

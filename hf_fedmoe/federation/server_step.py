@@ -9,7 +9,7 @@ from torch import Tensor
 from ..data import ReservedSet
 from ..strategies import JointWork, Server, Work
 from ..weights import fuse_
-from .processes import Processes
+from .processes import Processes, unbroken
 
 
 T = TypeVar("T")
@@ -42,10 +42,14 @@ def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | Non
         server.fuse_held = fuse_held if server.held else None
         server.join = join if server.gate_fit else None
         try:
-            return step()
+            result = step()
+        except Exception:
+            processes.tell(None)
+            raise
         finally:
             server.hand_out = server.fuse_held = server.join = None
-            processes.tell(None)
+        processes.tell(None)
+        return result
 
     def help_out() -> None:
         error = None
@@ -96,14 +100,9 @@ def _fuse_held(
 ) -> None:
     """Each process fuses the uploads that it holds, and the main one's bank takes the sums, some columns at a time."""
     rows_nP, places = server.held
-    fuse_(
-        server.bank_SP,
-        rows_nP,
-        weights_Sm[:, places].to(rows_nP.device),
-        keep_S.to(rows_nP.device),
-        server.layout.batchnorm,
-        processes.add_up_,
-    )
+    weights_Sn, keep_S = weights_Sm[:, places].to(rows_nP.device), keep_S.to(rows_nP.device)
+    with unbroken("Fusion"):
+        fuse_(server.bank_SP, rows_nP, weights_Sn, keep_S, server.layout.batchnorm, processes.add_up_)
 
 
 def _join(
@@ -122,4 +121,5 @@ def _join(
         tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in kinds.items()}
     for tensor in tensors.values():
         processes.broadcast_(tensor)
-    return work(server, reserved, tensors, settings)
+    with unbroken("Work of all processes"):
+        return work(server, reserved, tensors, settings)

@@ -86,6 +86,11 @@ class GateFit:
         """Scores `[b, K]` of the routed experts."""
         return self.model.gate_logits(None, batch)
 
+    @property
+    def alpha(self) -> Tensor:
+        """Weight `(1,)` of the routed experts, for the choices made last."""
+        return self.model.alpha
+
     def step(self, objective: Tensor) -> Tensor:
         """One step of the optimizer, its gradient clipped to the norm 1; returns the norm before."""
         objective.backward()
@@ -129,7 +134,7 @@ def train_gate(
     # Masks of dropout must not be alike in processes that have other rows.
     torch.manual_seed(seed + fit.index)
     generator = torch.Generator().manual_seed(seed)
-    model = fit.model
+    config = fit.model.config
     fit.begin(learning_rate, weight_decay)
     total = norm = torch.zeros((), device=reserved.labels_R.device)
     steps = 0
@@ -138,9 +143,7 @@ def train_gate(
         for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
             indices = indices.to(reserved.labels_R.device)
             Q_BK = fit.choices(reserved, cached, indices)
-            log_P_BC = dense_mixture(
-                cached.logits_RSC[indices], Q_BK, model.alpha, model.config.num_main_experts, model.config.mix
-            )
+            log_P_BC = dense_mixture(cached.logits_RSC[indices], Q_BK, fit.alpha, config.num_main_experts, config.mix)
             loss = cross_entropy(log_P_BC, reserved.labels_R[indices])
             objective = loss + entropy_weight * gating_entropy(Q_BK) + balance_weight * load_imbalance(Q_BK)
             norm = norm + fit.step(objective)

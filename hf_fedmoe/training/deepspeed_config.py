@@ -52,7 +52,7 @@ def hidden_from_accelerate() -> Iterator[None]:
             os.environ[VARIABLE] = asked
 
 
-def engine_config(config: dict[str, Any], args: TrainingArguments, bf16: bool) -> dict[str, Any]:
+def engine_config(config: dict[str, Any], args: TrainingArguments, mixed_precision: str) -> dict[str, Any]:
     """
     The configuration of the engine. What it repeats of `args` must be `"auto"` or agree, or `ValueError` is raised;
     any other `"auto"` is left to DeepSpeed.
@@ -60,7 +60,7 @@ def engine_config(config: dict[str, Any], args: TrainingArguments, bf16: bool) -
     Args:
         config (`dict`): As the user gives it.
         args ([`~transformers.TrainingArguments`]): Of local training.
-        bf16 (`bool`): Whether `args` or the launcher ask for it.
+        mixed_precision (`str`): What `args` or the launcher ask for: `"no"`, `"bf16"` or `"fp16"`.
     """
     for section in ("optimizer", "scheduler"):
         if section in config:
@@ -86,13 +86,13 @@ def engine_config(config: dict[str, Any], args: TrainingArguments, bf16: bool) -
             f"DeepSpeed's `zero_optimization.stage` is {stage!r}: choose 1, 2 or 3. For clients trained by all "
             'processes without ZeRO leave DeepSpeed out and set client_parallelism="data".'
         )
-    if args.fp16 or config.get("fp16", {}).get("enabled") is True:
+    if mixed_precision == "fp16" or config.get("fp16", {}).get("enabled") is True:
         raise ValueError("`fp16` would carry its loss scale from one client to the next in DeepSpeed: take `bf16`.")
     enabled = config.get("bf16", {}).get("enabled", "auto")
     own = known | {
         # Of no consequence: batches come from the clients.
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": bf16 if enabled == "auto" else enabled},
+        "bf16": {"enabled": mixed_precision == "bf16" if enabled == "auto" else enabled},
         "steps_per_print": 2**62,
         # That of the training arguments, whatever it is.
         "zero_allow_untested_optimizer": True,

@@ -40,6 +40,7 @@ from ..federation import (
     StackedTrainer,
     Stream,
     Team,
+    ZeroGateFit,
     ZeroTrainer,
     atomic_directory,
     check_identity,
@@ -268,8 +269,6 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             weight_decay=args.weight_decay,
             num_examples=int(data.client_sizes.sum()),
         )
-        if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):
-            server.gate_fit = GateFit(self.model, self.processes)
         pool = self._columns_of_clients()
         reserved = None
         if self.strategy.needs_reserved_set():
@@ -281,9 +280,13 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
                 self.train_data_collator,
             )
         make_trainer = LocalTrainer
+        if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):
+            server.gate_fit = GateFit(self.model, self.processes)
         if args.deepspeed:
-            bf16 = self.accelerator.mixed_precision == "bf16"
-            make_trainer = partial(ZeroTrainer, config=engine_config(args.deepspeed, args, bf16))
+            config = engine_config(args.deepspeed, args, self.accelerator.mixed_precision)
+            make_trainer = partial(ZeroTrainer, config=config)
+            if server.gate_fit is not None and self.model.config.gate == "model":
+                server.gate_fit = ZeroGateFit(self.model, self.processes, config)
         elif args.clients_at_once > 1:
             make_trainer = partial(StackedTrainer, at_once=args.clients_at_once)
         local_trainer = make_trainer(

@@ -162,10 +162,18 @@ def test_a_gate_that_reads_examples_is_trained_by_all_processes(name, quick, tmp
     # Adam divides small gradients by themselves; tests/strategies/test_gate_training.py is stricter.
     states = (load_file(quick / f"{name}-0.safetensors"), load_file(tmp_path / "alone.safetensors"))
     assert_equal_states(*states, rtol=1e-3, atol=1e-3)
+    assert_equal_gate_reports(quick / f"{name}-0", tmp_path / "alone")
     # Batches of 7, 7, 7 and 1 rows, twice in each of two iterations of each of two rounds.
     assert (tmp_path / "gate_rows-0").read_text() == str(8 * 22)
     rows = [(quick / name / f"gate_rows-{index}").read_text() for index in range(PROCESSES)]
     assert rows == [str(8 * (4 + 4 + 4 + 1)), str(8 * (3 + 3 + 3 + 1))]
+
+
+def assert_equal_gate_reports(*paths):
+    rounds = [json.loads(Path(f"{path}.json").read_text())["rounds"] for path in paths]
+    for name in ("gate_loss", "gate_grad_norm", "alpha"):
+        found, expected = ([metrics[name] for _, _, metrics in reports] for reports in rounds)
+        assert found == pytest.approx(expected, rel=1e-2) and expected[0] > 1e-3
 
 
 def assert_like_one_process(name, folder, alone):

@@ -16,9 +16,11 @@ from tests.invariants.test_shared_batches import (
     TOLERANCE,
     BrokenRow,
     FailsSomewhere,
+    assert_equal_gate_reports,
     assert_like_one_process,
     recorded_rounds,
     settings,
+    shared_gate,
 )
 from tests.tiny_federation import (
     assert_equal_states,
@@ -31,6 +33,7 @@ from tests.tiny_federation import (
 from tests.two_processes import (
     PROCESSES,
     ROOT,
+    assert_same,
     join_group,
     launch,
     record,
@@ -114,6 +117,15 @@ def bf16_base():
     return base
 
 
+# Kind of the gate and stage: an engine trains one that is a model of its own.
+GATES = {**{f"gate_model-{stage}": ("model", stage) for stage in STAGES}, "gate_adapter-2": ("adapter", 2)}
+
+
+def gate_by_name(name, output_dir):
+    kind, stage = GATES[name]
+    return shared_gate(kind, output_dir, **engine(stage))
+
+
 # What each asks for bf16 by: DeepSpeed's configuration, the arguments, both.
 BF16_ADAPTERS = {
     "lora-bf16-1": engine(1, bf16=True),
@@ -139,7 +151,7 @@ def held(stage):
         class Look(TrainerCallback):
             def on_epoch_end(self, *args, **kwargs):
                 local = run._active_federation.local_trainer
-                expert, optimizer = local.engine.module, local.engine.optimizer.optimizer
+                expert, optimizer = local.zero.engine.module, local.zero.engine.optimizer.optimizer
                 frozen = [[p for p in e.parameters() if not p.requires_grad] for e in (expert.base, run.model)]
                 facts = {
                     "adapter": sum(p.numel() for p in expert.parameters()),
@@ -215,6 +227,7 @@ RUNS = {
         for name, changes in BF16_ADAPTERS.items()
     },
     **{f"held-{stage}": held(stage) for stage in STAGES},
+    **{name: partial(gate_by_name, name) for name in GATES},
     **{f"bf16-{stage}": bf16(stage) for stage in STAGES},
     **{f"bf16-without-learning-{stage}": bf16_without_learning(stage) for stage in STAGES},
     "loaded_beside": loaded_beside,
@@ -245,6 +258,19 @@ def test_zero_ends_like_one_process(name, folder, tmp_path):
     assert_like_one_process(name.split("-")[0], folder / name, tmp_path / "alone")
     saved = type(alone.model).from_pretrained(folder / name / "saved")
     assert_equal_states(state(saved), load_file(folder / f"{name}-0.safetensors"))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_that_reads_examples_ends_like_that_of_one_process(name, folder, tmp_path):
+    record(shared_gate(GATES[name][0], tmp_path, client_parallelism=None), tmp_path / "alone")
+    assert_equal_gate_reports(folder / f"{name}-0", tmp_path / "alone")
+    assert_same(*(folder / f"{name}-{index}" for index in range(PROCESSES)))
+    # Adam divides small gradients by themselves.
+    states = (load_file(folder / f"{name}-0.safetensors"), load_file(tmp_path / "alone.safetensors"))
+    assert_equal_states(*states, rtol=1e-3, atol=1e-3)
+    engines = [(folder / name / f"gate_rows-{index}").read_text() for index in range(PROCESSES)]
+    # An engine's gate is a copy, which says nothing of its rows.
+    assert engines == (["0", "0"] if name.startswith("gate_model") else [str(8 * 13), str(8 * 10)])
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -344,7 +370,7 @@ def process_of_a_launch(name, output_dir):
 def _break(run, args, state, control):
     """From the second round on the model of one process raises: there the others are in a collective."""
     if state.global_step and run.args.process_index:
-        run._active_federation.local_trainer.engine.module.forward = None
+        run._active_federation.local_trainer.zero.engine.module.forward = None
     return control
 
 
@@ -362,4 +388,4 @@ def test_launchers_with_the_shipped_configurations(stage, tmp_path):
     assert_equal_states(found, state(alone.model), **TOLERANCE)
     if stage == 3:
         code, output = run_to_its_end([*command, "broken", str(tmp_path / "broken")], seconds=600)
-        assert code != 0 and "EngineError: DeepSpeed failed, TypeError" in output, output
+        assert code != 0 and "BrokenOffError: DeepSpeed failed, TypeError" in output, output

@@ -131,7 +131,9 @@ def test_batches_of_a_model_with_batchnorm_cannot_be_shared(tmp_path):
 )
 def test_configurations_of_deepspeed_that_rounds_do_not_honour(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
-        engine_config(config, tiny_args(tmp_path), bf16=False)
+        engine_config(config, tiny_args(tmp_path), "no")
+    with pytest.raises(ValueError, match="`fp16` would carry its loss scale"):
+        engine_config({"zero_optimization": {"stage": 1}}, tiny_args(tmp_path), "fp16")
 
 
 def test_configuration_of_deepspeeds_engine(tmp_path):
@@ -141,7 +143,7 @@ def test_configuration_of_deepspeeds_engine(tmp_path):
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
     }
-    found = engine_config(config, tiny_args(tmp_path, gradient_accumulation_steps=2), bf16=True)
+    found = engine_config(config, tiny_args(tmp_path, gradient_accumulation_steps=2), "bf16")
     assert found["zero_optimization"] == {"stage": 3, "overlap_comm": True} and "train_batch_size" not in found
     assert (found["gradient_clipping"], found["gradient_accumulation_steps"]) == (1.0, 2)
     assert found["bf16"] == {"enabled": True}
