@@ -43,11 +43,11 @@ class ZeroTrainer(LocalTrainer):
         optimizer = self.make_optimizer(module).optimizer
         zero = ZeroEngine(module, self.layout, optimizer, config, self.team.processes)
         if adapter and zero.partitioned:
-            from deepspeed.zero import register_external_parameter
+            import deepspeed
 
             # The layers that run are the base's, which DeepSpeed does not see: the adapter is fetched as a whole.
             for parameter in module.parameters():
-                register_external_parameter(module, parameter)
+                deepspeed.zero.register_external_parameter(module, parameter)
         self._scale = 1.0
         self._pulled = torch.zeros((), device=self.accelerator.device)
         if self.strategy.pull:

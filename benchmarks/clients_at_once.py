@@ -1,0 +1,150 @@
+"""
+Rounds whose clients are trained one by one, and at once (`clients_at_once`): whole runs of `FederatedTrainer` in
+turns, of which the clients' part of each round counts. Without dropout both end with the same weights but for rounding.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from compiled import gpt2
+from image_round import image_clients
+from machine import add_device, benchmark_parser, pin_threads, print_table, ratios, spread
+from peft import LoraConfig
+from round import random_clients
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.utils import logging
+
+from hf_fedmoe.data import FederatedDataset, ImageCollator
+from hf_fedmoe.models import (
+    LinearConfig,
+    LinearForClassification,
+    SmallCNNConfig,
+    SmallCNNForImageClassification,
+    SmallImageProcessor,
+    SmallImageResNetConfig,
+    SmallImageResNetForImageClassification,
+)
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
+
+
+BATCH = 10
+
+
+@dataclass
+class Kind:
+    """What a row of the table is about: a model, and from (clients, examples of each) to its data."""
+
+    model: Callable[[], nn.Module]
+    data: Callable[[int, int], FederatedDataset]
+    settings: dict[str, Any]
+
+
+def features(num_clients: int, num_examples: int) -> FederatedDataset:
+    rng, count = np.random.default_rng(0), num_clients * num_examples
+    columns = {"features": rng.normal(size=(count, 60)).astype(np.float32), "label": rng.integers(0, 10, count)}
+    # As arrays: to make tensors of lists of numbers would take most of a round.
+    pool = datasets.Dataset.from_dict(columns).with_format("numpy")
+    return FederatedDataset(pool, np.split(np.arange(count), num_clients), num_labels=10)
+
+
+def digits(size: int, channels: int) -> dict[str, Any]:
+    processor = SmallImageProcessor(num_channels=channels, size={"height": size, "width": size})
+    return {
+        "data": lambda *numbers: image_clients(*numbers, processor),
+        "settings": {"data_collator": ImageCollator(processor)},
+    }
+
+
+def bert() -> nn.Module:
+    shape = dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024)
+    quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertForSequenceClassification(BertConfig(**shape, **quiet, vocab_size=2000, num_labels=4))
+
+
+def small_resnet() -> nn.Module:
+    shape = dict(embedding_size=16, hidden_sizes=(16, 32, 64, 128))
+    return SmallImageResNetForImageClassification(SmallImageResNetConfig(**shape, num_labels=10))
+
+
+KINDS = {
+    "linear model of 60 features": Kind(
+        lambda: LinearForClassification(LinearConfig(num_features=60, num_labels=10)), features, {}
+    ),
+    "CNN of 6.6M, grey images of 28x28": Kind(
+        lambda: SmallCNNForImageClassification(SmallCNNConfig(num_labels=62)), **digits(28, 1)
+    ),
+    "ResNet of 0.7M, images of 32x32": Kind(small_resnet, **digits(32, 3)),
+    "GPT-2, 2 layers of 128, 32 tokens": Kind(gpt2, random_clients, {}),
+    "LoRA of rank 8 on a BERT of 6 layers of 256, 32 tokens": Kind(
+        bert, random_clients, {"peft_config": LoraConfig(r=8)}
+    ),
+}
+
+
+def run(
+    kind: Kind, data: FederatedDataset, at_once: int, rounds: int, device: str
+) -> tuple[list[float], list[Tensor]]:
+    """Seconds of the clients' part of each round but the first, and the weights in the end."""
+    torch.manual_seed(0)
+    model = kind.model()
+    if device == "cpu" and model.main_input_name == "input_ids":
+        model.set_attn_implementation("eager")  # `vmap` takes the fused one apart there
+    with tempfile.TemporaryDirectory() as folder:
+        args = FederatedTrainingArguments(
+            output_dir=folder,
+            rounds=rounds + 1,
+            clients_per_round=data.num_clients,
+            clients_at_once=at_once,
+            per_device_train_batch_size=BATCH,
+            learning_rate=0.01,
+            optim="sgd",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device == "cpu",
+        )
+        trainer = FederatedTrainer(model, args, data, **kind.settings)
+        trainer.train()
+    weights = [tensor.detach().float().cpu() for tensor in trainer.model.state_dict().values()]
+    return [report.seconds["clients"] for report in trainer.rounds[1:]], weights
+
+
+def main() -> None:
+    parser = benchmark_parser("Rounds whose clients are trained one by one, and at once.")
+    add_device(parser)
+    parser.add_argument("--at_once", type=int, default=10, help="Clients that are trained at once.")
+    parser.add_argument("--clients", type=int, default=20, help="Of a round.")
+    parser.add_argument("--examples", type=int, default=50, help="Of a client.")
+    parser.add_argument("--rounds", type=int, default=2, help="Of a run, after one that does not count.")
+    parser.add_argument("--repetitions", type=int, default=3, help="Runs of each kind.")
+    args = parser.parse_args()
+    if args.quick:
+        args.at_once, args.clients, args.examples, args.repetitions = 2, 2, 20, 1
+    pin_threads(args, args.device)
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    rows = []
+    for name, kind in KINDS.items():
+        data = kind.data(args.clients, args.examples)
+        seconds: dict[int, list[float]] = {1: [], args.at_once: []}
+        for _ in range(args.repetitions):
+            ends = []
+            for at_once, values in seconds.items():
+                found, weights = run(kind, data, at_once, args.rounds, args.device)
+                values += found
+                ends.append(weights)
+        gap = max((a - b).abs().max().item() for a, b in zip(*ends, strict=True))
+        milliseconds = [spread(values, 1e3 / args.clients, 1) for values in seconds.values()]
+        rows.append([name, *milliseconds, spread(ratios(*seconds.values())), f"{gap:.0e}"])
+    header = ["", "one by one, ms a client", f"{args.at_once} at once, ms a client", "one by one / at once", "gap"]
+    print_table(f"A round of {args.clients} clients of {args.examples} examples, batches of {BATCH}", header, rows)
+
+
+if __name__ == "__main__":
+    main()
