@@ -1,6 +1,7 @@
 """
 Rounds whose clients are trained one by one, and at once (`clients_at_once`): whole runs of `FederatedTrainer` in
-turns, of which the clients' part of each round counts. Without dropout both end with the same weights but for rounding.
+turns, of which the clients' part of each round counts. Without dropout both end with the same weights but for
+rounding.
 """
 
 import tempfile

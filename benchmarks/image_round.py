@@ -16,8 +16,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from machine import alternate, benchmark_parser, pin_threads, print_table, spread
-from round import BareLoop, Turns, add_trainer_arguments, print_turns, take_turns
+from machine import add_device, alternate, benchmark_parser, pin_threads, print_table, spread
+from round import BareLoop, Turns, print_turns, take_turns
 from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedConfig, ResNetForImageClassification
 from transformers.utils import logging
@@ -149,7 +149,7 @@ def print_pipeline(turns: Turns, processor: SmallImageProcessor) -> None:
 
 def main() -> None:
     parser = benchmark_parser("A round of FederatedTrainer on images against a bare PyTorch loop.")
-    add_trainer_arguments(parser)
+    add_device(parser)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="Which to measure.")
     parser.add_argument("--repetitions", type=int, default=5, help="Rounds that count, after one that does not.")
     args = parser.parse_args()

@@ -175,7 +175,6 @@ def take_turns(
             clients_per_round=data.num_clients,
             per_device_train_batch_size=batch_size,
             learning_rate=1e-3,
-            clients_at_once=args.clients_at_once,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -210,12 +209,6 @@ def print_turns(turns: Turns, title: str) -> None:
     print_table("One more round by stages, ms per client", header, rows)
 
 
-def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
-    """What [`take_turns`] asks for beside the repetitions."""
-    add_device(parser)
-    parser.add_argument("--clients_at_once", type=int, default=1, help="Of the trainer; draws other dropout masks.")
-
-
 def random_clients(
     num_clients: int, num_examples: int, num_reserved: int = 0, tokens: int = TOKENS, vocab_size: int = VOCAB_SIZE
 ) -> FederatedDataset:
@@ -232,7 +225,7 @@ def random_clients(
 
 def main() -> None:
     parser = benchmark_parser("A round of FederatedTrainer against a bare PyTorch loop with the same local steps.")
-    add_trainer_arguments(parser)
+    add_device(parser)
     parser.add_argument("--clients", type=int, default=50, help="Clients of a round.")
     parser.add_argument("--examples", type=int, default=50, help="Examples of a client.")
     parser.add_argument("--hidden", type=int, default=64, help="Width of the two-layer GPT-2 classifier.")
