@@ -4,6 +4,7 @@ Shape suffixes: R reserved examples.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import datasets
 import torch
@@ -21,6 +22,8 @@ class ReservedSet:
         device (`torch.device`, *optional*, defaults to CPU): Where batches live.
         train_collate (`Callable`, *optional*): The collator of batches to train on, as it may augment; `collate` if
             left out.
+        autocast (`Callable`, *optional*): Gives the context in which the server runs models on these examples, for
+            half precision.
     """
 
     def __init__(
@@ -30,11 +33,13 @@ class ReservedSet:
         batch_size: int,
         device: torch.device | str = "cpu",
         train_collate: Callable | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self._examples = [dataset[index] for index in range(len(dataset))]
         self._collate = collate
         self._train_collate = train_collate or collate
         self._device = torch.device(device)
+        self.autocast = autocast
         self.inputs: list[dict[str, Tensor]] = []
         labels = []
         for indices in torch.arange(len(dataset)).split(batch_size):

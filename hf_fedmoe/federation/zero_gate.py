@@ -29,7 +29,7 @@ class GateAndAlpha(nn.Module):
 
 class ZeroGateFit(GateFit):
     """
-    A [`GateFit`] by a DeepSpeed engine, in full precision as of other gates.
+    A [`GateFit`] by a DeepSpeed engine; its weights are in fp32, and bf16 is that of autocast.
 
     Args:
         model ([`~models.FedMoEPreTrainedModel`]): The mixture; its gate is a model of its own.
@@ -39,8 +39,7 @@ class ZeroGateFit(GateFit):
 
     def __init__(self, model: FedMoEPreTrainedModel, processes: Processes, config: dict[str, Any]):
         super().__init__(model, processes)
-        own = {"bf16": {"enabled": False}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 1}
-        self.config = config | own
+        self.config = config
         self._trained = GateAndAlpha(model.gate, model.alpha_logit)
         self._inputs = inspect.signature(model.gate.forward).parameters
 
@@ -48,8 +47,12 @@ class ZeroGateFit(GateFit):
     def zero(self) -> ZeroEngine:
         """Made when it is needed first."""
         module = copy_module(self._trained)
+        if self.config["bf16"]["enabled"]:
+            # Inside of the engine, which ends autocast that begins outside.
+            module.forward = torch.autocast(self._processes.device.type, torch.bfloat16)(module.forward)
+        own = {"bf16": {"enabled": False}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 1}
         optimizer = AdamW([{"params": list(module.gate.parameters())}, {"params": [module.alpha_logit]}])
-        return ZeroEngine(module, StateLayout.of(module), optimizer, self.config, self._processes)
+        return ZeroEngine(module, StateLayout.of(module), optimizer, self.config | own, self._processes)
 
     def begin(self, learning_rate: float, weight_decay: float) -> None:
         layout = self.zero.layout

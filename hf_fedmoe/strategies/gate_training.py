@@ -74,7 +74,9 @@ class GateFit:
         # One without a row runs another's, which counts nothing: the gate runs equally often in all.
         batch = reserved.batch(indices_B[rows_b] if len(rows_b) else indices_B[:1])
         batch.pop("labels")
-        Q_bK = self.gate_logits(batch).float().softmax(-1)[: len(rows_b)]
+        with reserved.autocast():
+            logits_bK = self.gate_logits(batch)
+        Q_bK = logits_bK.float().softmax(-1)[: len(rows_b)]
         if self.count == 1:
             return Q_bK
         Q_BK = Q_bK.new_zeros(len(indices_B), Q_bK.shape[1])

@@ -46,7 +46,9 @@ def fine_tune(
         for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
             batch = reserved.training_batch(indices)
             labels_B = batch.pop("labels")
-            losses_B = cross_entropy(model(**batch).logits.float(), labels_B, reduction="none")
+            with reserved.autocast():
+                logits_BC = model(**batch).logits
+            losses_B = cross_entropy(logits_BC.float(), labels_B, reduction="none")
             if weights_R is not None:
                 losses_B = losses_B * weights_R[indices]
             loss = losses_B.mean()
@@ -93,7 +95,8 @@ def probe(worker: nn.Module, layout: StateLayout, row_P: Tensor, reserved: Reser
     """P_y `[R]`: a client's probability of the true class of each reserved example (Fed-MoE, below Eq. 4)."""
     worker.eval()
     layout.write(row_P, worker)
-    logits_RC = torch.cat([worker(**inputs).logits.float() for inputs in reserved.inputs])
+    with reserved.autocast():
+        logits_RC = torch.cat([worker(**inputs).logits.float() for inputs in reserved.inputs])
     return logits_RC.softmax(-1).gather(1, reserved.labels_R[:, None]).squeeze(1)
 
 
@@ -116,9 +119,13 @@ def expert_outputs(server: Server, reserved: ReservedSet) -> ExpertOutputs:
 
 @torch.no_grad()
 def _outputs_of_batch(server: Server, reserved: ReservedSet, index: int) -> dict[str, Tensor]:
-    logits_BSC, features_BH = server.model.eval().expert_outputs(reserved.inputs[index])
+    with reserved.autocast():
+        logits_BSC, features_BH = server.model.eval().expert_outputs(reserved.inputs[index])
     found = {"logits_BSC": logits_BSC.float()}
-    return found if features_BH is None else found | {"features_BH": features_BH}
+    if features_BH is None:
+        return found
+    # The gate reads them without autocast.
+    return found | {"features_BH": features_BH.to(server.model.gate.weight.dtype)}
 
 
 @torch.no_grad()
@@ -127,4 +134,5 @@ def gate_probabilities(model: FedMoEPreTrainedModel, cached: ExpertOutputs, rese
     model.eval()
     if cached.features_RH is not None:
         return model.gate_logits(cached.features_RH, {}).float().softmax(-1)
-    return torch.cat([model.gate_logits(None, inputs).float().softmax(-1) for inputs in reserved.inputs])
+    with reserved.autocast():
+        return torch.cat([model.gate_logits(None, inputs).float().softmax(-1) for inputs in reserved.inputs])

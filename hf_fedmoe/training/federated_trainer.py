@@ -4,6 +4,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
                 args.eval_batch_size,
                 self.accelerator.device,
                 self.train_data_collator,
+                # fp16 would need a scale of the gradients, which the server's optimizers have not.
+                self.accelerator.autocast if self.accelerator.mixed_precision == "bf16" else nullcontext,
             )
         make_trainer = LocalTrainer
         if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):

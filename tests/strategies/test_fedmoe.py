@@ -5,11 +5,21 @@ import torch
 from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
+from hf_fedmoe.models import FedMoEForSequenceClassification
 from hf_fedmoe.strategies import FedMoE, FedMoESettings, Server, Uploads, client_mixture, correlate
 from hf_fedmoe.strategies.gate_training import GateFit, train_gate
 from hf_fedmoe.strategies.server_training import expert_outputs, fine_tune, gate_probabilities, probe
+from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import StateLayout, copy_module
-from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_federation, tiny_mixture
+from tests.tiny_federation import (
+    assert_equal_states,
+    state,
+    tiny_args,
+    tiny_expert,
+    tiny_federation,
+    tiny_gate,
+    tiny_mixture,
+)
 from tests.tiny_models import tiny_bert
 
 
@@ -251,3 +261,28 @@ def test_experts_are_fine_tuned_on_what_the_gate_sends_them(reserved):
     moved_S = (tuned.bank_SP - plain.bank_SP).abs().amax(1)
     assert (moved_S > 1e-4).all()
     assert server.bank_SP.shape == tuned.bank_SP.shape
+
+
+@pytest.mark.parametrize("gate", ["main_features", "model"])
+def test_bf16_is_that_of_the_servers_models_too(gate, tmp_path):
+    def run(bf16):
+        model = FedMoEForSequenceClassification.from_expert(
+            tiny_expert(), gate=tiny_gate(2) if gate == "model" else gate, num_routed_experts=2
+        )
+        args = tiny_args(tmp_path, rounds=1, bf16=bf16)
+        run = FederatedTrainer(model, args, tiny_federation(), FedMoE(FedMoESettings(expert_epochs=1)))
+        run.train()
+        return run
+
+    half = run(True)
+    federation = half._federation()
+    found = expert_outputs(federation.server, federation.reserved)
+    inputs = federation.reserved.inputs[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = [expert(**inputs).logits.float() for expert in half.model.experts]
+    assert torch.equal(found.logits_RSC[: len(logits[0])], torch.stack(logits, dim=1))
+    (mine,), (theirs,) = half.rounds, run(False).rounds
+    for name in ("gate_loss", "expert_loss"):
+        assert mine.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-2)
+        assert mine.metrics[name] != theirs.metrics[name]
+    assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
