@@ -31,6 +31,7 @@ from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, fed
 METHODS = ("FedAvg", "Fed-MoE")
 STAGES = [
     (Federation, "_train_clients", "clients"),
+    (Federation, "_train_together", "clients"),
     (round, "take_step", "server"),
     (Federation, "_synchronise", "synchronise"),
     (federated_trainer, "take_step", "end"),
@@ -63,9 +64,11 @@ def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[st
     data = random_clients(args.clients, args.examples, args.reserved)
     torch.manual_seed(0)
     shape = dict(n_layer=2, n_embd=args.hidden, n_head=args.hidden // 32, n_positions=TOKENS)
-    model = GPT2ForSequenceClassification(GPT2Config(**shape, vocab_size=VOCAB_SIZE, num_labels=4, pad_token_id=0))
+    config = dict(**shape, vocab_size=VOCAB_SIZE, pad_token_id=0)
+    model = GPT2ForSequenceClassification(GPT2Config(**config, num_labels=4))
     if method == "Fed-MoE":
-        model = FedMoEForSequenceClassification.from_expert(model, num_routed_experts=3)
+        gate = GPT2ForSequenceClassification(GPT2Config(**config, num_labels=3)) if args.gate == "model" else args.gate
+        model = FedMoEForSequenceClassification.from_expert(model, gate, num_routed_experts=3)
     training = FederatedTrainingArguments(
         folder,
         rounds=args.rounds + 1,
@@ -135,6 +138,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="Rounds that count, after one that does not.")
     parser.add_argument("--turns", type=int, default=3, help="Runs of each kind.")
     parser.add_argument("--parallelism", default="clients", help="`client_parallelism` of the timed runs.")
+    gates = ("main_features", "model")
+    parser.add_argument("--gate", choices=gates, default=gates[0], help="Of Fed-MoE: a layer, or a GPT-2 as well.")
     parser.add_argument("--quick", action="store_true", help="Small sizes, one turn: does it run at all?")
     parser.add_argument("--child", nargs=2, help="Method, folder: one process of a run, as JSON.")
     args = parser.parse_args()

@@ -69,7 +69,7 @@ class ZeroTrainer(LocalTrainer):
         self.team.agree(Stage.BEGIN)
         with unbroken("DeepSpeed"):
             self._received = self.layout.views(row_P)
-            optimizer = self.zero.begin(row_P, integers, self._learning_rates)
+            optimizer = self.zero.begin(row_P, integers)
             self._scheduler = self.make_scheduler(optimizer, num_steps)
 
     def step(self, batches: StepBatches, loss: Loss) -> Tensor:

@@ -40,15 +40,17 @@ class ZeroEngine:
         self.layout, self.processes = layout, processes
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.partitioned = self.engine.zero_optimization_stage() == 3
+        # Of the groups that are left: DeepSpeed drops empty ones.
+        self._rates = [group["lr"] for group in optimizer.param_groups]
 
-    def begin(self, row_P: Tensor, integers: dict[str, Tensor], rates: list[float]) -> torch.optim.Optimizer:
-        """The model becomes that of a row; returns its optimizer, fresh, with a learning rate for each group."""
+    def begin(self, row_P: Tensor, integers: dict[str, Tensor]) -> torch.optim.Optimizer:
+        """The model becomes that of a row; returns its optimizer, fresh, with the learning rates that it had first."""
         self._write(row_P, integers)
         optimizer = self.engine.optimizer.optimizer
         optimizer.state.clear()
         # Stages 1 and 2 would hold on to the state of the first model.
         self.engine.optimizer._hp_optimizer_states_linked = False
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.engine.train()
         return optimizer

@@ -57,9 +57,9 @@ class ZeroGateFit(GateFit):
     def begin(self, learning_rate: float, weight_decay: float) -> None:
         layout = self.zero.layout
         row_P, integers = layout.read(self._trained), layout.read_integers(self._trained)
-        optimizer = self.zero.begin(row_P, integers, [learning_rate] * 2)
+        optimizer = self.zero.begin(row_P, integers)
         for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
-            group["weight_decay"] = decay
+            group["lr"], group["weight_decay"] = learning_rate, decay
 
     def gate_logits(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name in self._inputs}
