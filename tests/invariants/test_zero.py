@@ -286,12 +286,13 @@ def test_a_gate_that_reads_examples_ends_like_that_of_one_process(name, folder, 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_end_like_those_of_one_process(name, folder, tmp_path):
-    method = ADAPTERS[name][0]
+    method, _, _, own = ADAPTERS[name]
     alone = adapters_by_name(name, tmp_path / name)
     record(alone, tmp_path / "alone")
     assert_like_one_process(method, folder / name, tmp_path / "alone")
     path = folder / name / "saved"
-    saved = type(alone.model).from_pretrained(*[path] if method == "fedmoe" else [tiny_expert(), path])
+    base = own.get("base", tiny_expert)()
+    saved = type(alone.model).from_pretrained(*[path] if method == "fedmoe" else [base, path])
     assert_equal_states(state(saved), load_file(folder / f"{name}-0.safetensors"))
 
 
