@@ -209,7 +209,7 @@ def by_client(batch: dict[str, Tensor], sizes: Sequence[int]) -> dict[str, Tenso
     labels_nb = batch["labels"]
     if min(sizes) < labels_nb.shape[1]:
         filling = torch.arange(labels_nb.shape[1]) >= torch.tensor(sizes)[:, None]
-        labels_nb[filling.to(labels_nb.device)] = NO_LABEL
+        labels_nb.masked_fill_(filling.to(labels_nb.device), NO_LABEL)
     return batch
 
 

@@ -26,6 +26,7 @@ class FedAvgPlus(Strategy):
 
     tuning_epochs: float = 1.0
     name = "fedavg_plus"
+    plain_clients = True
     averages = True
 
     def __post_init__(self) -> None:

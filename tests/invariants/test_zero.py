@@ -52,6 +52,9 @@ PLAIN = {
     "fedprox-2": {"stage": 2},
     "fedprox-3": {"stage": 3},
     "fedmoe-3": {"stage": 3},
+    "fedavg_plus-1": {"stage": 1},
+    "clustered-2": {"stage": 2},
+    "decentralised-3": {"stage": 3},
 }
 STAGES = (1, 2, 3)
 
