@@ -187,6 +187,8 @@ class LocalTrainer:
         self.load(row_P, integers)
         self._learn(only)
         self._reset_optimizer(kept_optimizer)
+        # A client may have failed between two batches of a step.
+        self.optimizer.zero_grad()
         self._scheduler = self.make_scheduler(self.optimizer, num_steps)
         self.worker.train()
 

@@ -91,6 +91,7 @@ class StackedTrainer(LocalTrainer):
         stack.load([task.received_P for task in tasks], [task.integers for task in tasks])
         stack.module.train()
         twin._reset_optimizer(None)
+        twin.optimizer.zero_grad()  # a client may have failed between two batches of a step
         scheduler = self.make_scheduler(twin.optimizer, num_steps)
         received = {name: weight_n.detach().clone() for name, weight_n in stack.weights.items() if self.strategy.pull}
         dataset, places, seed = self.reading([(task.dataset, task.seed) for task in tasks])
@@ -118,6 +119,9 @@ class StackedTrainer(LocalTrainer):
 
     def try_out(self, dataset: Dataset) -> None:
         """Raises `ValueError` unless the first and the last example have their losses together as by themselves."""
+        begin = f"`clients_at_once` is {self.at_once}, but"
+        if self.accelerator.scaler is not None:
+            raise ValueError(f"{begin} fp16 scales the gradients of one model: take `bf16`, or set it to 1.")
         ends, device = (0, len(dataset) - 1), self.accelerator.device
         row_P, integers = self.layout.read(self.worker), self.layout.read_integers(self.worker)
         self._stack.load([row_P] * 2, [integers] * 2)
@@ -137,9 +141,7 @@ class StackedTrainer(LocalTrainer):
             if np.allclose(losses_n.tolist(), alone, rtol=1e-3):
                 return self._twin.optimizer.zero_grad()
             problem = f"has the losses {losses_n.tolist()} together and {alone} alone"
-        raise ValueError(
-            f"`clients_at_once` is {self.at_once}, but the {type(self.worker).__name__} {problem}. Set it to 1."
-        )
+        raise ValueError(f"{begin} the {type(self.worker).__name__} {problem}. Set it to 1.")
 
 
 class Stack:

@@ -133,7 +133,7 @@ def check_clients_at_once(client_model: nn.Module, args: FederatedTrainingArgume
         )
     if args.client_parallelism == "data":
         raise ValueError(f"{begin} `client_parallelism` is 'data', where all processes train one client: {remedy}")
-    for name in ("fp16", "keep_client_optimizer", "torch_compile"):
+    for name in ("keep_client_optimizer", "torch_compile"):
         if vars(args)[name]:
             raise ValueError(f"{begin} `{name}` is True, which is for clients one by one: leave it out, or {remedy}")
     if args.optim not in WEIGHT_BY_WEIGHT:

@@ -209,6 +209,31 @@ def test_a_client_that_fails_does_not_harm_those_beside_it(tmp_path, sizes_of_gr
     assert_equal_states(state(run.model), state(alone.model))
 
 
+@pytest.mark.parametrize("at_once", [1, AT_ONCE])
+def test_nothing_is_left_of_a_step_that_failed(at_once, tmp_path):
+    """Whether reading fails before the first or the second of its batches, the next clients find the same."""
+
+    def run(failing):
+        run = make_trainer(tmp_path, at_once, gradient_accumulation_steps=3, optim="sgd", learning_rate=0.1)
+        collate, calls = run.train_data_collator, []
+
+        def broken(rows):
+            calls.append(rows)
+            if len(calls) == failing:
+                raise OSError("bad sector")
+            return collate(rows)
+
+        run.train_data_collator = broken
+        run.train()
+        return run
+
+    # At once, the first batch is tried out before the first round.
+    first = 1 if at_once == 1 else 2
+    runs = [run(first), run(first + 1)]
+    assert len(runs[0].rounds[0].refused) == (at_once == 1)
+    assert_equal_states(*(state(run.model) for run in runs))
+
+
 def test_a_model_that_is_not_finite_is_refused_alone(tmp_path, sizes_of_groups):
     class Poisoned(FedProx):
         def download(self, server, client, kept_P):
