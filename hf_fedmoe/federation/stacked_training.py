@@ -38,9 +38,11 @@ class StackedTrainer(LocalTrainer):
 
     Args:
         at_once (`int`): The most clients that are trained at once.
+        constant_rate (`bool`): Whether the learning rate is the same in all steps of all clients.
     """
 
     at_once: int = field(kw_only=True)
+    constant_rate: bool = field(kw_only=True)
 
     @cached_property
     def _twin(self) -> LocalTrainer:
@@ -53,13 +55,22 @@ class StackedTrainer(LocalTrainer):
         return Stack(self._twin.worker, self.layout)
 
     def groups(self, sizes: Sequence[int]) -> list[list[int]]:
-        """Those with equally many steps, each of equally many batches; with BatchNorm, of equal size too."""
+        """
+        Those with equally many steps, each of equally many batches, and of equally many rows if there is BatchNorm.
+        Where nothing depends on that, any: those with the most steps first.
+        """
+        plans = [local_steps(size, self.args, seed=0) for size in sizes]
         alike: dict[tuple[int, ...], list[int]] = {}
-        for place, size in enumerate(sizes):
-            plan = local_steps(size, self.args, seed=0)
-            batches = [len(step) for step in plan]
-            rows = [len(batch) for step in plan for batch in step] if self.layout.batchnorm else []
-            alike.setdefault((*batches, *rows), []).append(place)
+        for place in sorted(range(len(sizes)), key=lambda place: -len(plans[place])):
+            batches = [len(step) for step in plans[place]]
+            rows = [len(batch) for step in plans[place] for batch in step]
+            if self.layout.batchnorm:
+                kind = (*batches, *rows)
+            elif self.constant_rate and self.args.gradient_accumulation_steps == 1:
+                kind = ()
+            else:
+                kind = tuple(batches)
+            alike.setdefault(kind, []).append(place)
         return [
             places[start : start + self.at_once]
             for places in alike.values()
@@ -67,7 +78,7 @@ class StackedTrainer(LocalTrainer):
         ]
 
     def reading(self, clients: Sequence[tuple[Dataset, int]]) -> tuple[Dataset, list[list[int]], int]:
-        """Batches of equally many rows of each client; one that has fewer repeats its first."""
+        """Batches of equally many rows of each client that is still training; one that has fewer repeats its first."""
         if len(clients) == 1:
             return super().reading(clients)
         indices: list[int] = []
@@ -77,7 +88,8 @@ class StackedTrainer(LocalTrainer):
             batches_n.append([[len(indices) + place for place in batch] for step in plan for batch in step])
             indices += dataset.indices
         places = []
-        for batches in zip(*batches_n, strict=True):
+        for number in range(len(batches_n[0])):
+            batches = [own[number] for own in batches_n if number < len(own)]
             b = max(map(len, batches))
             places.append([place for batch in batches for place in batch + batch[:1] * (b - len(batch))])
         (dataset, seed), *_ = clients
@@ -85,37 +97,48 @@ class StackedTrainer(LocalTrainer):
 
     def train_at_once(self, tasks: Sequence[ClientTask]) -> list[Payload]:
         """The uploads of one of the [`StackedTrainer.groups`], their rows written where the tasks say."""
-        twin, stack = self._twin, self._stack
+        twin, stack, n = self._twin, self._stack, len(tasks)
         plans = [self.plan(task.dataset, task.seed) for task in tasks]
-        num_steps = len(plans[0])
         stack.load([task.received_P for task in tasks], [task.integers for task in tasks])
         stack.module.train()
         twin._reset_optimizer(None)
         twin.optimizer.zero_grad()  # a client may have failed between two batches of a step
-        scheduler = self.make_scheduler(twin.optimizer, num_steps)
+        scheduler = self.make_scheduler(twin.optimizer, len(plans[0]))
         received = {name: weight_n.detach().clone() for name, weight_n in stack.weights.items() if self.strategy.pull}
         dataset, places, seed = self.reading([(task.dataset, task.seed) for task in tasks])
         self._seed(seed)
         batches = self._batches(dataset, places, seed)
-        total_n = torch.zeros(len(tasks), device=self.accelerator.device)
-        for steps in zip(*plans, strict=True):
+        total_n = torch.zeros(n, device=self.accelerator.device)
+        integers: dict[int, dict[str, Tensor]] = {}
+        for number in range(len(plans[0])):
+            steps = [plan[number] for plan in plans[:n]]
             for rows in zip(*steps, strict=True):
                 batch = by_client(next(batches), [len(own) for own in rows])
-                with self.accelerator.autocast():
-                    losses_n = stack.losses(batch)
-                stack.backward(losses_n.sum() / len(steps[0]))
-                total_n += losses_n.detach() / len(steps[0])
-            total_n += pull_(stack.weights, received, self.strategy.pull)
+                total_n[:n] += self._backward_n(batch, len(steps[0]))
+            total_n[:n] += pull_(stack.weights, received, self.strategy.pull)
             if self.args.max_grad_norm:
                 clip_each_(stack.weights.values(), self.args.max_grad_norm)
             twin.optimizer.step()
             scheduler.step()
             twin.optimizer.zero_grad()
-        losses = (total_n / num_steps).tolist()
+            left = sum(len(plan) > number + 1 for plan in plans)
+            integers |= {index: stack.read(index, tasks[index].out_P) for index in range(left, n)}
+            if 0 < left < n:
+                stack.keep(left, twin.optimizer)
+                received = {name: start_n[:left] for name, start_n in received.items()}
+                n = left
         return [
-            stack.payload(index, task, {"loss": loss, "steps": num_steps})
-            for index, (task, loss) in enumerate(zip(tasks, losses, strict=True))
+            Payload(task.out_P, integers[index], len(task.dataset), {"loss": loss / len(plan), "steps": len(plan)})
+            for index, (task, plan, loss) in enumerate(zip(tasks, plans, total_n.tolist(), strict=True))
         ]
+
+    def _backward_n(self, batch: dict[str, Tensor], count: int) -> Tensor:
+        """Adds the gradients of one of `count` batches of a step; returns what it adds to the losses."""
+        with self.accelerator.autocast():
+            losses_n = self._stack.losses(batch) / count
+        self._stack.backward(losses_n.sum())
+        # Nothing of the graph outlives this: it would remember how many models there were.
+        return losses_n.detach()
 
     def try_out(self, dataset: Dataset) -> None:
         """Raises `ValueError` unless the first and the last example have their losses together as by themselves."""
@@ -197,12 +220,20 @@ class Stack:
                 weight_n.grad[:, padding] = 0
 
     @torch.no_grad()
-    def payload(self, index: int, task: ClientTask, metrics: dict[str, float]) -> Payload:
-        """One of the models as the upload of its client."""
-        for name, view in self.layout.views(task.out_P).items():
+    def read(self, index: int, out_P: Tensor) -> dict[str, Tensor]:
+        """Writes one of the models to a row; returns its integer buffers."""
+        for name, view in self.layout.views(out_P).items():
             view.copy_(self._state[name][index])
-        integers = {name: self._state[name][index].clone() for name in self.layout.integers}
-        return Payload(task.out_P, integers, len(task.dataset), metrics)
+        return {name: self._state[name][index].clone() for name in self.layout.integers}
+
+    def keep(self, count: int, optimizer: torch.optim.Optimizer) -> None:
+        """Only the first models stay, with their part of an optimizer's state."""
+        for tensor_n in self._state.values():
+            tensor_n.data = tensor_n.data[:count]
+        for entries in optimizer.state.values():
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.dim():  # not the number of steps
+                    entries[key] = value[:count]
 
 
 def by_client(batch: dict[str, Tensor], sizes: Sequence[int]) -> dict[str, Tensor]:

@@ -66,8 +66,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         clients_at_once (`int`, *optional*, defaults to 1):
             How many clients a process trains at once, as one model of stacked weights (`torch.vmap`): for small
             models and adapters. It takes the memory of that many models with their gradients and optimizer states.
-            Only clients with equally many steps are taken together. A run ends like one by one but for rounding,
-            dropout and augmentation.
+            With a constant learning rate any clients are taken together, otherwise those with equally many steps. A
+            run ends like one by one but for rounding, dropout and augmentation.
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})

@@ -291,7 +291,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             if server.gate_fit is not None and self.model.config.gate == "model":
                 server.gate_fit = ZeroGateFit(self.model, self.processes, config)
         elif args.clients_at_once > 1:
-            make_trainer = partial(StackedTrainer, at_once=args.clients_at_once)
+            constant_rate = args.lr_scheduler_type == "constant" or args.lr_scheduler_scope == "run"
+            make_trainer = partial(StackedTrainer, at_once=args.clients_at_once, constant_rate=constant_rate)
         local_trainer = make_trainer(
             worker,
             layout,

@@ -99,6 +99,21 @@ RUNS = {
     "padded gpt2": {"model": gpt2, "trainer_settings": {"train_data_collator": with_padding}},
 }
 
+# Where the rate is the same in all steps, clients leave their group when they are through.
+CONSTANT = {"lr_scheduler_type": "constant"}
+UNEQUAL_STEPS = {
+    "adam": CONSTANT,
+    "momentum": CONSTANT
+    | {"optim": "sgd", "optim_args": "momentum=0.9", "max_grad_norm": 0.05, "num_train_epochs": 2},
+    "adagrad": CONSTANT | {"optim": "adagrad"},
+    "rmsprop": CONSTANT | {"optim": "rmsprop", "learning_rate": 1e-3},
+    "rate of the round": {"lr_scheduler_scope": "run"},
+    "fedprox": CONSTANT | {"strategy": lambda: FedProx(mu=5.0), "num_train_epochs": 2},
+    "lora": CONSTANT | {"trainer_settings": {"peft_config": LoraConfig(r=4)}},
+    "sums": CONSTANT | {"client_parallelism": "sums"},
+    "workers": CONSTANT | {"dataloader_num_workers": 1},
+}
+
 
 @pytest.fixture
 def sizes_of_groups(monkeypatch):
@@ -136,6 +151,15 @@ def test_clients_at_once_end_like_one_by_one(name, tmp_path, sizes_of_groups):
     found = trained(tmp_path / "at_once", AT_ONCE, **RUNS[name])
     assert sizes_of_groups == [3, 3]  # of four clients with three batches, in each round
     assert_alike(found, trained(tmp_path / "one_by_one", 1, **RUNS[name]))
+
+
+@pytest.mark.parametrize("name", UNEQUAL_STEPS)
+def test_clients_with_fewer_steps_leave_their_group(name, tmp_path, sizes_of_groups):
+    found = trained(tmp_path / "at_once", AT_ONCE, **UNEQUAL_STEPS[name])
+    assert sizes_of_groups == [3, 3] * 2  # all six clients, in each round
+    expected = trained(tmp_path / "one_by_one", 1, **UNEQUAL_STEPS[name])
+    # Adagrad divides gradients that are 0 but for rounding by themselves: its steps are 1e-2.
+    assert_alike(found, expected, {"rtol": 1e-4, "atol": 1e-3} if name == "adagrad" else TOLERANCE)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -186,10 +210,14 @@ def test_groups_have_equally_many_steps_and_with_batchnorm_equal_batches(tmp_pat
     local = make_trainer(tmp_path, AT_ONCE)._federation().local_trainer
     assert local.groups(SIZES) == [[0, 2, 3], [4], [1], [5]]
     local.layout = SimpleNamespace(batchnorm=("statistics",))
-    assert local.groups(SIZES) == [[0, 4], [1], [2], [3], [5]]
+    assert local.groups(SIZES) == [[0, 4], [2], [3], [1], [5]]
     local.args.gradient_accumulation_steps = 3
     local.layout.batchnorm = ()
     assert local.groups((12, 8, 4, 7)) == [[0], [1, 3], [2]]  # one step each, of three, two, one and two batches
+    local.constant_rate = True
+    assert local.groups((12, 8, 4, 7)) == [[0], [1, 3], [2]]
+    local.args.gradient_accumulation_steps = 1
+    assert local.groups((4, 12, 5, 11)) == [[1, 3, 2], [0]]
 
 
 def test_a_client_that_fails_does_not_harm_those_beside_it(tmp_path, sizes_of_groups):
