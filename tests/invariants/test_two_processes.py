@@ -461,7 +461,9 @@ def test_processes_with_different_data_are_refused(quick):
 
 SCRIPT = """
 import sys
-from tests.invariants.test_two_processes import run_by_name, trainer
+from pathlib import Path
+from hf_fedmoe.federation import server_step
+from tests.invariants.test_two_processes import fedmoe_sums, run_by_name, trainer
 from tests.two_processes import index_of_this_process
 from transformers import TrainerCallback
 
@@ -469,6 +471,10 @@ if sys.argv[1] == "sound":
     run = run_by_name("fedavg", sys.argv[2])
     run.save_model(sys.argv[2] + "/final")
     print(f"{run.args.world_size} processes")
+elif sys.argv[1].isdigit():
+    if index_of_this_process() == int(sys.argv[1]):
+        server_step.fuse_ = None
+    fedmoe_sums(Path(sys.argv[2]))
 else:
     class Breaks(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -499,3 +505,14 @@ def test_launchers(launcher, tmp_path):
     # Here one process leaves where no other can know of it: the launcher ends the rest.
     code, output = run_to_its_end([*command, "broken", str(tmp_path / "broken")])
     assert code != 0 and "OSError: no callback" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(PROCESSES))
+def test_what_all_do_at_once_and_breaks_off_in_one_process_ends_the_run(index, tmp_path):
+    """Nobody can tell the others, which are in a collective: the launcher ends them."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    code, output = run_to_its_end([*command, str(index), str(tmp_path / "run")])
+    assert code != 0 and "BrokenOffError: Fusion failed, TypeError" in output, output
