@@ -41,6 +41,7 @@ BATCH = 10
 class Kind:
     """What a row of the table is about: a model, and from (clients, examples of each) to its data."""
 
+    title: str
     model: Callable[[], nn.Module]
     data: Callable[[int, int], FederatedDataset]
     settings: dict[str, Any]
@@ -74,18 +75,34 @@ def small_resnet() -> nn.Module:
 
 
 KINDS = {
-    "linear model of 60 features": Kind(
-        lambda: LinearForClassification(LinearConfig(num_features=60, num_labels=10)), features, {}
+    "linear": Kind(
+        "linear model of 60 features",
+        lambda: LinearForClassification(LinearConfig(num_features=60, num_labels=10)),
+        features,
+        {},
     ),
-    "CNN of 6.6M, grey images of 28x28": Kind(
-        lambda: SmallCNNForImageClassification(SmallCNNConfig(num_labels=62)), **digits(28, 1)
+    "cnn": Kind(
+        "CNN of 6.6M, grey images of 28x28",
+        lambda: SmallCNNForImageClassification(SmallCNNConfig(num_labels=62)),
+        **digits(28, 1),
     ),
-    "ResNet of 0.7M, images of 32x32": Kind(small_resnet, **digits(32, 3)),
-    "GPT-2, 2 layers of 128, 32 tokens": Kind(gpt2, random_clients, {}),
-    "LoRA of rank 8 on a BERT of 6 layers of 256, 32 tokens": Kind(
-        bert, random_clients, {"peft_config": LoraConfig(r=8)}
+    "resnet": Kind("ResNet of 0.7M, images of 32x32", small_resnet, **digits(32, 3)),
+    "gpt2": Kind("GPT-2, 2 layers of 128, 32 tokens", gpt2, random_clients, {}),
+    "lora": Kind(
+        "LoRA of rank 8 on a BERT of 6 layers of 256, 32 tokens",
+        bert,
+        random_clients,
+        {"peft_config": LoraConfig(r=8)},
     ),
 }
+
+
+def with_unequal_clients(data: FederatedDataset) -> FederatedDataset:
+    """The same rows in clients of a tenth to nearly twice as many."""
+    count = len(data.pool)
+    shares = np.random.default_rng(1).uniform(0.1, 1.9, data.num_clients)
+    ends = np.round(np.cumsum(shares) / shares.sum() * count).astype(int)
+    return FederatedDataset(data.pool, np.split(np.arange(count), ends[:-1]), num_labels=data.num_labels)
 
 
 def run(
@@ -105,6 +122,7 @@ def run(
             per_device_train_batch_size=BATCH,
             learning_rate=0.01,
             optim="sgd",
+            lr_scheduler_type="constant",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -122,6 +140,8 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=10, help="Clients that are trained at once.")
     parser.add_argument("--clients", type=int, default=20, help="Of a round.")
     parser.add_argument("--examples", type=int, default=50, help="Of a client.")
+    parser.add_argument("--unequal", action="store_true", help="Clients of different sizes, as many on average.")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="Rows of the table.")
     parser.add_argument("--rounds", type=int, default=2, help="Of a run, after one that does not count.")
     parser.add_argument("--repetitions", type=int, default=3, help="Runs of each kind.")
     args = parser.parse_args()
@@ -131,8 +151,10 @@ def main() -> None:
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     rows = []
-    for name, kind in KINDS.items():
+    for kind in (KINDS[name] for name in args.kinds):
         data = kind.data(args.clients, args.examples)
+        if args.unequal:
+            data = with_unequal_clients(data)
         seconds: dict[int, list[float]] = {1: [], args.at_once: []}
         for _ in range(args.repetitions):
             ends = []
@@ -142,9 +164,10 @@ def main() -> None:
                 ends.append(weights)
         gap = max((a - b).abs().max().item() for a, b in zip(*ends, strict=True))
         milliseconds = [spread(values, 1e3 / args.clients, 1) for values in seconds.values()]
-        rows.append([name, *milliseconds, spread(ratios(*seconds.values())), f"{gap:.0e}"])
+        rows.append([kind.title, *milliseconds, spread(ratios(*seconds.values())), f"{gap:.0e}"])
     header = ["", "one by one, ms a client", f"{args.at_once} at once, ms a client", "one by one / at once", "gap"]
-    print_table(f"A round of {args.clients} clients of {args.examples} examples, batches of {BATCH}", header, rows)
+    examples = f"{args.examples} examples" + (" on average" if args.unequal else "")
+    print_table(f"A round of {args.clients} clients of {examples}, batches of {BATCH}", header, rows)
 
 
 if __name__ == "__main__":
