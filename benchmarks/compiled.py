@@ -17,15 +17,12 @@ from transformers.utils import logging
 from hf_fedmoe.models import SmallCNNConfig, SmallCNNForImageClassification
 
 
-def on(device: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 class Steps:
     """Some steps of one model on one batch."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], count: int, device: str):
-        self.model, self.batch, self.count = model.train().to(device), on(device, batch), count
+        self.model, self.count = model.train().to(device), count
+        self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
         self.optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
         self.losses: list[float] = []
 

@@ -16,7 +16,7 @@ from hf_fedmoe.models import (
 )
 from hf_fedmoe.strategies import PFedMoE
 from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
-from tests.tiny_models import VOCAB_SIZE, tiny_bert, tiny_gpt2
+from tests.tiny_models import PAD_TOKEN_ID, VOCAB_SIZE, tiny_bert, tiny_gpt2
 
 
 NUM_LABELS = 3
@@ -54,6 +54,12 @@ def tiny_expert(**config):
     """The same bits every time."""
     torch.manual_seed(7)
     return tiny_bert(NUM_LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **config)
+
+
+def tiny_decoder():
+    """A GPT-2 without dropout, the same bits every time."""
+    torch.manual_seed(3)
+    return tiny_gpt2(NUM_LABELS, pad_token_id=PAD_TOKEN_ID, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
 def tiny_mixture(num_routed_experts: int = 2, **config) -> FedMoEForSequenceClassification:

@@ -63,9 +63,8 @@ class StackedTrainer(LocalTrainer):
         alike: dict[tuple[int, ...], list[int]] = {}
         for place in sorted(range(len(sizes)), key=lambda place: -len(plans[place])):
             batches = [len(step) for step in plans[place]]
-            rows = [len(batch) for step in plans[place] for batch in step]
             if self.layout.batchnorm:
-                kind = (*batches, *rows)
+                kind = (*batches, *(len(batch) for step in plans[place] for batch in step))
             elif self.constant_rate and self.args.gradient_accumulation_steps == 1:
                 kind = ()
             else:

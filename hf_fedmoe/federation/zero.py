@@ -34,14 +34,11 @@ class ZeroTrainer(LocalTrainer):
     @cached_property
     def zero(self) -> ZeroEngine:
         """Made when it is needed first."""
-        module, config = copy_module(self.worker), self.config
+        module = copy_module(self.worker)
         adapter = isinstance(module, AdapterExpert)
-        if adapter and config["bf16"]["enabled"]:
-            # Weights in bf16 would be those of the adapter alone, and DeepSpeed ends autocast that begins outside.
-            module.forward = torch.autocast(self.accelerator.device.type, torch.bfloat16)(module.forward)
-            config = config | {"bf16": {"enabled": False}}
         optimizer = self.make_optimizer(module).optimizer
-        zero = ZeroEngine(module, self.layout, optimizer, config, self.team.processes)
+        # Weights in bf16 would be those of the adapter alone.
+        zero = ZeroEngine(module, self.layout, optimizer, self.config, self.team.processes, autocast=adapter)
         if adapter and zero.partitioned:
             import deepspeed
 

@@ -22,6 +22,8 @@ class ZeroEngine:
         optimizer (`torch.optim.Optimizer`): Over its parameters.
         config (`dict`): Of DeepSpeed, without `"auto"`.
         processes ([`Processes`]): That train together.
+        autocast (`bool`, *optional*, defaults to `False`): Whether the configuration's bf16 is that of autocast, over
+            weights in fp32, and not that of the weights.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class ZeroEngine:
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         processes: Processes,
+        autocast: bool = False,
     ):
         if processes.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -38,6 +41,10 @@ class ZeroEngine:
 
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.layout, self.processes = layout, processes
+        if autocast and config["bf16"]["enabled"]:
+            # Inside of the engine, which ends autocast that begins outside.
+            module.forward = torch.autocast(processes.device.type, torch.bfloat16)(module.forward)
+            config = config | {"bf16": {"enabled": False}}
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.partitioned = self.engine.zero_optimization_stage() == 3
         # Of the groups that are left: DeepSpeed drops empty ones.

@@ -47,12 +47,9 @@ class ZeroGateFit(GateFit):
     def zero(self) -> ZeroEngine:
         """Made when it is needed first."""
         module = copy_module(self._trained)
-        if self.config["bf16"]["enabled"]:
-            # Inside of the engine, which ends autocast that begins outside.
-            module.forward = torch.autocast(self._processes.device.type, torch.bfloat16)(module.forward)
-        own = {"bf16": {"enabled": False}, "gradient_clipping": 1.0, "gradient_accumulation_steps": 1}
+        own = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 1}
         optimizer = AdamW([{"params": list(module.gate.parameters())}, {"params": [module.alpha_logit]}])
-        return ZeroEngine(module, StateLayout.of(module), optimizer, self.config | own, self._processes)
+        return ZeroEngine(module, StateLayout.of(module), optimizer, self.config | own, self._processes, autocast=True)
 
     def begin(self, learning_rate: float, weight_decay: float) -> None:
         layout = self.zero.layout

@@ -11,7 +11,7 @@ from .fedem import FedEM
 from .fedjets import FedJETs, freeze_common_expert
 from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
-from .fedprox import FedProx
+from .fedprox import FedProx, has_own_loss
 from .fedrep import FedRep
 from .fedrolex import FedRolex, HeteroFL
 from .gate_training import GateFit
@@ -58,5 +58,6 @@ __all__ = [
     "client_mixture",
     "correlate",
     "freeze_common_expert",
+    "has_own_loss",
     "pfedmoe_cnns",
 ]

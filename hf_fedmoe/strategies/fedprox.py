@@ -36,3 +36,8 @@ class FedProx(Strategy):
             if parameter.requires_grad
         )
         return model(**batch).loss + self.mu / 2 * distance
+
+
+def has_own_loss(strategy: Strategy) -> bool:
+    """Whether clients train by the model's own loss and [`Strategy.pull`], whoever computes them."""
+    return type(strategy).loss in (Strategy.loss, FedProx.loss)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
-from ..strategies import FedProx, Strategy
+from ..strategies import Strategy, has_own_loss
 from .deepspeed_config import check_deepspeed
 from .federated_arguments import FederatedTrainingArguments
 
@@ -126,8 +126,7 @@ def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:
 def check_clients_at_once(client_model: nn.Module, args: FederatedTrainingArguments, strategy: Strategy) -> None:
     """Raises `ValueError` for what [`~federation.StackedTrainer`] is known not to do; it tries the rest out."""
     begin, remedy = f"`clients_at_once` is {args.clients_at_once}, but", "set it to 1."
-    own_loss = type(strategy).loss in (Strategy.loss, FedProx.loss)
-    if type(strategy).train_client is not Strategy.train_client or not own_loss:
+    if type(strategy).train_client is not Strategy.train_client or not has_own_loss(strategy):
         raise ValueError(
             f"{begin} clients of {strategy.name!r} do more than train one model by its own loss: {remedy}"
         )

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..models import AdapterExpert
-from ..strategies import FedProx, Strategy
+from ..strategies import Strategy, has_own_loss
 
 
 # What a launcher's configuration sets.
@@ -112,8 +112,7 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
 def check_deepspeed(strategy: Strategy, client_model: Any, args: TrainingArguments) -> None:
     """Raises `ValueError` for what DeepSpeed's engine cannot train."""
     begin, remedy = "The clients are to be trained by DeepSpeed, but", "leave DeepSpeed out."
-    own_loss = type(strategy).loss in (Strategy.loss, FedProx.loss)
-    if not strategy.plain_clients or not own_loss:
+    if not strategy.plain_clients or not has_own_loss(strategy):
         raise ValueError(f"{begin} those of {strategy.name!r} do more than train one model by its own loss: {remedy}")
     if isinstance(client_model, AdapterExpert):
         for name, parameter in client_model.named_parameters():

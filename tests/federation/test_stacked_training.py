@@ -21,13 +21,14 @@ from tests.tiny_federation import (
     interrupted_and_resumed,
     state,
     tiny_args,
+    tiny_decoder,
     tiny_expert,
     tiny_federation,
     tiny_mixture,
     tiny_rows,
 )
 from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
-from tests.tiny_models import PAD_TOKEN_ID, tiny_bert, tiny_char_lstm, tiny_gpt2
+from tests.tiny_models import PAD_TOKEN_ID, tiny_bert, tiny_char_lstm
 
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
@@ -63,11 +64,6 @@ def bert(attention):
     return make
 
 
-def gpt2():
-    torch.manual_seed(3)
-    return tiny_gpt2(3, pad_token_id=PAD_TOKEN_ID, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-
-
 def make_trainer(output_dir, at_once, model=tiny_expert, strategy=None, trainer_settings=None, **changes):
     # Some gradients are 0 but for rounding, which Adam would divide by itself.
     fields = {"clients_per_round": len(SIZES), "rounds": 2, "adam_epsilon": 1e-3, "clients_at_once": at_once}
@@ -96,7 +92,7 @@ RUNS = {
     "workers": {"dataloader_num_workers": 1},
     "padded bert": {"trainer_settings": {"train_data_collator": with_padding}},
     "padded bert, eager": {"model": bert("eager"), "trainer_settings": {"train_data_collator": with_padding}},
-    "padded gpt2": {"model": gpt2, "trainer_settings": {"train_data_collator": with_padding}},
+    "padded gpt2": {"model": tiny_decoder, "trainer_settings": {"train_data_collator": with_padding}},
 }
 
 # Where the rate is the same in all steps, clients leave their group when they are through.

@@ -27,11 +27,11 @@ from tests.tiny_federation import (
     assert_equal_states,
     state,
     tiny_args,
+    tiny_decoder,
     tiny_expert,
     tiny_federation,
     tiny_mixture,
 )
-from tests.tiny_models import PAD_TOKEN_ID, tiny_gpt2
 from tests.two_processes import (
     PROCESSES,
     ROOT,
@@ -59,19 +59,14 @@ PLAIN = {
 STAGES = (1, 2, 3)
 
 
-def gpt2():
-    """Of its adapters every weight decays: the optimizer's group of those that do not is empty."""
-    torch.manual_seed(3)
-    return tiny_gpt2(3, pad_token_id=PAD_TOKEN_ID, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-
-
-# Method, stage, adapter, and other settings.
+# Method, stage, adapter, and other settings. Of GPT-2's adapters every weight decays: the optimizer's group of those
+# that do not is empty.
 ADAPTERS = {
     "lora-1": ("fedavg", 1, LoraConfig(r=4), {}),
     "lora-2": ("fedavg", 2, LoraConfig(r=4), {"client_ranks": [4, 2]}),
     "lora-3": ("fedavg", 3, LoraConfig(r=4, target_modules=["query", "word_embeddings"]), {}),
     "lora-ffa-3": ("fedavg", 3, LoraConfig(r=4), {"lora_fusion": "ffa", "gradient_checkpointing": True}),
-    "lora-fedprox-2": ("fedprox", 2, LoraConfig(r=4, fan_in_fan_out=True), {"base": gpt2}),
+    "lora-fedprox-2": ("fedprox", 2, LoraConfig(r=4, fan_in_fan_out=True), {"base": tiny_decoder}),
     "lora-fedprox-3": ("fedprox", 3, LoraConfig(r=4), {"client_ranks": [4, 2]}),
     "ia3-3": ("fedavg", 3, IA3Config(), {}),
     "lora-fedmoe-1": ("fedmoe", 1, LoraConfig(r=4), {"lora_fusion": "ffa"}),

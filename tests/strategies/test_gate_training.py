@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.models import FedMoEForSequenceClassification
@@ -43,7 +44,7 @@ def mixture():
 @pytest.mark.parametrize("batch_size", [7, 10, 8])
 def test_three_processes_end_like_one(batch_size):
     rows = tiny_rows(22)
-    reserved = ReservedSet(rows, _collate, 8)
+    reserved = ReservedSet(rows, default_data_collator, 8)
     with torch.no_grad():
         logits = [mixture().expert_outputs(inputs)[0] for inputs in reserved.inputs]
     cached = ExpertOutputs(torch.cat(logits), None)
@@ -66,8 +67,3 @@ def test_three_processes_end_like_one(batch_size):
         assert_equal_states(state(models[index]), state(alone), rtol=1e-4, atol=1e-5)
         changed = {name for name, tensor in state(models[index]).items() if not torch.equal(tensor, before[name])}
         assert "alpha_logit" in changed and all(name.startswith(("gate.", "alpha_logit")) for name in changed)
-
-
-def _collate(rows):
-    batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
-    return batch | {"labels": torch.tensor([row["label"] for row in rows])}
