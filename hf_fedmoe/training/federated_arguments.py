@@ -68,6 +68,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             models and adapters. It takes the memory of that many models with their gradients and optimizer states.
             With a constant learning rate any clients are taken together, otherwise those with equally many steps. A
             run ends like one by one but for rounding, dropout and augmentation.
+        client_timeout (`float`, *optional*):
+            Seconds that a client's training may take in a round; one that takes longer, because it is slow or hangs,
+            is refused, and the round goes on. As long as it likes if left out or 0.
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
@@ -84,6 +87,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         default=None, metadata={"help": "What processes share: clients, sums, data."}
     )
     clients_at_once: int = field(default=1, metadata={"help": "How many clients a process trains at once."})
+    client_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a client that still trains is refused (none)."}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
     save_steps: float = field(default=1, metadata={"help": "Save a checkpoint every so many rounds."})
@@ -118,6 +124,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             raise ValueError(
                 f'`client_parallelism` is {self.client_parallelism!r}: choose "clients", "sums" or "data".'
             )
+        if self.client_timeout:
+            self._check_client_timeout()
         make_codec(self.upload_compression, self.top_k_share)
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(
@@ -134,6 +142,21 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}: clients need more than 0 local epochs.")
         if self.client_draw_seed is None:
             self.client_draw_seed = self.seed
+
+    def _check_client_timeout(self) -> None:
+        begin = f"`client_timeout` is {self.client_timeout:g}"
+        if self.client_timeout < 0:
+            raise ValueError(f"{begin}: give seconds, or 0 for as long as it takes.")
+        if self.client_parallelism == "data":
+            raise ValueError(
+                f"{begin}, but with `client_parallelism` = 'data' all processes train each client together, and none "
+                'can leave it: choose "clients", or leave `client_timeout` out.'
+            )
+        if self.world_size > 1 and self.client_timeout >= self.ddp_timeout:
+            raise ValueError(
+                f"{begin}, but the other processes wait `ddp_timeout` = {self.ddp_timeout} s for one that trains: "
+                "raise that, or lower `client_timeout`."
+            )
 
     def _check_client_ranks(self) -> None:
         if not self.client_ranks or min(self.client_ranks) < 1:

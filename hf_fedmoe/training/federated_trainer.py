@@ -34,6 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from ..data import FederatedDataset, ImageCollator, ReservedSet
 from ..federation import (
     BatchReader,
+    ClientClock,
     ClientStore,
     Federation,
     LocalTrainer,
@@ -208,6 +209,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
+            federation.local_trainer.close()
             self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
             for module in self.strategy.server_models(self.model):
@@ -305,6 +307,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self._make_optimizer,
             Team(self.processes),
             BatchReader(pool, self.train_data_collator, args) if args.dataloader_num_workers else None,
+            ClientClock(args.client_timeout),
         )
         if isinstance(local_trainer, StackedTrainer):
             local_trainer.try_out(pool)
