@@ -1,8 +1,11 @@
 """Arguments of a federated run: `TrainingArguments` for what a client does, and a few more for the federation."""
 
 import atexit
+import os
 from dataclasses import dataclass, field
 
+from accelerate import PartialState
+from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from ..federation import CLIENT_CHOICES, leave_group
@@ -98,6 +101,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     def __post_init__(self) -> None:
         config, self.deepspeed = requested_config(self.deepspeed), None
         with hidden_from_accelerate():
+            if self.use_cpu or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+                # `TrainingArguments` starts the process group of GPUs with `ddp_timeout`, and that of CPUs without.
+                PartialState(cpu=True, backend=self.ddp_backend, timeout=self.ddp_timeout_delta)
             super().__post_init__()
             device = self.device  # this starts the process group
         if device.type == "cpu":
