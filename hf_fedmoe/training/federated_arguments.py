@@ -27,8 +27,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     `learning_rate`, `optim`, `weight_decay`, `lr_scheduler_type`, `gradient_accumulation_steps`, `max_grad_norm`,
     `bf16` and so on are those of local training; `dataloader_num_workers` processes read clients' batches meanwhile,
     the same ones for all. What counts steps counts rounds: `logging_steps`, `eval_steps`, `save_steps`. A round is
-    logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Fed-MoE's own settings are
-    those of [`FedMoESettings`].
+    logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Processes besides the main
+    one log what that logs (`log_level_replica`). Fed-MoE's own settings are those of [`FedMoESettings`].
 
     Args:
         rounds (`int`, *optional*, defaults to 10):
@@ -92,6 +92,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     clients_at_once: int = field(default=1, metadata={"help": "How many clients a process trains at once."})
     client_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a client that still trains is refused (none)."}
+    )
+    log_level_replica: str = field(
+        default="passive", metadata={"help": "Log level of the processes besides the main one (that of the main one)."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})

@@ -62,7 +62,7 @@ from .client_evaluation import ClientEvaluation
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
-from .progress import Watch, one_line_a_round
+from .progress import Watch, one_line_a_round, without_bars_of_files
 from .run_facts import run_facts
 from .run_identity import run_identity
 from .several_processes import SeveralProcesses
@@ -259,7 +259,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             if args.save_strategy == "best":
                 self.control.should_save = is_best
         if self.control.should_save:
-            self._save_checkpoint(self.model, trial)
+            with without_bars_of_files():
+                self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
 
     # What a run is made of

@@ -15,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
 
 from ..federation import RoundReport
 
@@ -179,6 +180,18 @@ def one_line_a_round(handler: CallbackHandler, reports: Callable[[], list[RoundR
     own = {ProgressCallback: RoundProgress, PrinterCallback: RoundPrinter}
     if (default := type(handler.callbacks[-1])) in own:
         handler.callbacks[-1] = own[default](reports)
+
+
+@contextmanager
+def without_bars_of_files() -> Iterator[None]:
+    """Here transformers shows no bar of its own for the files that it writes, one for every checkpoint."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def round_line(
