@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -41,6 +42,8 @@ def main(experiment_class: type[Experiment], settings_file: Path) -> None:
     output_dir, model_name = Path(args.output_dir), find_model(experiment.model)
     is_main = PartialState().is_main_process
     say = print if is_main else lambda *words: None
+    if not is_main:
+        datasets.disable_progress_bars()  # the main one's are enough
     processor = experiment.load_processor()
     dataset_name, data = experiment.load_data(processor, args.seed)
     say(f"\n{settings_file.stem}, preset {experiment.preset_name}: {dataset_name}, experts {Path(model_name).name}")

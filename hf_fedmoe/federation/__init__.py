@@ -3,6 +3,7 @@
 from .batch_reader import BatchReader
 from .checkpoint import check_identity, load_federation, read_manifest, save_federation
 from .client_choice import CLIENT_CHOICES
+from .client_clock import ClientClock
 from .client_store import ClientStore
 from .files import atomic_directory
 from .local_training import LocalTrainer, scale_learning_rates
@@ -19,6 +20,7 @@ from .zero_gate import ZeroGateFit
 __all__ = [
     "CLIENT_CHOICES",
     "BatchReader",
+    "ClientClock",
     "ClientStore",
     "Federation",
     "LocalTrainer",

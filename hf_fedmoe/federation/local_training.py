@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from transformers import TrainingArguments
 
 from ..strategies import Strategy
 from ..weights import Payload, StateLayout, copy_module
-from .batch_reader import BatchReader, Wanted
+from .batch_reader import BatchReader
+from .batch_worker import Wanted
+from .client_clock import ClientClock
 from .randomness import Stream, seed_of
 from .team import Stage, Team
 
@@ -101,6 +105,7 @@ class LocalTrainer:
         make_optimizer (`Callable`): From a module to another such optimizer, for twins.
         team ([`Team`], *optional*): The processes that train a client together; this one alone if left out.
         reader ([`BatchReader`], *optional*): Worker processes that read clients' batches; this one does if left out.
+        clock ([`ClientClock`], *optional*): How long a client may take; as long as it likes if left out.
     """
 
     worker: nn.Module
@@ -114,6 +119,7 @@ class LocalTrainer:
     make_optimizer: Callable
     team: Team = field(default_factory=Team)
     reader: BatchReader | None = None
+    clock: ClientClock = field(default_factory=ClientClock)
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
@@ -184,13 +190,14 @@ class LocalTrainer:
         only: Collection[str] | None = None,
     ) -> None:
         """The worker becomes the model of `row_P`, about to take `num_steps` steps with a fresh optimizer."""
-        self.load(row_P, integers)
-        self._learn(only)
-        self._reset_optimizer(kept_optimizer)
-        # A client may have failed between two batches of a step.
-        self.optimizer.zero_grad()
-        self._scheduler = self.make_scheduler(self.optimizer, num_steps)
-        self.worker.train()
+        with self.clock.whole():
+            self.load(row_P, integers)
+            self._learn(only)
+            self._reset_optimizer(kept_optimizer)
+            # A client may have failed between two batches of a step.
+            self.optimizer.zero_grad()
+            self._scheduler = self.make_scheduler(self.optimizer, num_steps)
+            self.worker.train()
 
     def groups(self, sizes: Sequence[int]) -> list[list[int]]:
         """The places in `sizes` (examples of clients) of those that are trained at once: each by itself."""
@@ -239,11 +246,12 @@ class LocalTrainer:
 
     def apply_gradients(self) -> None:
         """Clips the gradients, if asked, and lets the optimizer take its step."""
-        if self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
-        self.optimizer.step()
-        self._scheduler.step()
-        self.optimizer.zero_grad()
+        with self.clock.whole():
+            if self.args.max_grad_norm:
+                self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
+            self.optimizer.step()
+            self._scheduler.step()
+            self.optimizer.zero_grad()
 
     def payload(self, out_P: Tensor, num_examples: int, total_loss: Tensor, num_steps: int) -> Payload:
         """The worker as an upload, its row written to `out_P`."""
@@ -253,9 +261,10 @@ class LocalTrainer:
 
     def load(self, row_P: Tensor, integers: dict[str, Tensor]) -> nn.Module:
         """The worker as the model of `row_P`."""
-        self._learn(None)
-        self.layout.write(row_P, self.worker)
-        self.layout.write_integers(integers, self.worker)
+        with self.clock.whole():
+            self._learn(None)
+            self.layout.write(row_P, self.worker)
+            self.layout.write_integers(integers, self.worker)
         return self.worker
 
     @torch.no_grad()
@@ -294,6 +303,11 @@ class LocalTrainer:
             )
         return self._others[name]
 
+    def close(self) -> None:
+        """Ends worker processes, if there are any."""
+        if self.reader is not None:
+            self.reader.close()
+
     def _learn(self, only: Collection[str] | None) -> None:
         """Only the parameters of these names learn; all that may if `None`."""
         if only is None and self._only is None:
@@ -303,7 +317,9 @@ class LocalTrainer:
         self._only = only
 
     def _seed(self, seed: int) -> None:
-        """Of dropout and augmentation."""
+        """Of dropout and augmentation, whatever library a collator draws from."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         if self.accelerator.device.type == "cpu":
             # `torch.manual_seed` formats a stack trace for every accelerator that is not there: half a millisecond.
             torch.default_generator.manual_seed(seed)
@@ -312,12 +328,15 @@ class LocalTrainer:
 
     def _batches(self, dataset: Dataset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
         device = self.accelerator.device
+        pin_memory = self.args.dataloader_pin_memory and device.type == "cuda"
         if self.reader is not None and isinstance(dataset, Subset) and dataset.dataset is self.reader.pool:
-            batches = self.reader.read(self._wanted(dataset, places, seed))
+            batches = self.reader.read(self._wanted(dataset, places, seed), self.clock.check)
         else:
-            pin_memory = self.args.dataloader_pin_memory and device.type == "cuda"
-            batches = DataLoader(dataset, batch_sampler=places, collate_fn=self.collate, pin_memory=pin_memory)
+            batches = DataLoader(dataset, batch_sampler=places, collate_fn=self.collate)
         for batch in batches:
+            self.clock.check()
+            if pin_memory:
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def _wanted(self, dataset: Subset, places: list[list[int]], seed: int) -> list[Wanted]:

@@ -27,11 +27,30 @@ class Processes:
         index (`int`, *optional*, defaults to 0): Number of this one; 0 is the main process.
         count (`int`, *optional*, defaults to 1): How many there are.
         device (`torch.device`, *optional*): Of this process, where the process group's backend wants its tensors.
+        timeout (`int`, *optional*, defaults to 1800): Seconds that the process group waits for one of them.
     """
 
     index: int = 0
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: int = 1800
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Here this process waits for others; [`BrokenOffError`] says so if one does not come."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "gloo/transport" not in str(error):
+                raise
+            if "Timed out" in str(error):
+                reason = (
+                    f"has waited for another one for `ddp_timeout` = {self.timeout} s. That one hangs, or has more to "
+                    "do than takes so long: raise `ddp_timeout`, or see what it is at"
+                )
+            else:
+                reason = "has lost another one, which ended: its own output says why"
+            raise BrokenOffError(f"Process {self.index} {reason}.") from error
 
     def gather(self, make: Callable[[], T]) -> list[T]:
         """
@@ -46,7 +65,8 @@ class Processes:
         except Exception as caught:
             error = caught
         told: list = [None] * self.count
-        dist.all_gather_object(told, (made, None if error is None else f"{type(error).__name__}: {error}"))
+        with self.waiting():
+            dist.all_gather_object(told, (made, None if error is None else f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
         for index, (_, fault) in enumerate(told):
@@ -61,7 +81,8 @@ class Processes:
     def tell(self, message: Any = None) -> Any:
         """The main process's `message`, in all of them."""
         told = [message]
-        dist.broadcast_object_list(told, 0)
+        with self.waiting():
+            dist.broadcast_object_list(told, 0)
         return told[0]
 
     def gather_numbers(self, number: int) -> list[int]:
@@ -70,13 +91,15 @@ class Processes:
             return [number]
         own = torch.tensor([number], device=self.device)
         told = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(told, own)
+        with self.waiting():
+            dist.all_gather(told, own)
         return torch.cat(told).tolist()
 
     def sum_(self, tensor: Tensor) -> None:
         """`tensor` becomes the sum of those of all processes."""
         if self.count > 1:
-            dist.all_reduce(tensor)
+            with self.waiting():
+                dist.all_reduce(tensor)
 
     @torch.no_grad()
     def move_(self, tensor: Tensor, source: int, target: int) -> None:
@@ -84,10 +107,12 @@ class Processes:
         if source == target or self.index not in (source, target):
             return
         moved = tensor.detach().to(self.device).contiguous()
-        if self.index == source:
-            dist.send(_bytes(moved), target)
-        else:
-            dist.recv(_bytes(moved), source)
+        with self.waiting():
+            if self.index == source:
+                dist.send(_bytes(moved), target)
+            else:
+                dist.recv(_bytes(moved), source)
+        if self.index == target:
             tensor.copy_(moved)
 
     @torch.no_grad()
@@ -96,7 +121,8 @@ class Processes:
         if self.count == 1:
             return
         sent = tensor.detach().to(self.device).contiguous()
-        dist.broadcast(_bytes(sent), 0)
+        with self.waiting():
+            dist.broadcast(_bytes(sent), 0)
         if self.index:
             tensor.copy_(sent)
 
@@ -105,7 +131,8 @@ class Processes:
         if self.count == 1:
             return
         summed = tensor.to(self.device)
-        dist.reduce(summed, 0)
+        with self.waiting():
+            dist.reduce(summed, 0)
         if self.index == 0:
             tensor.copy_(summed)
 

@@ -355,7 +355,8 @@ class Federation:
             return {}
         try:
             tasks = [self.task(client, round_index, out_P) for client, out_P in rows.items()]
-            payloads = self.local_trainer.train_at_once(tasks)
+            with self.local_trainer.clock.client(len(tasks)):
+                payloads = self.local_trainer.train_at_once(tasks)
         except Exception as error:  # each is trained by itself, where only those fail that have to
             logger.warning(f"Clients {list(rows)} cannot be trained at once and are trained alone.", exc_info=error)
             return {}
@@ -373,7 +374,8 @@ class Federation:
             with self.local_trainer.team.client():
                 if trained is None:
                     task = self.task(client, round_index, out_P)
-                    payload, stays = self.strategy.train_client(self.local_trainer, task)
+                    with self.local_trainer.clock.client():
+                        payload, stays = self.strategy.train_client(self.local_trainer, task)
                 else:
                     task, payload = trained
                 stays = self._finish_upload(task, payload, stays)

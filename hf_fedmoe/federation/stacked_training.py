@@ -274,8 +274,8 @@ def masks_without_shortcuts() -> Iterator[None]:
     `vmap`, unless a graph is traced. Here it is told so.
     """
     is_tracing = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda *_: True
     try:
+        masking_utils.is_tracing = lambda *_: True
         yield
     finally:
         masking_utils.is_tracing = is_tracing

@@ -181,6 +181,10 @@ class FedMoEConfig(PreTrainedConfig):
             text_config = sub_config.get_text_config()
             if pad_token_id is not None and vocabulary_size(sub_config) is not None:
                 text_config.pad_token_id = pad_token_id
+        # Those of the experts: a `Trainer` aligns them with the tokenizer, and warns of what it must change.
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(self.expert_config.get_text_config(), name, None))
 
     def _inherited_pad_token_id(self) -> int | None:
         for sub_config in (self.expert_config, self.gate_config):

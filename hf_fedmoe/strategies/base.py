@@ -3,7 +3,7 @@
 Shape suffixes: m participants of a round, P elements of a model's row, S rows of the server.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,13 @@ if TYPE_CHECKING:  # a room above this one, and what needs this file
 Work = Callable[["Server", ReservedSet | None, Any], dict[str, Tensor]]
 # From the server, its reserved set, tensors of the main process and settings to what that process wants to know.
 JointWork = Callable[["Server", ReservedSet | None, dict[str, Tensor], Any], Any]
+# From the items of a loop and what it does to these items, see [`Server.track`].
+Track = Callable[[Collection, str], Iterable]
+
+
+def untracked(items: Collection, what: str) -> Iterable:
+    """The items of a loop that nobody watches."""
+    return items
 
 
 @dataclass
@@ -51,6 +58,8 @@ class Server:
         gate_fit ([`GateFit`], *optional*): By what all processes train a gate together, if they do.
         join (`Callable`, *optional*): Has them all do one work together, with tensors of this process, while they take
             it.
+        track (`Callable`, *optional*): From the items of a loop that takes long, and what it does, to the same items,
+            for a bar of progress: `for batch in server.track(batches, "Training the gate")`.
     """
 
     model: PreTrainedModel
@@ -67,6 +76,7 @@ class Server:
     fuse_held: Callable[[Tensor, Tensor], None] | None = None
     gate_fit: "GateFit | None" = None
     join: Callable[[JointWork, dict[str, Tensor], Any], Any] | None = None
+    track: Track = untracked
 
     def share(self, work: Work, reserved: ReservedSet | None, items: Sequence[Any]) -> list[dict[str, Tensor]]:
         """

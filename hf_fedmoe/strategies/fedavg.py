@@ -7,7 +7,6 @@ The controls give FedAvg what Fed-MoE has besides its mixture: the server's rese
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..data import ReservedSet
 from ..weights import fuse_models_
@@ -56,15 +55,16 @@ class FedAvgReserved(Strategy):
         report = average_into_(server, uploads)
         if self.when == "end":
             return report
-        return report | {"reserved_loss": self.fine_tune(server.model, reserved, server.weight_decay, seed)}
+        return report | {"reserved_loss": self.fine_tune(server, reserved, seed)}
 
     def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
         if self.when == "end":
-            self.fine_tune(server.model, reserved, server.weight_decay, seed)
+            self.fine_tune(server, reserved, seed)
 
-    def fine_tune(self, model: nn.Module, reserved: ReservedSet, weight_decay: float, seed: int) -> float:
+    def fine_tune(self, server: Server, reserved: ReservedSet, seed: int) -> float:
         """The server's training by itself; returns its mean loss."""
-        return fine_tune(model, reserved, self.epochs, self.learning_rate, weight_decay, self.batch_size, seed)
+        settings = (self.epochs, self.learning_rate, server.weight_decay, self.batch_size, seed)
+        return fine_tune(server.model, reserved, *settings, track=server.track)
 
 
 @dataclass

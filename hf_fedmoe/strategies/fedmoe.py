@@ -305,6 +305,8 @@ class FedMoE(Strategy):
             server.weight_decay,
             settings.gate_batch_size,
             seed,
+            track=server.track,
+            what="Fine-tuning the clients' start",
         )
         server.tensors["start_P"] = server.layout.read(server.worker)
         return {"start_loss": loss}

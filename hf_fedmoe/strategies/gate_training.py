@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel
 from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
-from .base import Server
+from .base import Server, Track, untracked
 from .server_training import ExpertOutputs
 
 
@@ -25,14 +25,15 @@ if TYPE_CHECKING:  # a room above this one
 def fit_gate(server: Server, cached: ExpertOutputs, reserved: ReservedSet, *settings: Any) -> dict[str, float]:
     """[`train_gate`], by all processes if they work together and the gate is more than a layer on features."""
     if server.join is None or cached.features_RH is not None:
-        return train_gate(GateFit(server.model), cached, reserved, *settings)
+        return train_gate(GateFit(server.model), cached, reserved, *settings, track=server.track)
     return server.join(_fit_gate_together, {"logits_RSC": cached.logits_RSC}, settings)
 
 
 def _fit_gate_together(
     server: Server, reserved: ReservedSet, tensors: dict[str, Tensor], settings: tuple[Any, ...]
 ) -> dict[str, float]:
-    return train_gate(server.gate_fit, ExpertOutputs(tensors["logits_RSC"], None), reserved, *settings)
+    outputs = ExpertOutputs(tensors["logits_RSC"], None)
+    return train_gate(server.gate_fit, outputs, reserved, *settings, track=server.track)
 
 
 class GateFit:
@@ -124,11 +125,13 @@ def train_gate(
     entropy_weight: float,
     balance_weight: float,
     seed: int,
+    track: Track = untracked,
 ) -> dict[str, float]:
     """
     Trains the gate and alpha, and nothing else, on the experts' cached outputs (Fed-MoE Eq. 7-9).
 
-    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform).
+    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform). `track` ([`Server.track`])
+    watches the epochs.
 
     Returns:
         `dict[str, float]`: The mean `gate_loss` of the last epoch, and `gate_grad_norm`, the mean gradient norm.
@@ -140,7 +143,7 @@ def train_gate(
     fit.begin(learning_rate, weight_decay)
     total = norm = torch.zeros((), device=reserved.labels_R.device)
     steps = 0
-    for _ in range(epochs):
+    for _ in track(range(epochs), "Training the gate"):
         total, steps = torch.zeros_like(total), 0
         for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
             indices = indices.to(reserved.labels_R.device)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LinearLR
 from ..data import ReservedSet
 from ..models import FedMoEPreTrainedModel
 from ..weights import StateLayout
-from .base import Server
+from .base import Server, Track, untracked
 
 
 def fine_tune(
@@ -27,12 +27,14 @@ def fine_tune(
     batch_size: int,
     seed: int,
     weights_R: Tensor | None = None,
+    track: Track = untracked,
+    what: str = "Fine-tuning on the reserved set",
 ) -> float:
     """
     Trains a classifier on the reserved set by AdamW, its learning rate falling to 0, and returns its mean loss.
 
     `weights_R`, if given, weighs the examples: routed experts learn from those that the gate sends them. All
-    randomness (order, dropout) follows from `seed`.
+    randomness (order, dropout) follows from `seed`. `track` ([`Server.track`]) watches the epochs, which do `what`.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +44,7 @@ def fine_tune(
     scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)
     model.train()
     total = torch.zeros((), device=reserved.labels_R.device)
-    for _ in range(epochs):
+    for _ in track(range(epochs), what):
         for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
             batch = reserved.training_batch(indices)
             labels_B = batch.pop("labels")
@@ -86,7 +88,8 @@ def _fine_tune_expert(server: Server, reserved: ReservedSet, item: tuple[Any, ..
     expert = server.model.experts[s]
     if weights_R is not None:
         weights_R = weights_R.to(reserved.labels_R.device)
-    loss = fine_tune(expert, reserved, *settings, weights_R)
+    what = f"Fine-tuning expert {s + 1}/{len(server.bank_SP)}"
+    loss = fine_tune(expert, reserved, *settings, weights_R, server.track, what)
     return {**server.layout.read_integers(expert), "row_P": server.bank_SP[s], "loss": torch.tensor(loss)}
 
 

@@ -119,6 +119,7 @@ class ClientEvaluation:
             yield federation
         finally:
             if self._active_federation is None:
+                federation.local_trainer.close()
                 for module in self.strategy.server_models(self.model):
                     release(module)
                 self.accelerator.free_memory()

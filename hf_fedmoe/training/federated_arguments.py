@@ -1,8 +1,11 @@
 """Arguments of a federated run: `TrainingArguments` for what a client does, and a few more for the federation."""
 
 import atexit
+import os
 from dataclasses import dataclass, field
 
+from accelerate import PartialState
+from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from ..federation import CLIENT_CHOICES, leave_group
@@ -24,8 +27,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     `learning_rate`, `optim`, `weight_decay`, `lr_scheduler_type`, `gradient_accumulation_steps`, `max_grad_norm`,
     `bf16` and so on are those of local training; `dataloader_num_workers` processes read clients' batches meanwhile,
     the same ones for all. What counts steps counts rounds: `logging_steps`, `eval_steps`, `save_steps`. A round is
-    logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Fed-MoE's own settings are
-    those of [`FedMoESettings`].
+    logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Processes besides the main
+    one log what that logs (`log_level_replica`). Fed-MoE's own settings are those of [`FedMoESettings`].
 
     Args:
         rounds (`int`, *optional*, defaults to 10):
@@ -68,6 +71,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             models and adapters. It takes the memory of that many models with their gradients and optimizer states.
             With a constant learning rate any clients are taken together, otherwise those with equally many steps. A
             run ends like one by one but for rounding, dropout and augmentation.
+        client_timeout (`float`, *optional*):
+            Seconds that a client's training may take in a round; one that takes longer, because it is slow or hangs,
+            is refused, and the round goes on. As long as it likes if left out or 0.
     """
 
     rounds: int = field(default=10, metadata={"help": "Rounds of the federation."})
@@ -84,6 +90,12 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         default=None, metadata={"help": "What processes share: clients, sums, data."}
     )
     clients_at_once: int = field(default=1, metadata={"help": "How many clients a process trains at once."})
+    client_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a client that still trains is refused (none)."}
+    )
+    log_level_replica: str = field(
+        default="passive", metadata={"help": "Log level of the processes besides the main one (that of the main one)."}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Local epochs of a client in a round."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many rounds."})
     save_steps: float = field(default=1, metadata={"help": "Save a checkpoint every so many rounds."})
@@ -92,6 +104,9 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     def __post_init__(self) -> None:
         config, self.deepspeed = requested_config(self.deepspeed), None
         with hidden_from_accelerate():
+            if self.use_cpu or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+                # `TrainingArguments` starts the process group of GPUs with `ddp_timeout`, and that of CPUs without.
+                PartialState(cpu=True, backend=self.ddp_backend, timeout=self.ddp_timeout_delta)
             super().__post_init__()
             device = self.device  # this starts the process group
         if device.type == "cpu":
@@ -118,6 +133,8 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             raise ValueError(
                 f'`client_parallelism` is {self.client_parallelism!r}: choose "clients", "sums" or "data".'
             )
+        if self.client_timeout:
+            self._check_client_timeout()
         make_codec(self.upload_compression, self.top_k_share)
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(
@@ -134,6 +151,21 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}: clients need more than 0 local epochs.")
         if self.client_draw_seed is None:
             self.client_draw_seed = self.seed
+
+    def _check_client_timeout(self) -> None:
+        begin = f"`client_timeout` is {self.client_timeout:g}"
+        if self.client_timeout < 0:
+            raise ValueError(f"{begin}: give seconds, or 0 for as long as it takes.")
+        if self.client_parallelism == "data":
+            raise ValueError(
+                f"{begin}, but with `client_parallelism` = 'data' all processes train each client together, and none "
+                'can leave it: choose "clients", or leave `client_timeout` out.'
+            )
+        if self.world_size > 1 and self.client_timeout >= self.ddp_timeout:
+            raise ValueError(
+                f"{begin}, but the other processes wait `ddp_timeout` = {self.ddp_timeout} s for one that trains: "
+                "raise that, or lower `client_timeout`."
+            )
 
     def _check_client_ranks(self) -> None:
         if not self.client_ranks or min(self.client_ranks) < 1:

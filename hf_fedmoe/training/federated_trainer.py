@@ -16,7 +16,6 @@ from accelerate.utils import DynamoBackend
 from peft import PeftConfig
 from torch import nn
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
@@ -34,6 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from ..data import FederatedDataset, ImageCollator, ReservedSet
 from ..federation import (
     BatchReader,
+    ClientClock,
     ClientStore,
     Federation,
     LocalTrainer,
@@ -62,6 +62,7 @@ from .client_evaluation import ClientEvaluation
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
+from .progress import Watch, one_line_a_round, without_bars_of_files
 from .run_facts import run_facts
 from .run_identity import run_identity
 from .several_processes import SeveralProcesses
@@ -145,6 +146,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             callbacks=callbacks,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics or _first_logits,
         )
+        one_line_a_round(self.callback_handler, lambda: self.rounds)
+        self._watch = Watch(args, self.callback_handler, self.is_world_process_zero())
         # Of `torch_compile`: local training compiles its worker. A mixture that chooses experts by example would be
         # compiled again and again in an evaluation.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -200,14 +203,18 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
                     break
             trained = sum(report.num_examples for report in self.rounds) * args.num_train_epochs
             done = max(1, self.state.global_step - self._initial_global_step)
-            output = self._finalize_training(trial, trained * rounds / done, start_time)
-            # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
+            # What a strategy does last belongs to the result, and to the time that it took.
+            if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                super()._load_best_model()
             seed = seed_of(args.seed, Stream.SERVER, rounds)
             server, reserved = federation.server, federation.reserved
-            take_step(lambda: self.strategy.finish(server, reserved, seed), server, reserved, self.processes)
+            with self._watch.telling():
+                take_step(lambda: self.strategy.finish(server, reserved, seed), server, reserved, self.processes)
+            output = self._finalize_training(trial, trained * rounds / done, start_time)
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
+            federation.local_trainer.close()
             self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
             for module in self.strategy.server_models(self.model):
@@ -215,14 +222,16 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self._active_federation = None
         return output
 
+    def _load_best_model(self) -> None:
+        """Nothing where [`~transformers.Trainer`] would: it was loaded before the strategy's last step."""
+
     def _run_round(
         self, federation: Federation, round_index: int, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> None:
         args = self.args
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-        hidden = args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(total=args.clients_per_round, desc="Clients", leave=False, disable=hidden) as bar:
+        with self._watch.clients(args.clients_per_round) as bar:
             report = federation.run_round(round_index, args.clients_per_round, lambda client: bar.update())
         self.rounds.append(report)
         self.state.global_step = round_index + 1
@@ -250,7 +259,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             if args.save_strategy == "best":
                 self.control.should_save = is_best
         if self.control.should_save:
-            self._save_checkpoint(self.model, trial)
+            with without_bars_of_files():
+                self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
 
     # What a run is made of
@@ -269,6 +279,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             [layout.read_integers(module) for module in modules],
             weight_decay=args.weight_decay,
             num_examples=int(data.client_sizes.sum()),
+            track=self._watch,
         )
         pool = self._columns_of_clients()
         reserved = None
@@ -305,6 +316,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self._make_optimizer,
             Team(self.processes),
             BatchReader(pool, self.train_data_collator, args) if args.dataloader_num_workers else None,
+            ClientClock(args.client_timeout),
         )
         if isinstance(local_trainer, StackedTrainer):
             local_trainer.try_out(pool)

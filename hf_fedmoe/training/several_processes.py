@@ -4,6 +4,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..federation import Processes
 from .deepspeed_config import hidden_from_accelerate
@@ -31,7 +32,18 @@ class SeveralProcesses:
     @cached_property
     def processes(self) -> Processes:
         """Those of this launch."""
-        return Processes(self.args.process_index, self.args.world_size, self.accelerator.device)
+        args = self.args
+        return Processes(args.process_index, args.world_size, self.accelerator.device, args.ddp_timeout)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Says which setting it is if a process waits too long for another, at whatever."""
+        with self.processes.waiting():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Says it of an evaluation too."""
+        with self.processes.waiting():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _start_alike(self) -> None:
         """All processes have the same settings and data, or `ValueError` is raised, and the main one's weights."""

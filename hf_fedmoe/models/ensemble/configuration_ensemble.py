@@ -49,4 +49,5 @@ class EnsembleConfig(PreTrainedConfig):
         self.id2label = dict(self.expert_config.id2label)
         self.label2id = dict(self.expert_config.label2id)
         # Of texts only.
-        self.pad_token_id = getattr(self.expert_config.get_text_config(), "pad_token_id", None)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(self, name, getattr(self.expert_config.get_text_config(), name, None))
