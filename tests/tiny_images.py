@@ -1,5 +1,9 @@
 """Image classifiers, batches and federations small enough for tests."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import datasets
 import numpy as np
 import torch
@@ -86,6 +90,21 @@ def make_statistics_different(model: PreTrainedModel, seed: int = 0) -> PreTrain
         elif name.endswith("running_var"):
             buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
     return model
+
+
+@contextmanager
+def runs_at_risk() -> Iterator[list[tuple[int, ...]]]:
+    """Collects the shapes of maps whose convolution may write beyond its memory in the backward."""
+    conv2d, found = torch.nn.functional.conv2d, []
+
+    def recorded(maps, weight, bias=None, stride=1, padding=0, *rest):
+        narrow = weight.shape[1] < 16 and weight.shape[-2:] == (1, 1) and tuple(padding) == (0, 0)
+        if narrow and max(stride) > 1 and all(size % s == 0 for size, s in zip(maps.shape[-2:], stride, strict=True)):
+            found.append(tuple(maps.shape))
+        return conv2d(maps, weight, bias, stride, padding, *rest)
+
+    with mock.patch("torch.nn.functional.conv2d", recorded):
+        yield found
 
 
 def image_batch(size: int = 8, num_channels: int = 3, image_size: int = IMAGE_SIZE, seed: int = 0) -> dict:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import TrainingArguments
 
+from ..models import guard_narrow_convolutions
 from ..strategies import Strategy
 from ..weights import Payload, StateLayout, copy_module
 from .batch_reader import BatchReader
@@ -297,7 +298,7 @@ class LocalTrainer:
         in their models. `make` is called when `name` is asked for the first time.
         """
         if name not in self._others:
-            worker = make().to(self.accelerator.device)
+            worker = guard_narrow_convolutions(make()).to(self.accelerator.device)
             self._others[name] = dataclasses.replace(
                 self, worker=worker, layout=StateLayout.of(worker), optimizer=self.make_optimizer(worker)
             )

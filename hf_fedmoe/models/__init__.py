@@ -32,6 +32,7 @@ from .modeling_paired_experts import (
     PairedExpertsForSequenceClassification,
     PairedExpertsPreTrainedModel,
 )
+from .narrow_convolutions import guard_narrow_convolutions
 from .small_cnn import SmallCNNConfig, SmallCNNForImageClassification, SmallCNNModel
 from .small_image_resnet import SmallImageResNetConfig, SmallImageResNetForImageClassification
 
@@ -88,6 +89,7 @@ __all__ = [
     "classification_head",
     "dense_mixture",
     "gating_entropy",
+    "guard_narrow_convolutions",
     "load_imbalance",
     "select_experts",
 ]

@@ -52,7 +52,7 @@ from ..federation import (
     seed_of,
     take_step,
 )
-from ..models import AdapterExpert, FedMoEPreTrainedModel
+from ..models import AdapterExpert, FedMoEPreTrainedModel, guard_narrow_convolutions
 from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
@@ -118,6 +118,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         self.strategy = strategy or FedAvg()
         if peft_config is not None:
             model = add_adapter(model, peft_config)
+        guard_narrow_convolutions(model)
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
         self.client_table: list[ClientScore] = []

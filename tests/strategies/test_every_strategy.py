@@ -16,7 +16,7 @@ from hf_fedmoe.strategies import Strategy
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import METHODS, image_model, trained
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_federation, tiny_rows
-from tests.tiny_images import tiny_image_federation, tiny_processor
+from tests.tiny_images import runs_at_risk, tiny_image_federation, tiny_processor
 
 
 def test_each_has_an_entry():
@@ -130,9 +130,11 @@ def test_equal_seeds_give_equal_bits(tmp_path, name):
             processing_class=tiny_processor(),
             train_data_collator=ImageCollator(tiny_processor(), AUGMENTATIONS["photographs"]),
         )
-        trainer.train()
+        with runs_at_risk() as risks:
+            trainer.train()
+            evaluated.append(trainer.evaluate_clients())
+        assert not risks  # a narrow convolution that may abort on some CPUs
         assert not any(report.refused for report in trainer.rounds)
-        evaluated.append(trainer.evaluate_clients())
         federation = trainer._federation_of_the_last_round()
         models.append([state(trainer.model), *(state(federation.personal_model(client)) for client in range(4))])
     assert_communication(name, trainer, state(image_model(name)))
