@@ -1,6 +1,7 @@
 """The face that Hugging Face users know: a `Trainer` whose steps are rounds."""
 
 import inspect
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -50,13 +51,15 @@ from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters, freeze_lora_a
-from .checkpointing import CLIENTS_FOLDER, Checkpointing
+from .checkpointing import Checkpointing
 from .checks import check_images, check_run
 from .client_evaluation import ClientEvaluation
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
+from .resuming import CLIENTS_FOLDER
 from .run_facts import run_facts
+from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
@@ -140,15 +143,15 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
 
     # The run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> TrainOutput:
         """
-        Runs the rounds. `resume_from_checkpoint` (a folder, or `True` for the newest in `args.output_dir`) goes on
-        after the checkpoint's round and ends, on CPU, with the same bits as a run that was never interrupted.
+        Runs the rounds. `resume_from_checkpoint` (a folder, `True` for the newest in `args.output_dir`, or
+        `"latest_sound"` for the newest there of which no file is damaged) goes on after the checkpoint's round and
+        ends, on CPU, with the same bits as a run that was never interrupted.
         """
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
-        folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=folder, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
@@ -162,6 +165,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
             self.strategy.setup(federation.server, federation.num_clients)
         else:
             load_federation(Path(resume_from_checkpoint), federation.server, federation.store)
+        self._tidy_up(federation.store)
         start_time = time.time()
         self._tr_loss, self._total_loss_scalar = torch.tensor(0.0), 0.0
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
@@ -200,7 +204,8 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
         hidden = args.disable_tqdm or not self.is_world_process_zero()
-        with tqdm(total=args.clients_per_round, desc="Clients", leave=False, disable=hidden) as bar:
+        bar = tqdm(total=args.clients_per_round, desc="Clients", leave=False, disable=hidden)
+        with bar, self._breakable_by_sigterm(federation):
             report = federation.run_round(round_index, args.clients_per_round, lambda client: bar.update())
         self.rounds.append(report)
         self.state.global_step = round_index + 1
@@ -230,6 +235,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
         if self.control.should_save:
             self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
+        self._end_on_sigterm()
 
     # What a run is made of
 
@@ -380,7 +386,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
             facts = run_facts(
                 self.args,
                 self.strategy,
-                self._identity()["strategy_settings"],
+                strategy_settings(self.strategy),
                 self.federated_dataset,
                 self.state,
                 self.rounds,
