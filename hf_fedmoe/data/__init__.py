@@ -10,6 +10,7 @@ from .characters import (
 )
 from .client_tests import hold_out_client_tests
 from .federated_dataset import FederatedDataset, Partitioner
+from .fingerprint import rows_fingerprint
 from .images import (
     AUGMENTATIONS,
     ImageCollator,
@@ -55,6 +56,7 @@ __all__ = [
     "random_crop",
     "random_flip",
     "random_resized_crop",
+    "rows_fingerprint",
     "shards",
     "synthetic_mixture",
 ]

@@ -1,12 +1,14 @@
 """The round: drawing clients, sending, local training, receiving, the client store, checkpoints."""
 
 from .batch_reader import BatchReader
-from .checkpoint import check_identity, load_federation, read_manifest, save_federation
+from .checkpoint import has_federation, load_federation, read_identity, save_federation
 from .client_choice import CLIENT_CHOICES
 from .client_clock import ClientClock
 from .client_store import ClientStore
-from .files import atomic_directory
+from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
+from .folder_lock import FolderLock
 from .local_training import LocalTrainer, scale_learning_rates
+from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
@@ -23,22 +25,31 @@ __all__ = [
     "ClientClock",
     "ClientStore",
     "Federation",
+    "FileDigest",
+    "FolderLock",
     "LocalTrainer",
     "Processes",
     "RoundReport",
     "StackedTrainer",
     "Stream",
     "Team",
+    "UnreadableManifestError",
     "ZeroGateFit",
     "ZeroTrainer",
     "atomic_directory",
     "balance",
-    "check_identity",
+    "find_faults",
+    "has_federation",
+    "has_manifest",
     "leave_group",
     "load_federation",
+    "read_identity",
     "read_manifest",
+    "remove_directory",
+    "remove_leftovers",
     "save_federation",
     "scale_learning_rates",
     "seed_of",
     "take_step",
+    "write_manifest",
 ]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the model: strategy tensors, the clients' manifest, the run's identity."""
+"""What a checkpoint holds beside the model: strategy tensors, the clients' files, the run's identity."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..strategies import Server
 from .client_store import ClientStore
+from .manifest import read_manifest
 
 
 TENSORS_NAME = "federation.safetensors"
@@ -31,34 +32,14 @@ def save_federation(folder: Path, server: Server, store: ClientStore, identity: 
     (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[int, str]:
-    """The client files that a checkpoint needs; empty for a folder that is no federated checkpoint."""
-    path = folder / STATE_NAME
-    if not path.is_file():
-        return {}
-    return {int(client): name for client, name in json.loads(path.read_text())["clients"].items()}
+def has_federation(folder: Path) -> bool:
+    """Whether a folder holds what a run needs to go on, besides the model."""
+    return (folder / STATE_NAME).is_file()
 
 
-def check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """
-    Raises `ValueError` when the checkpoint was written by another configuration: it names the first setting that
-    differs, both values, and what to do.
-    """
-    path = folder / STATE_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"`resume_from_checkpoint` names {folder.name}, which has no {STATE_NAME}: it is not a checkpoint of a "
-            "federated run. To start from a model, load it with `from_pretrained` instead."
-        )
-    saved = json.loads(path.read_text())["identity"]
-    # JSON knows lists only, settings may be tuples.
-    for name, value in json.loads(json.dumps(identity)).items():
-        # A setting that did not exist when the checkpoint was written had no other value.
-        if saved.get(name, value) != value:
-            raise ValueError(
-                f"The checkpoint {folder.name} was written with {name} = {saved[name]!r}, this run has {value!r}: "
-                "resume with the settings of that run, or start a new one in another `output_dir`."
-            )
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Reads the identity of the run that wrote a checkpoint."""
+    return json.loads((folder / STATE_NAME).read_text())["identity"]
 
 
 def load_federation(folder: Path, server: Server, store: ClientStore) -> None:
@@ -74,4 +55,6 @@ def load_federation(folder: Path, server: Server, store: ClientStore) -> None:
 
     server.tensors = named(STRATEGY_PREFIX)
     server.integers = [named(f"{INTEGERS_PREFIX}{index}.") for index in range(len(server.integers))]
-    store.manifest = read_manifest(folder)
+    clients = json.loads((folder / STATE_NAME).read_text())["clients"]
+    store.manifest = {int(client): name for client, name in clients.items()}
+    store.digests = read_manifest(folder).clients

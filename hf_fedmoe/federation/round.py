@@ -138,6 +138,8 @@ class Federation:
         self.sums = self.apart and self.strategy.averages
         self.together = self.parallelism == "data"
         self._rows_mP = self.server.bank_SP[:0]
+        # Whether the server, and what clients keep, are those of a finished round.
+        self.settled = True
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """The participants of a round."""
@@ -203,6 +205,7 @@ class Federation:
         report.loss = float(np.average([metrics["loss"] for metrics in uploads.metrics], weights=num_examples))
         report.seconds["clients"] = time.perf_counter() - started
         started = time.perf_counter()
+        self.settled = False
         seed = seed_of(self.seed, Stream.SERVER, round_index)
         report.metrics = take_step(
             lambda: self.strategy.update(server, uploads, self.reserved, round_index, seed),
@@ -217,6 +220,7 @@ class Federation:
         report.seconds["server"] = time.perf_counter() - started
         started = time.perf_counter()
         self._synchronise(uploads, dict(zip(chosen, owners, strict=True)), stays)
+        self.settled = True
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
@@ -347,7 +351,7 @@ class Federation:
             return written
 
         for written in self.processes.gather(write):
-            self.store.manifest |= written
+            self.store.replace(written)
 
     def _train_at_once(self, rows: dict[int, Tensor], round_index: int) -> dict[int, tuple[ClientTask, Payload]]:
         """Trains the participants of a group, whose rows are given, together; nobody if it is one alone or fails."""

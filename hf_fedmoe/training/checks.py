@@ -17,6 +17,7 @@ from .federated_arguments import FederatedTrainingArguments
 # Settings of `TrainingArguments` that rounds do not honour: better refused than silently without effect.
 NOT_HONOURED = (
     "auto_find_batch_size",
+    "enable_jit_checkpoint",  # a run writes a checkpoint on SIGTERM in any case
     "fsdp",
     "label_smoothing_factor",
     "neftune_noise_alpha",

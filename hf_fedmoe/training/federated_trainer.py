@@ -1,11 +1,11 @@
 """The face that Hugging Face users know: a `Trainer` whose steps are rounds."""
 
 import inspect
-import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ from transformers import (
     default_data_collator,
     get_scheduler,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from ..data import FederatedDataset, ImageCollator, ReservedSet
 from ..federation import (
@@ -43,11 +41,7 @@ from ..federation import (
     Team,
     ZeroGateFit,
     ZeroTrainer,
-    atomic_directory,
-    check_identity,
     load_federation,
-    read_manifest,
-    save_federation,
     scale_learning_rates,
     seed_of,
     take_step,
@@ -56,23 +50,21 @@ from ..models import AdapterExpert, FedMoEPreTrainedModel, guard_narrow_convolut
 from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
-from .adapters import add_adapter, base_fingerprint, check_adapters, freeze_lora_a
+from .adapters import add_adapter, check_adapters, freeze_lora_a
+from .checkpointing import Checkpointing
 from .checks import check_images, check_run
 from .client_evaluation import ClientEvaluation
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .metrics import classification_metrics
 from .progress import Watch, one_line_a_round, without_bars_of_files
+from .resuming import CLIENTS_FOLDER
 from .run_facts import run_facts
-from .run_identity import run_identity
+from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
-# The underscore keeps it from the Hub: `push_to_hub` leaves out `_*`, and clients' own models belong to nobody else.
-CLIENTS_FOLDER = "_clients"
-
-
-class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
+class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Trainer):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -155,26 +147,15 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
 
     # The run
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> TrainOutput:
         """
-        Runs the rounds. `resume_from_checkpoint` (a folder, or `True` for the newest in `args.output_dir`) goes on
-        after the checkpoint's round and ends, on CPU, with the same bits as a run that was never interrupted.
+        Runs the rounds. `resume_from_checkpoint` (a folder, `True` for the newest in `args.output_dir`, or
+        `"latest_sound"` for the newest there of which no file is damaged) goes on after the checkpoint's round and
+        ends, on CPU, with the same bits as a run that was never interrupted.
         """
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"`output_dir` {self.args.output_dir!r} holds no checkpoint to resume from.")
-        replaces = self.args.save_strategy != "no" and not self.rounds and Path(self.args.output_dir).is_dir()
-        if not resume_from_checkpoint and replaces and get_last_checkpoint(self.args.output_dir):
-            raise ValueError(
-                f"`output_dir` {self.args.output_dir!r} holds the checkpoints of an earlier run, which this one would "
-                "replace: continue it, `train(resume_from_checkpoint=True)`, or choose another `output_dir`."
-            )
-        if resume_from_checkpoint:
-            check_identity(Path(resume_from_checkpoint), self._identity())
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
         self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
@@ -188,6 +169,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self.strategy.setup(federation.server, federation.num_clients)
         else:
             load_federation(Path(resume_from_checkpoint), federation.server, federation.store)
+        self._tidy_up(federation.store)
         start_time = time.time()
         self._tr_loss, self._total_loss_scalar = torch.tensor(0.0), 0.0
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
@@ -232,7 +214,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         args = self.args
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-        with self._watch.clients(args.clients_per_round) as bar:
+        with self._watch.clients(args.clients_per_round) as bar, self._breakable_by_sigterm(federation):
             report = federation.run_round(round_index, args.clients_per_round, lambda client: bar.update())
         self.rounds.append(report)
         self.state.global_step = round_index + 1
@@ -263,6 +245,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             with without_bars_of_files():
                 self._save_checkpoint(self.model, trial)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
+        self._end_on_sigterm()
 
     # What a run is made of
 
@@ -383,63 +366,6 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
                 client_model = expert.base if isinstance(expert, AdapterExpert) else expert
                 self._signature_columns += list(inspect.signature(client_model.forward).parameters)
 
-    # Checkpoints
-
-    @cached_property
-    def _base_fingerprint(self) -> int | None:
-        return base_fingerprint(self.strategy.server_models(self.model)[0])
-
-    def _identity(self) -> dict[str, Any]:
-        """What two runs must have in common for one to resume the other."""
-        modules, layout = self._server_models()
-        return run_identity(
-            self.args, self.strategy, layout, len(modules), self._base_fingerprint, self.federated_dataset
-        )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A whole checkpoint or none: written beside its place, synced, renamed."""
-        run_dir = Path(self._get_output_dir(trial=trial))
-        target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.exists() or best == target:
-                self.state.best_model_checkpoint = str(best)
-        self.processes.on_main(lambda: self._write_checkpoint(run_dir, target))
-
-    def _write_checkpoint(self, run_dir: Path, target: Path) -> None:
-        self._active_federation.store.sync()
-        with atomic_directory(target) as folder:
-            self._save(str(folder))
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            if not self.args.save_only_model:
-                federation = self._active_federation
-                save_federation(folder, federation.server, federation.store, self._identity())
-        if self.args.push_to_hub and self.args.hub_strategy != "end":
-            # Trainer's own push of a checkpoint would write a pickle and leave out code and card.
-            self.push_to_hub(f"Round {self.state.global_step}", blocking=False)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-        checkpoints = run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        self._active_federation.store.prune([read_manifest(folder) for folder in checkpoints])
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The model and its processor; the arguments as JSON, where `Trainer` writes a pickle."""
-        if not self.args.should_save:
-            return
-        output_dir = Path(output_dir or self.args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(output_dir, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        (output_dir / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
-
     # The model card
 
     def create_model_card(
@@ -472,7 +398,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             facts = run_facts(
                 self.args,
                 self.strategy,
-                self._identity()["strategy_settings"],
+                strategy_settings(self.strategy),
                 self.federated_dataset,
                 self.state,
                 self.rounds,
