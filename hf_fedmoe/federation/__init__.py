@@ -5,9 +5,10 @@ from .checkpoint import check_identity, load_federation, read_manifest, save_fed
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .files import atomic_directory
-from .local_training import LocalTrainer, scale_learning_rates
+from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
+from .refusals import client_number, never_accepted, reasons
 from .round import Federation, RoundReport
 from .server_step import take_step
 from .stacked_training import StackedTrainer
@@ -22,9 +23,11 @@ __all__ = [
     "ClientStore",
     "Federation",
     "LocalTrainer",
+    "Loss",
     "Processes",
     "RoundReport",
     "StackedTrainer",
+    "StepBatches",
     "Stream",
     "Team",
     "ZeroGateFit",
@@ -32,9 +35,13 @@ __all__ = [
     "atomic_directory",
     "balance",
     "check_identity",
+    "client_number",
     "leave_group",
     "load_federation",
+    "local_steps",
+    "never_accepted",
     "read_manifest",
+    "reasons",
     "save_federation",
     "scale_learning_rates",
     "seed_of",
