@@ -25,7 +25,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     default_data_collator,
-    get_scheduler,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -48,7 +47,6 @@ from ..federation import (
     load_federation,
     read_manifest,
     save_federation,
-    scale_learning_rates,
     seed_of,
     take_step,
 )
@@ -57,10 +55,12 @@ from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, base_fingerprint, check_adapters, freeze_lora_a
-from .checks import check_images, check_run
+from .checks import check_run
 from .client_evaluation import ClientEvaluation
+from .client_training import ClientTraining
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
+from .honoured import check_hooks, check_init_arguments, loss_name
 from .metrics import classification_metrics
 from .run_facts import run_facts
 from .run_identity import run_identity
@@ -71,7 +71,7 @@ from .several_processes import SeveralProcesses
 CLIENTS_FOLDER = "_clients"
 
 
-class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
+class FederatedTrainer(ClientTraining, ClientEvaluation, SeveralProcesses, Trainer):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -94,6 +94,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             image processor `data_collator` defaults to [`~data.ImageCollator`].
         peft_config (`peft.PeftConfig`, *optional*):
             Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
+        compute_loss_func, optimizer_cls_and_kwargs (*optional*):
+            As in [`~transformers.Trainer`]: the loss of a client's batch, and the optimizer that each client has anew.
         train_data_collator (`Callable`, *optional*):
             The collator of whatever is trained on, clients' examples and the reserved set, when it is another than
             that of evaluation: one that augments. `data_collator` if left out.
@@ -113,12 +115,17 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         preprocess_logits_for_metrics: Callable | None = None,
         train_data_collator: Callable | None = None,
         peft_config: PeftConfig | None = None,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **others: Any,
     ):
+        check_init_arguments(others)
         self.strategy = strategy or FedAvg()
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
+        self.never_accepted: dict[int, str] = {}
         self.client_table: list[ClientScore] = []
         self._contribution_SM: np.ndarray | None = None
         self._active_federation: Federation | None = None
@@ -132,7 +139,6 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         if train_dataset is not None:
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
-            check_images(self.strategy.server_models(model)[0], train_dataset, self.train_data_collator)
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
         super().__init__(
@@ -144,6 +150,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics or _first_logits,
+            compute_loss_func=compute_loss_func,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         # Of `torch_compile`: local training compiles its worker. A mixture that chooses experts by example would be
         # compiled again and again in an evaluation.
@@ -158,6 +166,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         """
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
+        check_hooks(self, FederatedTrainer)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -179,7 +188,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         self._start_alike()
         rounds = args.rounds
         self._init_training_state(rounds, 1, rounds, resume_from_checkpoint, trial)
-        federation = self._federation()
+        federation = self._tried_federation()
         if resume_from_checkpoint is None:
             self.strategy.setup(federation.server, federation.num_clients)
         else:
@@ -205,6 +214,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             seed = seed_of(args.seed, Stream.SERVER, rounds)
             server, reserved = federation.server, federation.reserved
             take_step(lambda: self.strategy.finish(server, reserved, seed), server, reserved, self.processes)
+            self._tell_who_was_never_accepted()
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
@@ -281,6 +291,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
                 self.train_data_collator,
                 # fp16 would need a scale of the gradients, which the server's optimizers have not.
                 self.accelerator.autocast if self.accelerator.mixed_precision == "bf16" else nullcontext,
+                None if loss_name(self) is None else self._objective(),
             )
         make_trainer = LocalTrainer
         if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):
@@ -305,9 +316,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self._make_optimizer,
             Team(self.processes),
             BatchReader(pool, self.train_data_collator, args) if args.dataloader_num_workers else None,
+            self._objective(),
         )
-        if isinstance(local_trainer, StackedTrainer):
-            local_trainer.try_out(pool)
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
             server,
@@ -327,6 +337,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
             parallelism=args.client_parallelism,
+            client_name=self.client_name,
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
@@ -340,26 +351,6 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         """The pool without the columns that the client model does not take."""
         self._set_signature_columns_if_needed()
         return self._remove_unused_columns(self.federated_dataset.pool, "client")
-
-    def _make_optimizer(self, worker: nn.Module) -> torch.optim.Optimizer:
-        self.optimizer = None
-        optimizer = self.create_optimizer(worker)
-        scale_learning_rates(optimizer, worker, self.strategy.learning_rate_factors(worker))
-        return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
-
-    def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-        """The learning-rate schedule of one client's local steps in the current round."""
-        args = self.args
-        length = num_steps if args.lr_scheduler_scope == "round" else args.rounds
-        scheduler = get_scheduler(
-            args.lr_scheduler_type, optimizer, args.get_warmup_steps(length), length, args.lr_scheduler_kwargs
-        )
-        if args.lr_scheduler_scope == "run":
-            # After the run, what clients train to be evaluated has the rate of the last round.
-            round_index = min(self.state.global_step, args.rounds - 1)
-            factors = [function(round_index) for function in scheduler.lr_lambdas]
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, f=f: f for f in factors])
-        return scheduler
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that the *client* model takes; a mixture passes them on."""
