@@ -90,13 +90,16 @@ def test_readme_names_files_that_exist():
 
 
 def test_method_of_the_docs(newcomer, tmp_path):
-    method, use, by_client, own = blocks("docs/strategies.md")
+    method, use, weights, by_client, own = blocks("docs/strategies.md")
     names = run(method)
     momentum = names["FedAvgMomentum"]
     run(use, names)
     assert [entry["velocity_norm"] > 0 for entry in names["trainer"].state.log_history if "loss" in entry] == [
         True
     ] * 2
+
+    run(weights, names)
+    assert len(names["weighted"].rounds) == 2 and not any(report.refused for report in names["weighted"].rounds)
 
     run(by_client, names)
     assert {"clients_worst", "clients_unseen_accuracy"} <= names["metrics"].keys()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ReservedSet:
@@ -24,6 +24,8 @@ class ReservedSet:
             left out.
         autocast (`Callable`, *optional*): Gives the context in which the server runs models on these examples, for
             half precision.
+        objective (`Callable`, *optional*): The loss of (model, batch) by which models are trained on these examples;
+            their cross-entropy if left out.
     """
 
     def __init__(
@@ -34,12 +36,13 @@ class ReservedSet:
         device: torch.device | str = "cpu",
         train_collate: Callable | None = None,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        objective: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
     ):
         self._examples = [dataset[index] for index in range(len(dataset))]
         self._collate = collate
         self._train_collate = train_collate or collate
         self._device = torch.device(device)
-        self.autocast = autocast
+        self.autocast, self.objective = autocast, objective
         self.inputs: list[dict[str, Tensor]] = []
         labels = []
         for indices in torch.arange(len(dataset)).split(batch_size):

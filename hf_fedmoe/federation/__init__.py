@@ -7,10 +7,11 @@ from .client_clock import ClientClock
 from .client_store import ClientStore
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
 from .folder_lock import FolderLock
-from .local_training import LocalTrainer, scale_learning_rates
+from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
+from .refusals import client_number, never_accepted, reasons
 from .round import Federation, RoundReport
 from .server_step import take_step
 from .stacked_training import StackedTrainer
@@ -28,9 +29,11 @@ __all__ = [
     "FileDigest",
     "FolderLock",
     "LocalTrainer",
+    "Loss",
     "Processes",
     "RoundReport",
     "StackedTrainer",
+    "StepBatches",
     "Stream",
     "Team",
     "UnreadableManifestError",
@@ -38,13 +41,17 @@ __all__ = [
     "ZeroTrainer",
     "atomic_directory",
     "balance",
+    "client_number",
     "find_faults",
     "has_federation",
     "has_manifest",
     "leave_group",
     "load_federation",
+    "local_steps",
+    "never_accepted",
     "read_identity",
     "read_manifest",
+    "reasons",
     "remove_directory",
     "remove_leftovers",
     "save_federation",

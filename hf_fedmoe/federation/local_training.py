@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import TrainingArguments
 
 from ..models import guard_narrow_convolutions
-from ..strategies import Strategy
+from ..strategies import Strategy, has_own_loss, held_near, own_loss
 from ..weights import Payload, StateLayout, copy_module
 from .batch_reader import BatchReader
 from .batch_worker import Wanted
@@ -107,6 +107,7 @@ class LocalTrainer:
         team ([`Team`], *optional*): The processes that train a client together; this one alone if left out.
         reader ([`BatchReader`], *optional*): Worker processes that read clients' batches; this one does if left out.
         clock ([`ClientClock`], *optional*): How long a client may take; as long as it likes if left out.
+        objective (`Callable`, *optional*): Of (model, batch), in the place of the model's own loss.
     """
 
     worker: nn.Module
@@ -121,6 +122,7 @@ class LocalTrainer:
     team: Team = field(default_factory=Team)
     reader: BatchReader | None = None
     clock: ClientClock = field(default_factory=ClientClock)
+    objective: Loss = own_loss
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
@@ -166,17 +168,24 @@ class LocalTrainer:
             loss (`Callable`, *optional*): Of (model, batch); that of the strategy if left out.
         """
         if loss is None:
-            received = self.layout.views(received_P)
-
-            def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-                return self.strategy.loss(model, batch, received)
-
+            loss = self.loss_near(received_P)
         plan = self.plan(dataset, seed, epochs)
         self.begin(received_P, integers, len(plan), kept_optimizer, only)
         total = torch.zeros((), device=self.accelerator.device)
         for batches in self.steps(dataset, plan, seed):
             total += self.step(batches, loss)
         return self.payload(out_P, len(dataset), total, len(plan))
+
+    def loss_near(self, received_P: Tensor) -> Loss:
+        """The loss of (model, batch) of a client that received a row: [`~strategies.Strategy.loss`] of `objective`."""
+        received = self.layout.views(received_P)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            if has_own_loss(self.strategy):
+                return self.objective(model, batch) + held_near(model, received, self.strategy.pull)
+            return self.strategy.loss(model, batch, received)
+
+        return loss
 
     def plan(self, dataset: Dataset, seed: int, epochs: float | None = None) -> list[list[list[int]]]:
         """The client's optimizer steps, see [`local_steps`]."""
@@ -270,12 +279,12 @@ class LocalTrainer:
 
     @torch.no_grad()
     def mean_loss(self, dataset: Dataset, row_P: Tensor, integers: dict[str, Tensor], seed: int) -> float:
-        """The model's own mean loss on a client's examples, without dropout."""
+        """The mean of `objective` over a client's examples, without dropout."""
         model = self.load(row_P, integers).eval()
         total = torch.zeros((), device=self.accelerator.device)
         for batch in self.in_order(dataset, seed):
             with self.accelerator.autocast():
-                total += model(**batch).loss * len(next(iter(batch.values())))
+                total += self.objective(model, batch) * len(next(iter(batch.values())))
         return (total / len(dataset)).item()
 
     def in_order(self, dataset: Dataset, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -308,6 +317,12 @@ class LocalTrainer:
         """Ends worker processes, if there are any."""
         if self.reader is not None:
             self.reader.close()
+
+    def learn_by(self, objective: Loss) -> None:
+        """Sets `objective`, also of the trainers that were made of this one."""
+        self.objective = objective
+        for trainer in (*self._twins, *self._others.values()):
+            trainer.learn_by(objective)
 
     def _learn(self, only: Collection[str] | None) -> None:
         """Only the parameters of these names learn; all that may if `None`."""

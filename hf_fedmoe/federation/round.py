@@ -32,6 +32,7 @@ from .client_store import ClientStore
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
 from .processes import Processes, balance
 from .randomness import Stream, seed_of
+from .refusals import client_number, reasons
 from .server_step import take_step
 from .team import LeftAloneError
 
@@ -113,6 +114,7 @@ class Federation:
         parallelism (`str`, *optional*, defaults to `"clients"`): What processes share out: `"clients"`, `"sums"` (the
             same, but that each adds its uploads up as they come, and only the sums are exchanged) or `"data"` (the
             batches of each client).
+        client_name (`Callable`, *optional*): From a client's number to what messages call it.
     """
 
     server: Server
@@ -131,6 +133,7 @@ class Federation:
     client_sizes: Sequence[int] = field(kw_only=True)
     processes: Processes = field(kw_only=True, default_factory=Processes)
     parallelism: str = field(kw_only=True, default="clients")
+    client_name: Callable[[int], str] = field(kw_only=True, default=client_number)
 
     def __post_init__(self) -> None:
         # Whether uploads stay in the process that trained them: added up as they come, or one by one.
@@ -178,11 +181,12 @@ class Federation:
             if reply.fault is not None:
                 report.refused[client] = reply.fault
                 if serves:
-                    logger.warning(f"Round {round_index + 1} goes on without client {client}: {reply.fault}.")
+                    name = self.client_name(client)
+                    logger.warning(f"Round {round_index + 1} goes on without {name}: {reply.fault}.")
         places = [place for place, reply in enumerate(replies) if reply.fault is None]
         if not places:
-            reasons = "; ".join(f"client {client}: {fault}" for client, fault in report.refused.items())
-            raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {reasons}")
+            why = reasons(report.refused, self.client_name)
+            raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {why}")
         num_examples = [replies[place].num_examples for place in places]
         if self.sums:
             rows_mP = rows_mP[:1]
@@ -388,7 +392,7 @@ class Federation:
             reply.fault = str(error)
         except Exception as error:  # whatever breaks on one client must not break the federation
             reply.fault = f"{type(error).__name__}: {error}"
-            logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)
+            logger.warning(f"Round {round_index + 1}: {self.client_name(client)} failed.", exc_info=error)
         if task is not None:
             reply.received_bytes = task.received_bytes
         if reply.fault is None:

@@ -2,7 +2,7 @@
 
 from .afl import AFL
 from .apfl import APFL
-from .base import ClientTask, JointWork, Server, Strategy, Uploads, Work
+from .base import ClientTask, JointWork, Server, Strategy, Uploads, Work, has_own_loss, held_near, own_loss
 from .clustered import ClusteredFL
 from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
@@ -11,7 +11,7 @@ from .fedem import FedEM
 from .fedjets import FedJETs, freeze_common_expert
 from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
-from .fedprox import FedProx, has_own_loss
+from .fedprox import FedProx
 from .fedrep import FedRep
 from .fedrolex import FedRolex, HeteroFL
 from .gate_training import GateFit
@@ -59,5 +59,7 @@ __all__ = [
     "correlate",
     "freeze_common_expert",
     "has_own_loss",
+    "held_near",
+    "own_loss",
     "pfedmoe_cnns",
 ]

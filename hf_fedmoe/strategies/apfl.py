@@ -55,7 +55,7 @@ class APFL(Strategy):
         for batches in local.steps(task.dataset, plan, task.seed):
             batches = batches.kept()
             alpha = self._step_of_v(v, w, alpha, batches)  # at the w of this step's beginning
-            total += w.step(batches, own_loss)
+            total += w.step(batches, w.objective)
         payload = w.payload(task.out_P, len(task.dataset), total, len(plan))
         return payload, {"v_P": v.layout.read(v.worker), "alpha": alpha}
 
@@ -67,7 +67,7 @@ class APFL(Strategy):
         with torch.no_grad():
             for name, parameter in of_v.items():
                 parameter.lerp_(of_w[name], (1 - alpha).to(parameter))
-        v.backward(batches, own_loss)
+        v.backward(batches, v.objective)
         slope = torch.zeros_like(alpha)
         with torch.no_grad():
             for name, parameter in of_v.items():
@@ -94,8 +94,3 @@ class APFL(Strategy):
             if name in of_v_bar and parameter.requires_grad:
                 of_v_bar[name].lerp_(of_w[name], 1 - kept["alpha"].to(w_P))
         return v_bar_P
-
-
-def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The model's own loss."""
-    return model(**batch).loss

@@ -204,12 +204,15 @@ class Strategy:
         return server.bank_SP[0]
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], received: dict[str, Tensor]) -> Tensor:
-        """The local objective on one batch; `received` holds the downloaded parameters by name."""
-        return model(**batch).loss
+        """
+        The local objective on one batch: the model's own loss and [`Strategy.pull`]. `received` holds the downloaded
+        parameters by name.
+        """
+        return own_loss(model, batch) + held_near(model, received, self.pull)
 
     @property
     def pull(self) -> float:
-        """mu, where the loss is the model's own and mu / 2 times the squared distance from what was received."""
+        """mu of the term mu / 2 ||w - w_received||^2 of the loss."""
         return 0.0
 
     def learning_rate_factors(self, model: nn.Module) -> dict[str, float]:
@@ -265,6 +268,24 @@ class Strategy:
     def needs_reserved_set(self) -> bool:
         """Whether [`Strategy.probe`], [`Strategy.update`] or [`Strategy.finish`] reads the reserved set."""
         return False
+
+
+def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the model's own loss on a batch."""
+    return model(**batch).loss
+
+
+def held_near(model: nn.Module, received: dict[str, Tensor], mu: float) -> Tensor | float:
+    """Returns mu / 2 ||w - w_received||^2 over the parameters that learn."""
+    if not mu:
+        return 0.0
+    learning = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return mu / 2 * sum((parameter - received[name]).square().sum() for name, parameter in learning)
+
+
+def has_own_loss(strategy: Strategy) -> bool:
+    """Whether clients train by the model's own loss and [`Strategy.pull`], whoever computes them."""
+    return type(strategy).loss is Strategy.loss and "loss" not in vars(strategy)
 
 
 def average_into_(server: Server, uploads: Uploads, num_examples: int | None = None) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
 from .base import Strategy
 
 
@@ -28,16 +26,3 @@ class FedProx(Strategy):
     @property
     def pull(self) -> float:
         return self.mu
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], received: dict[str, Tensor]) -> Tensor:
-        distance = sum(
-            (parameter - received[name]).square().sum()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        )
-        return model(**batch).loss + self.mu / 2 * distance
-
-
-def has_own_loss(strategy: Strategy) -> bool:
-    """Whether clients train by the model's own loss and [`Strategy.pull`], whoever computes them."""
-    return type(strategy).loss in (Strategy.loss, FedProx.loss)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads
+from .base import ClientTask, Server, Strategy, Uploads, held_near
 from .local import kept_or_trained
 from .mixing import move_global_
 
@@ -58,8 +58,7 @@ class PFedMe(Strategy):
         w = local.layout.views(w_P)
 
         def loss(theta: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            distance = sum((p - w[name]).square().sum() for name, p in theta.named_parameters() if p.requires_grad)
-            return theta(**batch).loss + self.penalty / 2 * distance
+            return local.objective(theta, batch) + held_near(theta, w, self.penalty)
 
         plan = local.plan(task.dataset, task.seed)
         local.begin(task.received_P, task.integers, self.inner_steps * len(plan), task.kept_optimizer)

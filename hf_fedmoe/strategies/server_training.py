@@ -35,7 +35,12 @@ def fine_tune(
 
     `weights_R`, if given, weighs the examples: routed experts learn from those that the gate sends them. All
     randomness (order, dropout) follows from `seed`. `track` ([`Server.track`]) watches the epochs, which do `what`.
+
+    Raises:
+        ValueError: When there are weights, and the loss is one of the user's own, which has none of single examples.
     """
+    if weights_R is not None and reserved.objective is not None:
+        raise ValueError("A loss of one's own is that of a batch: its examples cannot be weighed one by one.")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -47,13 +52,11 @@ def fine_tune(
     for _ in track(range(epochs), what):
         for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
             batch = reserved.training_batch(indices)
-            labels_B = batch.pop("labels")
-            with reserved.autocast():
-                logits_BC = model(**batch).logits
-            losses_B = cross_entropy(logits_BC.float(), labels_B, reduction="none")
-            if weights_R is not None:
-                losses_B = losses_B * weights_R[indices]
-            loss = losses_B.mean()
+            if reserved.objective is None:
+                loss = _cross_entropy(model, batch, reserved, None if weights_R is None else weights_R[indices])
+            else:
+                with reserved.autocast():
+                    loss = reserved.objective(model, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -62,6 +65,17 @@ def fine_tune(
             total += loss.detach()
     model.eval()
     return (total / num_steps).item()
+
+
+def _cross_entropy(
+    model: nn.Module, batch: dict[str, Tensor], reserved: ReservedSet, weights_B: Tensor | None
+) -> Tensor:
+    """Returns the mean cross-entropy of a batch, its examples weighed if weights are given."""
+    labels_B = batch.pop("labels")
+    with reserved.autocast():
+        logits_BC = model(**batch).logits
+    losses_B = cross_entropy(logits_BC.float(), labels_B, reduction="none")
+    return (losses_B if weights_B is None else losses_B * weights_B).mean()
 
 
 def fine_tune_experts(

@@ -1,9 +1,7 @@
 """Everything that can be known to be wrong before a run starts."""
 
 import os
-from collections.abc import Callable
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,17 +10,8 @@ from ..models import FedMoEPreTrainedModel
 from ..strategies import Strategy, has_own_loss
 from .deepspeed_config import check_deepspeed
 from .federated_arguments import FederatedTrainingArguments
+from .honoured import check_arguments
 
-
-# Settings of `TrainingArguments` that rounds do not honour: better refused than silently without effect.
-NOT_HONOURED = (
-    "auto_find_batch_size",
-    "enable_jit_checkpoint",  # a run writes a checkpoint on SIGTERM in any case
-    "fsdp",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "use_liger_kernel",
-)
 
 # Optimizers that can train several models as one, `clients_at_once`.
 WEIGHT_BY_WEIGHT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
@@ -41,9 +30,12 @@ def check_run(
             f"`train_dataset` is a {type(data).__name__}: a federated run needs its clients, wrap them with "
             "`FederatedDataset.from_clients([...])` or partition a dataset with `FederatedDataset.split(...)`."
         )
-    for name in NOT_HONOURED:
-        if vars(args)[name]:
-            raise ValueError(f"`{name}` is {vars(args)[name]!r}, which rounds do not honour yet: leave it out.")
+    check_arguments(args)
+    if not any(parameter.requires_grad for parameter in strategy.server_models(model)[0].parameters()):
+        raise ValueError(
+            f"Nothing of the {type(model).__name__} learns, all its parameters are frozen: set `requires_grad` of "
+            "those that clients are to train."
+        )
     if args.clients_per_round > data.num_clients:
         raise ValueError(
             f"`clients_per_round` is {args.clients_per_round}, but there are {data.num_clients} clients: lower it, or "
@@ -141,25 +133,3 @@ def check_clients_at_once(client_model: nn.Module, args: FederatedTrainingArgume
             f"{begin} `optim` is {args.optim.value!r}, and only optimizers that treat each weight by itself can train "
             f"several models as one: choose one of {', '.join(WEIGHT_BY_WEIGHT)}, or {remedy}"
         )
-
-
-@torch.no_grad()
-def check_images(client_model: PreTrainedModel, data: FederatedDataset, collate: Callable) -> None:
-    """
-    Raises `ValueError` when an image classifier cannot read what the collator makes. One example stands for all: a
-    collator makes all images alike. The model is asked itself: `image_size` of a configuration binds only some.
-    """
-    if client_model.main_input_name != "pixel_values":
-        return
-    images = collate([data.client(0)[0]])["pixel_values"]
-    training = client_model.training
-    try:
-        client_model.eval()(pixel_values=images.to(client_model.device, client_model.dtype))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"The model cannot read the images, which have the shape {tuple(images.shape[1:])} (channels, height, "
-            f"width): build it with their `num_channels` and `image_size`, or take an image processor that makes "
-            f"other images. It says: {error}"
-        ) from error
-    finally:
-        client_model.train(training)

@@ -24,7 +24,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     default_data_collator,
-    get_scheduler,
 )
 from transformers.trainer_utils import TrainOutput
 
@@ -42,7 +41,6 @@ from ..federation import (
     ZeroGateFit,
     ZeroTrainer,
     load_federation,
-    scale_learning_rates,
     seed_of,
     take_step,
 )
@@ -52,10 +50,12 @@ from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters, freeze_lora_a
 from .checkpointing import Checkpointing
-from .checks import check_images, check_run
+from .checks import check_run
 from .client_evaluation import ClientEvaluation
+from .client_training import ClientTraining
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
+from .honoured import check_hooks, check_init_arguments, loss_name
 from .metrics import classification_metrics
 from .progress import Watch, one_line_a_round, without_bars_of_files
 from .resuming import CLIENTS_FOLDER
@@ -64,7 +64,7 @@ from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
-class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Trainer):
+class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, SeveralProcesses, Trainer):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -87,6 +87,8 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
             image processor `data_collator` defaults to [`~data.ImageCollator`].
         peft_config (`peft.PeftConfig`, *optional*):
             Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
+        compute_loss_func, optimizer_cls_and_kwargs (*optional*):
+            As in [`~transformers.Trainer`]: the loss of a client's batch, and the optimizer that each client has anew.
         train_data_collator (`Callable`, *optional*):
             The collator of whatever is trained on, clients' examples and the reserved set, when it is another than
             that of evaluation: one that augments. `data_collator` if left out.
@@ -106,13 +108,18 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
         preprocess_logits_for_metrics: Callable | None = None,
         train_data_collator: Callable | None = None,
         peft_config: PeftConfig | None = None,
+        compute_loss_func: Callable | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **others: Any,
     ):
+        check_init_arguments(others)
         self.strategy = strategy or FedAvg()
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         guard_narrow_convolutions(model)
         self.federated_dataset = train_dataset
         self.rounds: list[RoundReport] = []
+        self.never_accepted: dict[int, str] = {}
         self.client_table: list[ClientScore] = []
         self._contribution_SM: np.ndarray | None = None
         self._active_federation: Federation | None = None
@@ -126,7 +133,6 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
         if train_dataset is not None:
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
-            check_images(self.strategy.server_models(model)[0], train_dataset, self.train_data_collator)
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
         super().__init__(
@@ -138,6 +144,8 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics or _first_logits,
+            compute_loss_func=compute_loss_func,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         one_line_a_round(self.callback_handler, lambda: self.rounds)
         self._watch = Watch(args, self.callback_handler, self.is_world_process_zero())
@@ -155,6 +163,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
         """
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
+        check_hooks(self, FederatedTrainer)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _inner_training_loop(
@@ -164,7 +173,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
         self._start_alike()
         rounds = args.rounds
         self._init_training_state(rounds, 1, rounds, resume_from_checkpoint, trial)
-        federation = self._federation()
+        federation = self._tried_federation()
         if resume_from_checkpoint is None:
             self.strategy.setup(federation.server, federation.num_clients)
         else:
@@ -194,6 +203,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
             with self._watch.telling():
                 take_step(lambda: self.strategy.finish(server, reserved, seed), server, reserved, self.processes)
             output = self._finalize_training(trial, trained * rounds / done, start_time)
+            self._tell_who_was_never_accepted()
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
@@ -276,6 +286,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
                 self.train_data_collator,
                 # fp16 would need a scale of the gradients, which the server's optimizers have not.
                 self.accelerator.autocast if self.accelerator.mixed_precision == "bf16" else nullcontext,
+                None if loss_name(self) is None else self._objective(),
             )
         make_trainer = LocalTrainer
         if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):
@@ -301,9 +312,8 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
             Team(self.processes),
             BatchReader(pool, self.train_data_collator, args) if args.dataloader_num_workers else None,
             ClientClock(args.client_timeout),
+            self._objective(),
         )
-        if isinstance(local_trainer, StackedTrainer):
-            local_trainer.try_out(pool)
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
             server,
@@ -323,6 +333,7 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
             client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
             parallelism=args.client_parallelism,
+            client_name=self.client_name,
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
@@ -336,26 +347,6 @@ class FederatedTrainer(ClientEvaluation, Checkpointing, SeveralProcesses, Traine
         """The pool without the columns that the client model does not take."""
         self._set_signature_columns_if_needed()
         return self._remove_unused_columns(self.federated_dataset.pool, "client")
-
-    def _make_optimizer(self, worker: nn.Module) -> torch.optim.Optimizer:
-        self.optimizer = None
-        optimizer = self.create_optimizer(worker)
-        scale_learning_rates(optimizer, worker, self.strategy.learning_rate_factors(worker))
-        return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
-
-    def _local_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-        """The learning-rate schedule of one client's local steps in the current round."""
-        args = self.args
-        length = num_steps if args.lr_scheduler_scope == "round" else args.rounds
-        scheduler = get_scheduler(
-            args.lr_scheduler_type, optimizer, args.get_warmup_steps(length), length, args.lr_scheduler_kwargs
-        )
-        if args.lr_scheduler_scope == "run":
-            # After the run, what clients train to be evaluated has the rate of the last round.
-            round_index = min(self.state.global_step, args.rounds - 1)
-            factors = [function(round_index) for function in scheduler.lr_lambdas]
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, f=f: f for f in factors])
-        return scheduler
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that the *client* model takes; a mixture passes them on."""

@@ -251,8 +251,8 @@ def test_nothing_is_left_of_a_step_that_failed(at_once, tmp_path):
         run.train()
         return run
 
-    # At once, the first batch is tried out before the first round.
-    first = 1 if at_once == 1 else 2
+    # Before the first round two batches are tried out, of the clients and for validation, and one more at once.
+    first = 3 if at_once == 1 else 4
     runs = [run(first), run(first + 1)]
     assert len(runs[0].rounds[0].refused) == (at_once == 1)
     assert_equal_states(*(state(run.model) for run in runs))

@@ -47,6 +47,7 @@ class SameOrder(Trainer):
         {},
         {"num_train_epochs": 2, "gradient_accumulation_steps": 3, "weight_decay": 0.1},
         {"num_train_epochs": 1.5, "optim": "sgd", "lr_scheduler_type": "cosine", "warmup_steps": 1},
+        {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2},
     ],
 )
 def test_one_client_and_one_round_of_fedavg_is_a_plain_trainer(tmp_path, settings):

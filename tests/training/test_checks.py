@@ -61,14 +61,6 @@ def test_paper_preset_is_the_papers_letter_and_single_settings_override_it(tmp_p
     assert args.fusion_rate == 0.4 and args.balance_weight == 0.0 and args.gate_epochs == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0), ("enable_jit_checkpoint", True)]
-)
-def test_settings_that_rounds_would_ignore_are_refused(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"`{name}` is {value}, which rounds do not honour yet"):
-        FederatedTrainer(tiny_expert(), tiny_args(tmp_path, **{name: value}), tiny_federation())
-
-
 def test_more_clients_per_round_than_clients(tmp_path):
     with pytest.raises(ValueError, match="`clients_per_round` is 9, but there are 4 clients: lower it"):
         FederatedTrainer(tiny_expert(), tiny_args(tmp_path, clients_per_round=9), tiny_federation())

@@ -221,7 +221,8 @@ def test_a_round_without_any_sound_upload_stops_with_the_reasons(tmp_path, monke
         raise OSError("battery empty")
 
     monkeypatch.setattr(LocalTrainer, "train", broken)
-    with pytest.raises(RuntimeError, match=r"No client of round 1 sent a sound model. client \d: OSError: battery"):
+    reasons = r"No client of round 1 sent a sound model. client \d, client \d: OSError: battery"
+    with pytest.raises(RuntimeError, match=reasons):
         fedavg(tmp_path).train()
 
 
@@ -284,7 +285,8 @@ def test_schedule_over_the_run_falls_from_round_to_round(tmp_path):
         strategy=Watch(),
     )
     trainer.train()
-    assert rates == pytest.approx([1e-2, 1e-2, 0.75e-2, 0.75e-2, 0.5e-2, 0.5e-2, 0.25e-2, 0.25e-2])
+    # The first is that of the trial.
+    assert rates[1:] == pytest.approx([1e-2, 1e-2, 0.75e-2, 0.75e-2, 0.5e-2, 0.5e-2, 0.25e-2, 0.25e-2])
 
 
 def test_control_spends_its_steps_on_the_reserved_set(tmp_path):

@@ -92,13 +92,13 @@ def test_training_has_a_collator_of_its_own(tmp_path):
     trainer = mixture_trainer(tmp_path, rounds=1, train_collator=augmenting)
     trainer.data_collator = plain
     trainer.train()
-    # One image at the start to check its shape, 2 clients of 12 examples in batches of 4, then 5 final epochs of 3
-    # experts over 24 reserved examples in batches of 32.
-    assert augmenting.sizes == [1] + [4] * 6 + [24] * 15
-    # The reserved set's inputs: probing, gate and experts' outputs see it as it is.
-    assert plain.sizes == [8] * 3
+    # Two of the clients and two of the reserved set on trial, 2 clients of 12 examples in batches of 4, then 5 final
+    # epochs of 3 experts over 24 reserved examples in batches of 32.
+    assert augmenting.sizes == [2, 2] + [4] * 6 + [24] * 15
+    # The reserved set's inputs: probing, gate and experts' outputs see it as it is; two validation rows of the trial.
+    assert plain.sizes == [8] * 3 + [2]
     trainer.evaluate()
-    assert plain.sizes == [8] * 3 + [8, 8, 4]
+    assert plain.sizes == [8] * 3 + [2] + [8, 8, 4]
 
 
 def test_without_an_image_collator_the_processor_makes_one(tmp_path):
@@ -139,5 +139,6 @@ def test_batch_counts_of_batchnorm_reach_the_saved_model(tmp_path):
     ],
 )
 def test_images_of_another_shape_are_refused_before_training(tmp_path, model, processor, message):
+    run = FederatedTrainer(model(), tiny_args(tmp_path), tiny_image_federation(), processing_class=processor)
     with pytest.raises(ValueError, match=message):
-        FederatedTrainer(model(), tiny_args(tmp_path), tiny_image_federation(), processing_class=processor)
+        run.train()
