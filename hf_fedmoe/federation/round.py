@@ -110,6 +110,7 @@ class Federation:
             server's if left out.
         client_sizes (`Sequence[int]`): Examples of each client, by which processes share a round's clients out.
         processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
+        client_name (`Callable`, *optional*): From a client's number to its name in messages; the number if left out.
         parallelism (`str`, *optional*, defaults to `"clients"`): What processes share out: `"clients"`, `"sums"` (the
             same, but that each adds its uploads up as they come, and only the sums are exchanged) or `"data"` (the
             batches of each client).
@@ -131,6 +132,7 @@ class Federation:
     client_sizes: Sequence[int] = field(kw_only=True)
     processes: Processes = field(kw_only=True, default_factory=Processes)
     parallelism: str = field(kw_only=True, default="clients")
+    client_name: Callable[[int], str] = field(kw_only=True, default=str)
 
     def __post_init__(self) -> None:
         # Whether uploads stay in the process that trained them: added up as they come, or one by one.
@@ -176,10 +178,14 @@ class Federation:
             if reply.fault is not None:
                 report.refused[client] = reply.fault
                 if serves:
-                    logger.warning(f"Round {round_index + 1} goes on without client {client}: {reply.fault}.")
+                    logger.warning(
+                        f"Round {round_index + 1} goes on without client {self.client_name(client)}: {reply.fault}."
+                    )
         places = [place for place, reply in enumerate(replies) if reply.fault is None]
         if not places:
-            reasons = "; ".join(f"client {client}: {fault}" for client, fault in report.refused.items())
+            reasons = "; ".join(
+                f"client {self.client_name(client)}: {fault}" for client, fault in report.refused.items()
+            )
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {reasons}")
         num_examples = [replies[place].num_examples for place in places]
         if self.sums:
@@ -357,7 +363,10 @@ class Federation:
             tasks = [self.task(client, round_index, out_P) for client, out_P in rows.items()]
             payloads = self.local_trainer.train_at_once(tasks)
         except Exception as error:  # each is trained by itself, where only those fail that have to
-            logger.warning(f"Clients {list(rows)} cannot be trained at once and are trained alone.", exc_info=error)
+            logger.warning(
+                f"Clients {', '.join(map(self.client_name, rows))} cannot be trained at once and are trained alone.",
+                exc_info=error,
+            )
             return {}
         return {task.client: (task, payload) for task, payload in zip(tasks, payloads, strict=True)}
 
@@ -382,7 +391,7 @@ class Federation:
             reply.fault = str(error)
         except Exception as error:  # whatever breaks on one client must not break the federation
             reply.fault = f"{type(error).__name__}: {error}"
-            logger.warning(f"Client {client} failed in round {round_index + 1}.", exc_info=error)
+            logger.warning(f"Client {self.client_name(client)} failed in round {round_index + 1}.", exc_info=error)
         if task is not None:
             reply.received_bytes = task.received_bytes
         if reply.fault is None:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
+from ..data.labels import labels_for_collators
 from ..models import FedMoEPreTrainedModel
 from ..strategies import Strategy, has_own_loss
 from .deepspeed_config import check_deepspeed
@@ -150,7 +151,7 @@ def check_images(client_model: PreTrainedModel, data: FederatedDataset, collate:
     """
     if client_model.main_input_name != "pixel_values":
         return
-    images = collate([data.client(0)[0]])["pixel_values"]
+    images = collate([labels_for_collators(data.client(0), data.label_column)[0]])["pixel_values"]
     training = client_model.training
     try:
         client_model.eval()(pixel_values=images.to(client_model.device, client_model.dtype))

@@ -1,6 +1,5 @@
 """The face that Hugging Face users know: a `Trainer` whose steps are rounds."""
 
-import inspect
 import json
 import time
 from collections.abc import Callable
@@ -52,15 +51,17 @@ from ..federation import (
     seed_of,
     take_step,
 )
-from ..models import AdapterExpert, FedMoEPreTrainedModel
+from ..models import FedMoEPreTrainedModel
 from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, base_fingerprint, check_adapters, freeze_lora_a
 from .checks import check_images, check_run
 from .client_evaluation import ClientEvaluation
+from .columns import ModelColumns, check_batch_has_labels
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
+from .label_names import settle_label_names
 from .metrics import classification_metrics
 from .run_facts import run_facts
 from .run_identity import run_identity
@@ -71,7 +72,7 @@ from .several_processes import SeveralProcesses
 CLIENTS_FOLDER = "_clients"
 
 
-class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
+class FederatedTrainer(ClientEvaluation, ModelColumns, SeveralProcesses, Trainer):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -84,7 +85,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         args ([`FederatedTrainingArguments`]):
             What clients and server do.
         train_dataset ([`~data.FederatedDataset`]):
-            Clients and reserved set, tokenised.
+            Clients and reserved set, tokenised. Its `label_column` reaches collators as `label`; its names of classes
+            go into a `model` that has none, and must not contradict the model's.
         strategy ([`~strategies.Strategy`], *optional*, defaults to [`~strategies.FedAvg`]):
             The federated method.
         eval_dataset (`datasets.Dataset`, *optional*):
@@ -132,6 +134,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         if train_dataset is not None:
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
+            settle_label_names(model, train_dataset)
             check_images(self.strategy.server_models(model)[0], train_dataset, self.train_data_collator)
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
@@ -271,6 +274,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             num_examples=int(data.client_sizes.sum()),
         )
         pool = self._columns_of_clients()
+        check_batch_has_labels(pool, self.train_data_collator, data.label_column)
         reserved = None
         if self.strategy.needs_reserved_set():
             reserved = ReservedSet(
@@ -327,6 +331,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
             parallelism=args.client_parallelism,
+            client_name=data.client_name,
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
@@ -335,11 +340,6 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         if self.args.lora_fusion == "ffa":
             freeze_lora_a(modules)
         return modules, StateLayout.of(modules[0], lora_products=self.args.lora_fusion == "svd")
-
-    def _columns_of_clients(self) -> datasets.Dataset:
-        """The pool without the columns that the client model does not take."""
-        self._set_signature_columns_if_needed()
-        return self._remove_unused_columns(self.federated_dataset.pool, "client")
 
     def _make_optimizer(self, worker: nn.Module) -> torch.optim.Optimizer:
         self.optimizer = None
@@ -360,15 +360,6 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             factors = [function(round_index) for function in scheduler.lr_lambdas]
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, f=f: f for f in factors])
         return scheduler
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """The columns that the *client* model takes; a mixture passes them on."""
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            expert = self.strategy.server_models(self.model)[0]
-            if expert is not self.model:
-                client_model = expert.base if isinstance(expert, AdapterExpert) else expert
-                self._signature_columns += list(inspect.signature(client_model.forward).parameters)
 
     # Checkpoints
 
