@@ -55,7 +55,8 @@ def run_readme(rounds: int) -> dict:
         expert_logits = mixture(**inputs, output_expert_logits=True).expert_logits
         torch.testing.assert_close(of_adapters["first"].eval()(**inputs).logits, expert_logits[:, 1])
     assert Path("runs/example/model/README.md").read_text().startswith("---\nlibrary_name: transformers")
-    assert run(own_clients)["data"].num_clients == 2
+    data = run(own_clients)["data"]
+    assert data.client_names == ["north", "south"] and data.label_names == ["negative", "neutral", "positive"]
     return names
 
 

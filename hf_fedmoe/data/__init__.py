@@ -9,7 +9,7 @@ from .characters import (
     next_character_windows,
 )
 from .client_tests import hold_out_client_tests
-from .federated_dataset import FederatedDataset, Partitioner
+from .federated_dataset import FederatedDataset
 from .fingerprint import rows_fingerprint
 from .images import (
     AUGMENTATIONS,
@@ -21,7 +21,18 @@ from .images import (
     random_resized_crop,
 )
 from .label_group_partitions import pachinko
-from .partitions import dirichlet, hold_out, hold_out_ids, hold_out_predominant, iid, natural, predominant, shards
+from .partitioner import Partitioner
+from .partitions import (
+    dirichlet,
+    hold_out,
+    hold_out_ids,
+    hold_out_predominant,
+    iid,
+    natural,
+    natural_by_name,
+    predominant,
+    shards,
+)
 from .reserved_set import ReservedSet
 from .sources import load_rows, load_source
 from .synthetic_mixture import SyntheticMixture, synthetic_mixture
@@ -50,6 +61,7 @@ __all__ = [
     "load_rows",
     "load_source",
     "natural",
+    "natural_by_name",
     "next_character_windows",
     "pachinko",
     "predominant",

@@ -14,7 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from torch import Tensor
 
-from .split_checks import column_as_numpy
+from .labels import column_as_numpy
 
 
 # The 100 printable characters of ASCII; a character's number is its place here.

@@ -15,7 +15,7 @@ def hold_out_client_tests(
     part in no round.
 
     The clients that stay are numbered anew in their old order, 0 to M - 1; the unseen ones follow them. Server-side
-    splits stay as they are.
+    splits and the names of clients stay as they are.
 
     Args:
         data ([`FederatedDataset`]): Its clients' rows are divided, uniformly at random.
@@ -48,8 +48,8 @@ def hold_out_client_tests(
     for client, rows in enumerate(data.client_indices):
         if len(rows) < 2:
             raise ValueError(
-                f"Client {client} has {len(rows)} row, too few to divide into training and test: partition with "
-                "`min_size=2` or more."
+                f"Client {data.client_name(client)} has {len(rows)} row, too few to divide into training and test: "
+                "partition with `min_size=2` or more."
             )
         count = min(len(rows) - 1, max(1, round(test_share * len(rows))))
         order = np.random.default_rng((seed, client)).permutation(rows)
@@ -61,4 +61,6 @@ def hold_out_client_tests(
     result.client_indices = [train[client] for client in seen]
     result.unseen_indices = [train[client] for client in sorted(unseen)]
     result.client_test_indices = [test[client] for client in [*seen, *sorted(unseen)]]
+    if data.given_client_names is not None:
+        result.given_client_names = [data.given_client_names[client] for client in [*seen, *sorted(unseen)]]
     return result

@@ -2,35 +2,26 @@
 
 import copy
 import hashlib
+import operator
 import os
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, concatenate_datasets
+from datasets import ClassLabel, Dataset
 
-from .label_distribution import MAX_TABLE_CLIENTS, count_labels, label_table, plot_labels
-from .partitions import hold_out, hold_out_predominant
-from .split_checks import (
-    check_indices,
-    check_label_column,
-    check_label_range,
-    check_same_features,
-    read_labels,
-    warn_equal_rows,
-)
+from .client_names import check_client_names, names_and_parts, place_of_name
+from .common_features import check_clients, check_dataset, one_table
+from .label_distribution import MAX_TABLE_CLIENTS, clients_table, count_labels, plot_labels
+from .label_maps import with_label_map, with_one_label_map
+from .labels import check_label_column, check_label_range, holds_names, read_labels, resolve_classes
+from .partitioner import Partitioner
+from .server_splits import hold_out_splits
+from .split_checks import check_indices, warn_classes, warn_equal_rows
 
 
-class Partitioner(Protocol):
-    """What [`FederatedDataset.from_partitioner`] needs of a partitioner; those of `flwr_datasets` have it."""
-
-    dataset: Dataset
-
-    @property
-    def num_partitions(self) -> int: ...
-
-    def load_partition(self, partition_id: int) -> Dataset: ...
+# Rows of each client, by its name if it has one.
+Partition = Sequence[np.ndarray] | Mapping[str, np.ndarray]
 
 
 class FederatedDataset:
@@ -44,16 +35,18 @@ class FederatedDataset:
 
     Args:
         pool (`datasets.Dataset`): All rows.
-        client_indices (`Sequence[np.ndarray]`): Rows of each of the M clients.
+        client_indices (`Sequence[np.ndarray]` or `Mapping[str, np.ndarray]`): Rows of each of the M clients, by their
+            names if they have some.
         reserved (`np.ndarray`, *optional*): Rows of the server's reserved set, on which the gate is fitted.
         validation (`np.ndarray`, *optional*): Rows for choosing between checkpoints.
         test (`np.ndarray` or `datasets.Dataset`, *optional*): Rows of the pool, or a dataset of its own with the same
-            label column.
-        label_column (`str`, *optional*, defaults to `"label"`): Column of integer labels from 0.
-        num_labels (`int`, *optional*): Number of classes C. By default that of the column's `ClassLabel` feature, or
-            else the largest label plus one.
-        unseen_clients (`Sequence[np.ndarray]`, *optional*): Rows of U further clients that take part in no round.
-            They have the numbers M to M + U - 1.
+            label column. Names of its classes are matched with the pool's.
+        label_column (`str`, *optional*, defaults to `"label"`): Column of labels: a `datasets.ClassLabel`, integers
+            from 0, or strings or booleans, which become a `ClassLabel` in sorted order.
+        num_labels (`int`, *optional*): Number of classes C. By default that of the `ClassLabel`, or else the largest
+            label plus one.
+        unseen_clients (`Sequence[np.ndarray]` or `Mapping[str, np.ndarray]`, *optional*): Rows of U further clients
+            that take part in no round. They have the numbers M to M + U - 1.
         client_tests (`Sequence[np.ndarray]`, *optional*): Test rows of each of the M + U clients, see
             [`hold_out_client_tests`].
 
@@ -65,75 +58,83 @@ class FederatedDataset:
         split_indices (`dict[str, np.ndarray]`): Rows of `"reserved"`, `"validation"`, `"test"`, as far as they are
             rows of the pool.
         num_clients (`int`), num_labels (`int`), label_names (`list[str]`), label_column (`str`)
+        has_label_names (`bool`): Whether the data names its classes; `label_names` are their numbers otherwise.
+        given_client_names (`list[str]`, *optional*): Names of the M + U clients, `None` where none were given.
 
     Raises:
-        ValueError: When there are no clients, an empty client or split, rows in two splits, a missing label column, or
-            labels that are not integers in `[0, num_labels)`.
+        ValueError: When there are no clients, an empty client or split, rows in two splits, a missing label column,
+            labels that are not integers in `[0, num_labels)`, integers that do not count from 0 (stars from 1 to 5)
+            with no `num_labels`, or two clients of one name.
 
     Warns:
-        UserWarning: When the reserved set lacks a class, or a separate test set repeats rows of the pool.
+        UserWarning: When a class has no row, the reserved set lacks one, only validation or test have one, or a
+            separate test set repeats rows of the pool.
     """
 
     def __init__(
         self,
         pool: Dataset,
-        client_indices: Sequence[np.ndarray],
+        client_indices: Partition,
         reserved: np.ndarray | None = None,
         validation: np.ndarray | None = None,
         test: np.ndarray | Dataset | None = None,
         label_column: str = "label",
         num_labels: int | None = None,
-        unseen_clients: Sequence[np.ndarray] = (),
+        unseen_clients: Partition = (),
         client_tests: Sequence[np.ndarray] = (),
     ):
+        check_dataset(pool, "pool")
         if len(client_indices) == 0:
             raise ValueError("client_indices is empty: there are no clients. Give at least one array of rows.")
-        together = len(client_indices) + len(unseen_clients)
+        client_names, clients = names_and_parts(client_indices)
+        unseen_names, unseen = names_and_parts(unseen_clients, start=len(clients))
+        together = len(clients) + len(unseen)
         if len(client_tests) not in (0, together):
             raise ValueError(
                 f"client_tests has {len(client_tests)} entries for {together} clients, unseen ones included: give one "
                 "array of test rows for each."
             )
-        check_label_column(pool, label_column, "pool")
-        named = {f"client {i}": rows for i, rows in enumerate(client_indices)}
-        given = {"reserved": reserved, "validation": validation, "test": None if isinstance(test, Dataset) else test}
+        names = check_client_names([*client_names, *unseen_names])
+        named = {f"client {name}": rows for name, rows in zip(client_names, clients, strict=True)}
+        own_test = {"test": test} if isinstance(test, Dataset) else {}
+        given = {"reserved": reserved, "validation": validation, "test": None if own_test else test}
         named |= {name: rows for name, rows in given.items() if rows is not None}
-        named |= {f"unseen client {i}": rows for i, rows in enumerate(unseen_clients, len(client_indices))}
-        named |= {f"test of client {i}": rows for i, rows in enumerate(client_tests)}
+        named |= {f"unseen client {name}": rows for name, rows in zip(unseen_names, unseen, strict=True)}
+        named |= {f"test of client {name}": rows for name, rows in zip(names, client_tests, strict=False)}
         arrays = check_indices(named, len(pool))
+        if own_test:
+            check_dataset(test, "test")
+        labelled = with_one_label_map({"pool": pool}, own_test, label_column)
 
-        self.pool = pool
-        self.client_indices = [arrays[f"client {i}"] for i in range(len(client_indices))]
+        self.pool = labelled["pool"]
+        self.client_indices = [arrays[f"client {name}"] for name in client_names]
         self.split_indices = {name: arrays[name] for name in given if name in arrays}
-        self.unseen_indices = [arrays[f"unseen client {i}"] for i in range(len(client_indices), together)]
-        self.client_test_indices = [arrays[f"test of client {i}"] for i in range(len(client_tests))]
+        self.unseen_indices = [arrays[f"unseen client {name}"] for name in unseen_names]
+        self.client_test_indices = [arrays[f"test of client {name}"] for name in names[: len(client_tests)]]
+        have_names = isinstance(client_indices, Mapping) or isinstance(unseen_clients, Mapping)
+        self.given_client_names = names if have_names else None
         self.label_column = label_column
-        self._test = test if isinstance(test, Dataset) else None
-        self._labels = read_labels(pool, label_column, "pool")
-        self._test_labels = None
-        if self._test is not None:
-            if len(self._test) == 0:
-                raise ValueError("test has no rows. Leave it out, or give a dataset with rows.")
-            check_label_column(self._test, label_column, "test")
-            check_same_features(
-                pool.select_columns([label_column]), self._test.select_columns([label_column]), "the pool", "test"
-            )
-            self._test_labels = read_labels(self._test, label_column, "test")
+        self._test = labelled.get("test")
+        every = {name: read_labels(dataset, label_column, name) for name, dataset in labelled.items()}
+        self._labels, self._test_labels = every["pool"], every.get("test")
 
-        self.num_labels, self.label_names = self._resolve_labels(num_labels)
-        check_label_range(self._labels, self.num_labels, label_column, "pool")
-        if self._test_labels is not None:
-            check_label_range(self._test_labels, self.num_labels, label_column, "test")
-            clients = pool.select(np.concatenate(self.client_indices))
-            parts = {"clients": clients, **{name: pool.select(rows) for name, rows in self.split_indices.items()}}
-            warn_equal_rows({**parts, "test": self._test}, label_column, against="test")
-        self._warn_missing_classes()
+        feature = self.pool.features[label_column]
+        self.has_label_names = isinstance(feature, ClassLabel)
+        self.num_labels, self.label_names = resolve_classes(feature, every, num_labels, label_column)
+        for name, labels in every.items():
+            check_label_range(labels, self.num_labels, label_column, name)
+        if self._test is not None:
+            rows = pool.select(np.concatenate(self.client_indices))
+            splits = {"clients": rows, **{name: pool.select(rows) for name, rows in self.split_indices.items()}}
+            warn_equal_rows({**splits, "test": self._test}, label_column, against="test")
+        trained = self._labels[np.concatenate(self.client_indices)]
+        warn_classes(trained, self._labels_of_splits(), self.label_names)
 
     @classmethod
     def split(
         cls,
         dataset: Dataset,
-        partition: Callable[[Dataset], Sequence[np.ndarray]],
+        partition: Callable[[Dataset], Partition],
         reserved_size: int | float = 0,
         validation_size: int | float = 0,
         test: Dataset | int | float | None = None,
@@ -148,17 +149,18 @@ class FederatedDataset:
 
         Args:
             dataset (`datasets.Dataset`): All rows.
-            partition (`Callable[[Dataset], Sequence[np.ndarray]]`): Called with the remaining rows; returns indices
-                into them, for example `lambda rows: dirichlet(rows["label"], num_clients=10, alpha=0.3)`. Rows that it
-                gives to nobody are dropped.
+            partition (`Callable[[Dataset], Sequence[np.ndarray] | Mapping[str, np.ndarray]]`): Called with the
+                remaining rows; returns indices into them, for example
+                `lambda rows: dirichlet(rows["label"], num_clients=10, alpha=0.3)`, by the names of the clients if
+                they have some ([`natural_by_name`]). Rows that it gives to nobody are dropped.
             reserved_size (`int` or `float`, *optional*, defaults to 0): Rows of the reserved set, or their share of
                 `dataset`.
             validation_size (`int` or `float`, *optional*, defaults to 0): The same for validation.
             test (`Dataset`, `int` or `float`, *optional*): A test set of its own, or how much of `dataset` to hold out
                 for it.
             seed (`int`, *optional*, defaults to 0): Seed of the hold-outs. The partition has its own.
-            label_column (`str`, *optional*, defaults to `"label"`): Column of integer labels.
-            num_labels (`int`, *optional*): Number of classes, when the column is no `ClassLabel`.
+            label_column (`str`, *optional*, defaults to `"label"`): Column of labels.
+            num_labels (`int`, *optional*): Number of classes, when the column holds integers without names.
             stratify (`bool`, *optional*, defaults to `True`): Whether held-out splits keep the proportions of classes,
                 with at least one row of each class where their size allows. `False` draws uniformly from all rows.
             reserved_share (`float`, *optional*): Share of one class, drawn at random, in the reserved set, whatever
@@ -167,29 +169,21 @@ class FederatedDataset:
         Returns:
             [`FederatedDataset`]: With `pool` the rows of `dataset` that somebody has, in their order there.
         """
-        labels = read_labels(dataset, label_column, "dataset") if len(dataset) else np.zeros(0, dtype=np.int64)
-        test_size = 0 if test is None or isinstance(test, Dataset) else test
-        rng = np.random.default_rng(seed)
-        remaining = np.arange(len(dataset))
-        held = {}
-        for name, size in (("reserved", reserved_size), ("validation", validation_size), ("test", test_size)):
-            if size < 0 or (isinstance(size, float) and size >= 1):
-                raise ValueError(f"The {name} size is {size}, but must be a number of rows or a share in [0, 1).")
-            count = round(size * len(dataset)) if isinstance(size, float) else size
-            if count >= len(remaining):
-                raise ValueError(
-                    f"The {name} size is {count}, but only {len(remaining)} of {len(dataset)} rows remain, and "
-                    "clients need some. Lower it."
-                )
-            if count:
-                if name == "reserved" and reserved_share is not None:
-                    rows, rest = hold_out_predominant(labels[remaining], count, reserved_share, rng)
-                else:
-                    rows, rest = hold_out(labels[remaining], count, rng, stratify)
-                held[name], remaining = remaining[rows], remaining[rest]
-        parts = partition(dataset.select(remaining))
-        parts = check_indices({f"client {i}": rows for i, rows in enumerate(parts)}, len(remaining))
-        clients = [remaining[rows] for rows in parts.values()]
+        check_dataset(dataset, "dataset")
+        own_test = {"test": test} if isinstance(test, Dataset) else {}
+        labelled = with_one_label_map({"dataset": dataset}, own_test, label_column)
+        dataset = labelled["dataset"]
+        labels = {name: read_labels(labelled[name], label_column, name) for name in labelled}
+        # Of all rows, those included that the partition will give to nobody.
+        num_labels, _ = resolve_classes(dataset.features[label_column], labels, num_labels, label_column)
+        sizes = {"reserved": reserved_size, "validation": validation_size}
+        if not own_test and test is not None:
+            sizes["test"] = test
+        held, remaining = hold_out_splits(labels["dataset"], sizes, seed, stratify, reserved_share)
+        returned = partition(dataset.select(remaining))
+        names, parts = names_and_parts(returned)
+        named = {f"client {name}": rows for name, rows in zip(names, parts, strict=True)}
+        clients = [remaining[rows] for rows in check_indices(named, len(remaining)).values()]
         if not clients:
             raise ValueError(
                 "partition returned no clients. It must return a list with one array of rows for each client."
@@ -201,14 +195,16 @@ class FederatedDataset:
             dataset = dataset.select(used)
             clients = [np.searchsorted(used, rows) for rows in clients]
             held = {name: np.searchsorted(used, rows) for name, rows in held.items()}
-        if isinstance(test, Dataset):
-            held["test"] = test
+        if own_test:
+            held["test"] = labelled["test"]
+        if isinstance(returned, Mapping):
+            clients = dict(zip(names, clients, strict=True))
         return cls(dataset, clients, **held, label_column=label_column, num_labels=num_labels)
 
     @classmethod
     def from_clients(
         cls,
-        clients: Sequence[Dataset],
+        clients: Sequence[Dataset] | Mapping[str, Dataset],
         reserved: Dataset | None = None,
         validation: Dataset | None = None,
         test: Dataset | None = None,
@@ -216,45 +212,50 @@ class FederatedDataset:
         num_labels: int | None = None,
     ) -> "FederatedDataset":
         """
-        Takes clients as they are, one dataset each. The pool is their concatenation, which copies no rows.
+        Takes clients as they are, one dataset each. The pool is their concatenation, which copies no rows but those
+        of datasets whose labels are renumbered or whose columns are cast.
+
+        Classes are the same when their names are: where label maps differ in order or coverage, or labels are strings,
+        all get one map. It is that of the clients if one has all names, and else sorted. Integers without names are
+        left as they are. Types of columns that differ in width only are cast to the widest.
 
         Args:
-            clients (`Sequence[datasets.Dataset]`): M datasets with the same columns, types and label map.
+            clients (`Sequence[datasets.Dataset]` or `Mapping[str, datasets.Dataset]`): M datasets with the same
+                columns, by their names if they have some.
             reserved (`datasets.Dataset`, *optional*): The server's reserved set, with the same columns.
             validation (`datasets.Dataset`, *optional*): Validation set, with the same columns.
-            test (`datasets.Dataset`, *optional*): Test set; only its label column must agree.
-            label_column (`str`, *optional*, defaults to `"label"`): Column of integer labels.
-            num_labels (`int`, *optional*): Number of classes, when the column is no `ClassLabel`.
+            test (`datasets.Dataset`, *optional*): Test set; only its labels must agree.
+            label_column (`str`, *optional*, defaults to `"label"`): Column of labels.
+            num_labels (`int`, *optional*): Number of classes, when the column holds integers without names.
 
         Returns:
             [`FederatedDataset`]
 
         Raises:
-            ValueError: When there are no clients, one is empty, or features differ.
+            ValueError: When there are no clients, one is empty or no `Dataset`, columns or their types differ, or some
+                have names of classes and others have not.
 
         Warns:
             UserWarning: When clients, reserved, validation and test have rows of equal content.
         """
-        if len(clients) == 0:
-            raise ValueError("clients is empty: there are no clients. Give at least one dataset.")
-        named = {f"client {i}": dataset for i, dataset in enumerate(clients)}
-        named |= {
-            name: data for name, data in (("reserved", reserved), ("validation", validation)) if data is not None
-        }
-        for name, dataset in named.items():
-            if len(dataset) == 0:
-                raise ValueError(f"{name} has no rows. Leave it out.")
-            check_label_column(dataset, label_column, name)
-            check_same_features(clients[0], dataset, "client 0", name)
-
-        pool = concatenate_datasets(list(named.values()))
-        ends = np.cumsum([len(dataset) for dataset in named.values()])
-        rows = dict(zip(named, np.split(np.arange(len(pool)), ends[:-1]), strict=True))
+        names, parts = names_and_parts(check_clients(clients))
+        by_name = {f"client {name}": dataset for name, dataset in zip(names, parts, strict=True)}
+        given = {"reserved": reserved, "validation": validation, "test": test}
+        given = {name: dataset for name, dataset in given.items() if dataset is not None}
+        for name, dataset in {**by_name, **given}.items():
+            check_dataset(dataset, name)
+        labelled = with_one_label_map(by_name, given, label_column)
+        test = labelled.pop("test", None)
+        pool, rows = one_table(labelled)
         server = {name: rows[name] for name in ("reserved", "validation") if name in rows}
         if server:
-            client_rows = pool.select(range(sum(len(dataset) for dataset in clients)))
-            warn_equal_rows({"clients": client_rows, **{name: named[name] for name in server}}, label_column)
-        client_indices = [rows[f"client {i}"] for i in range(len(clients))]
+            client_rows = pool.select(range(sum(len(dataset) for dataset in parts)))
+            warn_equal_rows(
+                {"clients": client_rows, **{name: pool.select(held) for name, held in server.items()}}, label_column
+            )
+        client_indices = {name: rows[f"client {name}"] for name in names}
+        if not isinstance(clients, Mapping):
+            client_indices = list(client_indices.values())
         return cls(pool, client_indices, **server, test=test, label_column=label_column, num_labels=num_labels)
 
     @classmethod
@@ -266,6 +267,7 @@ class FederatedDataset:
         test: Dataset | None = None,
         label_column: str = "label",
         num_labels: int | None = None,
+        client_names: Iterable[str] | None = None,
     ) -> "FederatedDataset":
         """
         Takes clients from a Flower partitioner, or any object with `dataset`, `num_partitions`, `load_partition(i)`.
@@ -276,17 +278,52 @@ class FederatedDataset:
         Args:
             partitioner ([`Partitioner`]): With its `dataset` set.
             reserved, validation, test, label_column, num_labels: See [`~FederatedDataset.from_clients`].
+            client_names (`Iterable[str]`, *optional*): Names of the partitions in their order, for example
+                `partitioner.partition_id_to_natural_id.values()` of Flower's `NaturalIdPartitioner`.
 
         Returns:
             [`FederatedDataset`]
         """
         clients = [partitioner.load_partition(i) for i in range(partitioner.num_partitions)]
+        if client_names is not None:
+            names = check_client_names(client_names)
+            if len(names) != len(clients):
+                raise ValueError(f"client_names has {len(names)} names for {len(clients)} partitions: name each.")
+            clients = dict(zip(names, clients, strict=True))
         return cls.from_clients(clients, reserved, validation, test, label_column, num_labels)
 
     @property
     def num_clients(self) -> int:
         """Number of clients M."""
         return len(self.client_indices)
+
+    @property
+    def client_names(self) -> list[str]:
+        """Names of the M + U clients, unseen ones last: those given, or else their numbers."""
+        count = self.num_clients + len(self.unseen_indices)
+        return [str(client) for client in range(count)] if self.given_client_names is None else self.given_client_names
+
+    def client_name(self, client: int) -> str:
+        """The name of a client, which is its number where no names were given."""
+        return str(client) if self.given_client_names is None else self.given_client_names[client]
+
+    def client_number(self, client: int | str) -> int:
+        """
+        The number of a client.
+
+        Args:
+            client (`int` or `str`): Its number, from 0 to `num_clients - 1` and then the unseen clients, or its name.
+
+        Raises:
+            IndexError: When there is no client of this number.
+            KeyError: When there is none of this name.
+        """
+        if isinstance(client, str):
+            return place_of_name(client, self.client_names)
+        count = self.num_clients + len(self.unseen_indices)
+        if not 0 <= client < count:
+            raise IndexError(f"client {client} does not exist: there are {count} clients, 0 to {count - 1}.")
+        return operator.index(client)
 
     @property
     def client_sizes(self) -> np.ndarray:
@@ -308,29 +345,19 @@ class FederatedDataset:
         """The test set, or `None`."""
         return self._select("test") if self._test is None else self._test
 
-    def client(self, index: int) -> Dataset:
-        """
-        The rows of one client, as a view of the pool.
+    def client(self, client: int | str) -> Dataset:
+        """The rows of one client, given by number or name, as a view of the pool."""
+        return self.pool.select(self.client_rows(client))
 
-        Args:
-            index (`int`): From 0 to `num_clients - 1`, then the unseen clients.
-        """
-        return self.pool.select(self.client_rows(index))
-
-    def client_rows(self, index: int) -> np.ndarray:
+    def client_rows(self, client: int | str) -> np.ndarray:
         """The rows of the pool that a client, seen or unseen, trains on."""
-        count = self.num_clients + len(self.unseen_indices)
-        if not 0 <= index < count:
-            raise IndexError(f"client {index} does not exist: there are {count} clients, 0 to {count - 1}.")
-        unseen = index - self.num_clients
-        return self.client_indices[index] if unseen < 0 else self.unseen_indices[unseen]
+        number = self.client_number(client)
+        unseen = number - self.num_clients
+        return self.client_indices[number] if unseen < 0 else self.unseen_indices[unseen]
 
-    def client_test(self, index: int) -> Dataset:
+    def client_test(self, client: int | str) -> Dataset:
         """
-        The test rows of one client, as a view of the pool.
-
-        Args:
-            index (`int`): From 0 to `num_clients - 1`, then the unseen clients.
+        The test rows of one client, given by number or name, as a view of the pool.
 
         Raises:
             ValueError: When clients have no test rows.
@@ -340,8 +367,25 @@ class FederatedDataset:
                 "client_tests is empty: clients have no test rows of their own. Hold some out, "
                 "`hold_out_client_tests(data, test_share=0.2)`."
             )
-        self.client_rows(index)
-        return self.pool.select(self.client_test_indices[index])
+        return self.pool.select(self.client_test_indices[self.client_number(client)])
+
+    def align_labels(self, dataset: Dataset, name: str) -> Dataset:
+        """
+        Numbers the labels of another dataset as those of the clients, by the names of the classes.
+
+        Args:
+            dataset (`datasets.Dataset`): Returned as it is when its labels are integers without names, or those of the
+                clients are.
+            name (`str`): Name of the dataset in messages.
+
+        Raises:
+            ValueError: When the label column is missing or has a class that the clients' data do not have.
+        """
+        check_label_column(dataset, self.label_column, name)
+        feature = dataset.features[self.label_column]
+        if not holds_names(feature) or (isinstance(feature, ClassLabel) and not self.has_label_names):
+            return dataset
+        return with_label_map(dataset, self.label_column, self.label_names, name)
 
     def map(self, function: Callable, **kwargs: Any) -> "FederatedDataset":
         """
@@ -374,18 +418,8 @@ class FederatedDataset:
         Returns:
             `str`: Several lines.
         """
-        shown = min(self.num_clients, MAX_TABLE_CLIENTS)
-        counts_MC = self.label_counts()
-        names = [f"client {i}" for i in range(shown)] + ["all clients"]
-        rows = [*counts_MC[:shown], counts_MC.sum(axis=0)]
-        for name in ("reserved", "validation", "test"):
-            labels = self._split_labels(name)
-            if labels is not None:
-                names.append(name)
-                rows.append(np.bincount(labels, minlength=self.num_labels))
-        table = label_table(names, np.stack(rows), self.label_names).splitlines()
-        if shown < self.num_clients:
-            table.insert(1 + shown, f"... and {self.num_clients - shown} more clients")
+        shown = [f"client {self.client_name(i)}" for i in range(min(self.num_clients, MAX_TABLE_CLIENTS))]
+        table = clients_table(shown, self.label_counts(), self._labels_of_splits(), self.label_names)
         sizes = self.client_sizes
         title = (
             f"{self.num_clients} clients with {sizes.sum()} rows ({sizes.min()} to {sizes.max()} each), "
@@ -395,16 +429,16 @@ class FederatedDataset:
             title += f"; {sum(map(len, self.client_test_indices))} test rows of the clients' own"
         if self.unseen_indices:
             title += f"; {len(self.unseen_indices)} unseen clients"
-        return "\n".join([title, *table])
+        return f"{title}\n{table}"
 
     def plot(self, path: str | os.PathLike) -> None:
         """
-        Writes a picture of the clients: one bar each, stacked by class.
+        Writes a picture of the clients: one bar each, stacked by class, with their names if they have some.
 
         Args:
             path (`str` or `os.PathLike`): Image file; its suffix is the format.
         """
-        plot_labels(self.label_counts(), self.label_names, path)
+        plot_labels(self.label_counts(), self.label_names, path, self.given_client_names)
 
     def state_fingerprint(self) -> str:
         """
@@ -429,49 +463,17 @@ class FederatedDataset:
         return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
-        splits = [name for name in ("reserved", "validation", "test") if self._split_labels(name) is not None]
         return (
-            f"FederatedDataset(num_clients={self.num_clients}, num_labels={self.num_labels}, splits={splits}, "
-            f"pool={len(self.pool)} rows)"
+            f"FederatedDataset(num_clients={self.num_clients}, num_labels={self.num_labels}, "
+            f"splits={list(self._labels_of_splits())}, pool={len(self.pool)} rows)"
         )
 
     def _select(self, name: str) -> Dataset | None:
         return self.pool.select(self.split_indices[name]) if name in self.split_indices else None
 
-    def _split_labels(self, name: str) -> np.ndarray | None:
-        if name == "test" and self._test_labels is not None:
-            return self._test_labels
-        return self._labels[self.split_indices[name]] if name in self.split_indices else None
-
-    def _resolve_labels(self, num_labels: int | None) -> tuple[int, list[str]]:
-        feature = self.pool.features[self.label_column]
-        if isinstance(feature, ClassLabel):
-            if num_labels not in (None, feature.num_classes):
-                raise ValueError(
-                    f"num_labels is {num_labels}, but {self.label_column!r} has {feature.num_classes} classes: "
-                    f"{feature.names}. Leave num_labels out, or cast the column."
-                )
-            return feature.num_classes, list(feature.names)
-        if num_labels is None:
-            largest = (
-                self._labels.max() if self._test_labels is None else max(self._labels.max(), self._test_labels.max())
-            )
-            num_labels = int(largest) + 1
-        return num_labels, [str(label) for label in range(num_labels)]
-
-    def _warn_missing_classes(self) -> None:
-        labels = self._split_labels("reserved")
-        if labels is None:
-            return
-        missing = np.setdiff1d(np.arange(self.num_labels), labels)
-        if len(missing):
-            names = ", ".join(self.label_names[label] for label in missing)
-            warnings.warn(
-                f"The reserved set of {len(labels)} rows has no example of {len(missing)} of {self.num_labels} "
-                f"classes: {names}. The gate cannot learn whom to trust on them. Raise reserved_size, keep "
-                "stratify=True, or add examples of these classes.",
-                stacklevel=3,
-            )
+    def _labels_of_splits(self) -> dict[str, np.ndarray]:
+        own_test = {} if self._test_labels is None else {"test": self._test_labels}
+        return {name: self._labels[rows] for name, rows in self.split_indices.items()} | own_test
 
     def _map_split(self, dataset: Dataset, labels: np.ndarray, name: str, function: Callable, kwargs: dict) -> Dataset:
         mapped = dataset.map(function, **kwargs)

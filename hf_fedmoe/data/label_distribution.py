@@ -1,7 +1,7 @@
 """Who has how much of what: class counts of clients, as numbers, as text and as a plot."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -66,7 +66,35 @@ def label_table(names: Sequence[str], counts_MC: np.ndarray, label_names: Sequen
     )
 
 
-def plot_labels(counts_MC: np.ndarray, label_names: Sequence[str], path: str | os.PathLike) -> None:
+def clients_table(
+    shown: Sequence[str], counts_MC: np.ndarray, splits: Mapping[str, np.ndarray], label_names: Sequence[str]
+) -> str:
+    """
+    The table of [`label_table`] for the first clients, all clients and the server's splits.
+
+    Args:
+        shown (`Sequence[str]`): Names of the clients that have a row.
+        counts_MC (`np.ndarray`, shape `[M, C]`): Class counts of all clients.
+        splits (`Mapping[str, np.ndarray]`): Labels of each split.
+        label_names (`Sequence[str]`): C names of classes.
+
+    Returns:
+        `str`: Aligned text.
+    """
+    counts = [*counts_MC[: len(shown)], counts_MC.sum(axis=0)]
+    counts += [np.bincount(labels, minlength=len(label_names)) for labels in splits.values()]
+    table = label_table([*shown, "all clients", *splits], np.stack(counts), label_names).splitlines()
+    if len(shown) < len(counts_MC):
+        table.insert(1 + len(shown), f"... and {len(counts_MC) - len(shown)} more clients")
+    return "\n".join(table)
+
+
+def plot_labels(
+    counts_MC: np.ndarray,
+    label_names: Sequence[str],
+    path: str | os.PathLike,
+    client_names: Sequence[str] | None = None,
+) -> None:
     """
     Draws one bar for each client, stacked by class, and writes it as an image (format by the suffix of `path`).
 
@@ -74,6 +102,8 @@ def plot_labels(counts_MC: np.ndarray, label_names: Sequence[str], path: str | o
         counts_MC (`np.ndarray`, shape `[M, C]`): Class counts.
         label_names (`Sequence[str]`): C names of classes; a legend is drawn for up to twenty.
         path (`str` or `os.PathLike`): Where to write.
+        client_names (`Sequence[str]`, *optional*): At least M names of clients, which stand below the bars of up to
+            thirty; their numbers if left out.
     """
     # Imported here because it is slow; a Figure by itself leaves the user's backend and open figures alone.
     from matplotlib import colormaps
@@ -94,7 +124,12 @@ def plot_labels(counts_MC: np.ndarray, label_names: Sequence[str], path: str | o
         axes.bar(np.arange(num_clients), counts_M, bottom=bottom_M, width=0.9, color=colors[label], label=name)
         bottom_M += counts_M
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.6, num_clients - 0.4))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    if client_names is None or num_clients > MAX_TABLE_CLIENTS:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        axes.set_xticks(np.arange(num_clients), client_names[:num_clients], rotation=45, ha="right")
+        for label in axes.get_xticklabels():
+            label.set_parse_math(False)
     if num_classes <= MAX_LEGEND_CLASSES:
         figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path)

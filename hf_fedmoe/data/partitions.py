@@ -193,6 +193,19 @@ def natural(
     return _keep_at_most(clients, max_size, rng)
 
 
+def natural_by_name(
+    ids: Sequence | np.ndarray, seed: int = 0, min_size: int = 1, max_size: int | None = None
+) -> dict[str, np.ndarray]:
+    """
+    Divides as [`natural`], one client for each id, and names clients by their ids.
+
+    Returns:
+        `dict[str, np.ndarray]`: Sorted index arrays by id.
+    """
+    ids = ids[:]
+    return {str(ids[rows[0]]): rows for rows in natural(ids, None, seed, min_size, max_size)}
+
+
 def shards(
     labels: Sequence[int] | np.ndarray, num_clients: int, shards_per_client: int = 2, seed: int = 0
 ) -> list[np.ndarray]:

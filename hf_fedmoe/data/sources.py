@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
+from .label_maps import with_one_label_map
+from .labels import check_few_classes, column_as_numpy, holds_names
 from .partitions import hold_out
-from .split_checks import column_as_numpy
 
 
 DATA_FOLDER_VARIABLE = "HF_FEDMOE_DATA"
@@ -44,9 +45,9 @@ def load_source(
 
     Labels become a `ClassLabel` that counts from 0. Strings and booleans are class-encoded in sorted order. Integers
     that start at 1 (stars) are shifted down by one and keep their old values as names. Integers that start at 0 stay.
-    A column that is a `ClassLabel` already stays as it is. All other columns (user, department, ...) are kept, for
-    natural partitions. A dataset with a column of images is one of images, unless `text_column` is given, and needs no
-    text.
+    A column that is a `ClassLabel` already stays as it is; where those of the splits differ, they are merged by name.
+    All other columns (user, department, ...) are kept, for natural partitions. A dataset with a column of images is
+    one of images, unless `text_column` is given, and needs no text.
 
     Args:
         name (`str`): See above.
@@ -229,32 +230,24 @@ def _count_missing(dataset: Dataset, column: str) -> int:
 
 def _encode_labels(splits: dict[str, Dataset], name: str) -> dict[str, Dataset]:
     """Gives all splits one `ClassLabel` from the values of all of them."""
-    features = [dataset.features["label"] for dataset in splits.values()]
-    if all(isinstance(feature, ClassLabel) for feature in features):
-        if any(feature != features[0] for feature in features):
-            raise ValueError(
-                f"The splits of {name!r} have different label maps: {[feature.names for feature in features]}. Align "
-                "them."
-            )
-        return splits
+    if any(holds_names(dataset.features["label"]) for dataset in splits.values()):
+        return with_one_label_map(splits, {}, "label")
     labels = {split: column_as_numpy(dataset, "label") for split, dataset in splits.items()}
     every = np.concatenate(list(labels.values()))
     if np.issubdtype(every.dtype, np.floating) and (every == np.rint(every)).all():
         every = every.astype(np.int64)  # CSV readers give 5.0 for stars
-    if np.issubdtype(every.dtype, np.integer):
-        if every.min() not in (0, 1):
-            raise ValueError(
-                f"Integer labels of {name!r} go from {every.min()} to {every.max()}, but must start at 0 or 1. Map "
-                "them to 0..C-1, or remove rows without a label."
-            )
-        values = np.arange(every.min(), every.max() + 1)
-    elif np.issubdtype(every.dtype, np.floating):
+    if not np.issubdtype(every.dtype, np.integer):
+        what, values = f"of the type {splits['train'].features['label']}", every
+        if np.issubdtype(every.dtype, np.floating):
+            what, values = "numbers with fractions", every[every != np.rint(every)]
+        raise ValueError(f"Labels of {name!r} are {what}, for example {values[0]}. Need classes.")
+    if every.min() not in (0, 1):
         raise ValueError(
-            f"Labels of {name!r} are numbers with fractions, for example {every[every != np.rint(every)][0]}. Need "
-            "classes."
+            f"Integer labels of {name!r} go from {every.min()} to {every.max()}, but must start at 0 or 1. Map "
+            "them to 0..C-1, or remove rows without a label."
         )
-    else:
-        values = np.unique(every)
+    values = np.arange(every.min(), every.max() + 1)
+    check_few_classes(values, len(every), f"'label' of {name!r}")
     feature = ClassLabel(names=[str(value) for value in values])
     return {
         split: dataset.remove_columns("label").add_column(

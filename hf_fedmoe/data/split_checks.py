@@ -1,4 +1,4 @@
-"""Checks of a federated dataset that run before any training: labels, overlap between splits, features."""
+"""Checks of splits that run before any training: sizes, rows, overlap, classes."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -6,91 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 
 MAX_ROWS_COMPARED = 200_000
-
-
-def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
-    """One column as an array, without decoding the others."""
-    return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
-
-
-def check_label_column(dataset: Dataset, label_column: str, split: str) -> None:
-    """Raises a `ValueError` when `dataset` has no such column; `split` is its name in the message."""
-    if label_column not in dataset.column_names:
-        raise ValueError(
-            f"label_column is {label_column!r}, but {split} has only the columns {dataset.column_names}. Give "
-            "label_column=..., or rename the column with dataset.rename_column."
-        )
-
-
-def read_labels(dataset: Dataset, label_column: str, split: str) -> np.ndarray:
-    """
-    Reads the labels of a split and checks that they are integers from 0.
-
-    Args:
-        dataset (`datasets.Dataset`): N rows.
-        label_column (`str`): Column of the labels.
-        split (`str`): Name of the split in error messages.
-
-    Returns:
-        `np.ndarray`: Shape `[N]`, int64.
-
-    Raises:
-        ValueError: When the column is missing, is not of integers, or holds negative or missing values.
-    """
-    check_label_column(dataset, label_column, split)
-    labels = column_as_numpy(dataset, label_column)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{label_column!r} of {split} holds {dataset.features[label_column]}, of which one is {labels[0]!r}; "
-            f"labels must be integers from 0, none missing. Use dataset.class_encode_column({label_column!r}), or "
-            "data.load_source."
-        )
-    if labels.min() < 0:
-        row = int(np.argmin(labels))
-        raise ValueError(
-            f"{label_column!r} of {split} is {labels[row]} in row {row}, but labels start at 0. Negative labels "
-            f"usually mark rows without a label: remove them with dataset.filter(lambda row: row[{label_column!r}] >= "
-            "0)."
-        )
-    return labels.astype(np.int64)
-
-
-def check_label_range(labels: np.ndarray, num_labels: int, label_column: str, split: str) -> None:
-    """Raises a `ValueError` when a label is `num_labels` or above, and so past the classifier's last output."""
-    if labels.max() >= num_labels:
-        row = int(np.argmax(labels))
-        raise ValueError(
-            f"{label_column!r} of {split} is {labels[row]} in row {row}, but num_labels is {num_labels}, so labels go "
-            f"from 0 to {num_labels - 1}. Raise num_labels, or shift labels that start at 1 (data.load_source does)."
-        )
-
-
-def check_same_features(reference: Dataset, other: Dataset, reference_name: str, other_name: str) -> None:
-    """
-    Checks that two splits can stand in one table: the same columns, types and label maps.
-
-    Raises:
-        ValueError: Names the first column that differs and both of its types.
-    """
-    for column in sorted({*reference.column_names, *other.column_names}):
-        mine, theirs = reference.features.get(column), other.features.get(column)
-        if mine is None or theirs is None:
-            lacking, having = (reference_name, other_name) if mine is None else (other_name, reference_name)
-            raise ValueError(
-                f"Column {column!r} is in {having} but not in {lacking}. Remove it there with dataset.remove_columns, "
-                "or add it here."
-            )
-        if mine != theirs:
-            what = "label map" if isinstance(mine, ClassLabel) and isinstance(theirs, ClassLabel) else "type"
-            raise ValueError(
-                f"Column {column!r} has another {what} in {other_name} than in {reference_name}: {_describe(theirs)} "
-                f"against {_describe(mine)}. All must agree: use dataset.cast_column, or "
-                "dataset.align_labels_with_mapping for label maps."
-            )
 
 
 def check_indices(splits: Mapping[str, Sequence[int] | np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
@@ -111,6 +30,11 @@ def check_indices(splits: Mapping[str, Sequence[int] | np.ndarray], num_rows: in
     owner_N = np.full(num_rows, -1)
     arrays = {}
     for number, (name, indices) in enumerate(splits.items()):
+        if isinstance(indices, Dataset):
+            raise ValueError(
+                f"{name} is a datasets.Dataset, but must be rows of the pool: FederatedDataset.from_clients takes "
+                "datasets."
+            )
         rows = np.asarray(indices)
         if rows.size == 0:
             raise ValueError(
@@ -118,7 +42,8 @@ def check_indices(splits: Mapping[str, Sequence[int] | np.ndarray], num_rows: in
             )
         if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(
-                f"{name} must be a flat array of integer row indices, got shape {rows.shape} and type {rows.dtype}."
+                f"{name} must be a flat array of integer row indices, got shape {rows.shape} and type {rows.dtype}. "
+                "Of a mask of booleans, np.flatnonzero(mask) gives them."
             )
         if rows.min() < 0 or rows.max() >= num_rows:
             wrong = rows.min() if rows.min() < 0 else rows.max()
@@ -172,8 +97,34 @@ def warn_equal_rows(splits: Mapping[str, Dataset], label_column: str, against: s
                 )
 
 
-def _describe(feature: object) -> str:
-    return str(feature.names) if isinstance(feature, ClassLabel) else str(feature)
+def warn_classes(client_labels: np.ndarray, splits: Mapping[str, np.ndarray], label_names: Sequence[str]) -> None:
+    """
+    Warns when the reserved set lacks a class, and when validation or test have one that nobody trains on.
+
+    Args:
+        client_labels (`np.ndarray`): Labels of all clients' rows.
+        splits (`Mapping[str, np.ndarray]`): Labels of `reserved`, `validation` and `test`, as far as there are any.
+        label_names (`Sequence[str]`): C names of classes.
+    """
+    reserved = splits.get("reserved")
+    if reserved is not None and len(missing := np.setdiff1d(np.arange(len(label_names)), reserved)):
+        names = ", ".join(label_names[label] for label in missing)
+        warnings.warn(
+            f"The reserved set of {len(reserved)} rows has no example of {len(missing)} of {len(label_names)} "
+            f"classes: {names}. The gate cannot learn whom to trust on them. Raise reserved_size, keep "
+            "stratify=True, or add examples of these classes.",
+            stacklevel=3,
+        )
+    trained = client_labels if reserved is None else np.concatenate([client_labels, reserved])
+    for split in ("validation", "test"):
+        if split in splits and len(untrained := np.setdiff1d(splits[split], trained)):
+            rows = int(np.isin(splits[split], untrained).sum())
+            names = ", ".join(label_names[label] for label in untrained)
+            warnings.warn(
+                f"{rows} of {len(splits[split])} rows of {split} have classes of which no client has a row: {names}. "
+                "They cannot be learned; remove them from it, or give clients examples of them.",
+                stacklevel=3,
+            )
 
 
 def _row_hashes(dataset: Dataset, columns: list[str]) -> np.ndarray:

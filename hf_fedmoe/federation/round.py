@@ -366,7 +366,10 @@ class Federation:
             with self.local_trainer.clock.client(len(tasks)):
                 payloads = self.local_trainer.train_at_once(tasks)
         except Exception as error:  # each is trained by itself, where only those fail that have to
-            logger.warning(f"Clients {list(rows)} cannot be trained at once and are trained alone.", exc_info=error)
+            logger.warning(
+                f"These cannot be trained at once and are trained alone: {', '.join(map(self.client_name, rows))}.",
+                exc_info=error,
+            )
             return {}
         return {task.client: (task, payload) for task, payload in zip(tasks, payloads, strict=True)}
 

@@ -20,8 +20,8 @@ class PairedExpertsConfig(PreTrainedConfig):
             Configuration of the classifier whose extractor all clients share; a `dict` needs a `model_type`. Defaults
             to a `BertConfig`.
         own_config (`dict` or `PreTrainedConfig`, *optional*):
-            That of the client's own classifier. Of texts, it takes over a `pad_token_id` that it lacks. Defaults to a
-            `BertConfig`.
+            That of the client's own classifier. It takes over the names of the classes and, of texts, a `pad_token_id`
+            that it lacks. Defaults to a `BertConfig`.
         gate_hidden_size (`int`, *optional*, defaults to 64):
             Width of the gate's hidden layer.
         gate_input_size (`int`, *optional*):
@@ -55,11 +55,12 @@ class PairedExpertsConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.shared_config, self.own_config = copy.deepcopy(self.shared_config), copy.deepcopy(self.own_config)
+        names = self.id2label
         super().__post_init__(**kwargs)
         # Not every configuration has every field.
         shared, own = (vars(config.get_text_config()) for config in (self.shared_config, self.own_config))
-        self.id2label = dict(self.shared_config.id2label)
-        self.label2id = dict(self.shared_config.label2id)
+        if names is None:
+            self.id2label = dict(self.shared_config.id2label)
         self.pad_token_id = shared.get("pad_token_id")
         if self.pad_token_id is not None and own.get("pad_token_id") is None:
             self.own_config.get_text_config().pad_token_id = self.pad_token_id
@@ -70,6 +71,9 @@ class PairedExpertsConfig(PreTrainedConfig):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{field}` is {value!r}: pass an integer of at least 1.")
         self._check_pair(shared, own)
+        self.label2id = {name: label for label, name in self.id2label.items()}
+        for config in (self.shared_config, self.own_config):
+            config.id2label, config.label2id = dict(self.id2label), dict(self.label2id)
 
     def _check_pair(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         """Both read the same inputs and know the same classes."""

@@ -23,6 +23,7 @@ class ClientScore:
 
     Args:
         client (`int`): Its number.
+        name (`str`): Its name, the number if it has none.
         unseen (`bool`): Whether it belongs to those that take part in no round.
         train_size (`int`): Its training examples.
         test_size (`int`): Its test examples.
@@ -33,6 +34,7 @@ class ClientScore:
     """
 
     client: int
+    name: str
     unseen: bool
     train_size: int
     test_size: int
@@ -42,13 +44,13 @@ class ClientScore:
 
 
 def score_client(
-    client: int, unseen: bool, train_size: int, probabilities_NC: np.ndarray, labels_N: np.ndarray
+    client: int, name: str, unseen: bool, train_size: int, probabilities_NC: np.ndarray, labels_N: np.ndarray
 ) -> ClientScore:
     """
     Scores one client.
 
     Args:
-        client (`int`), unseen (`bool`), train_size (`int`): See [`ClientScore`].
+        client (`int`), name (`str`), unseen (`bool`), train_size (`int`): See [`ClientScore`].
         probabilities_NC (`np.ndarray` of shape `[N, C]`): Predicted probabilities of the classes.
         labels_N (`np.ndarray` of shape `[N]`): True classes.
     """
@@ -56,7 +58,7 @@ def score_client(
     # A client has few of the classes; the absent ones say nothing about its model.
     macro_f1 = float(f1_score(labels_N, predicted_N, average="macro", zero_division=0))
     accuracy, auc = float((predicted_N == labels_N).mean()), macro_auc(probabilities_NC, labels_N)
-    return ClientScore(client, unseen, train_size, len(labels_N), accuracy, macro_f1, auc)
+    return ClientScore(client, name, unseen, train_size, len(labels_N), accuracy, macro_f1, auc)
 
 
 def summarise_clients(table: Sequence[ClientScore]) -> dict[str, float]:
@@ -94,17 +96,18 @@ def write_client_table(table: Sequence[ClientScore], path: str | os.PathLike) ->
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     names = [field.name for field in fields(ClientScore)]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(names)
         writer.writerows([vars(row)[name] for name in names] for row in table)
 
 
 def read_client_table(path: str | os.PathLike) -> list[ClientScore]:
-    """What [`write_client_table`] wrote."""
-    with Path(path).open(newline="") as file:
+    """Reads what [`write_client_table`] wrote; tables from before clients had names have none."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    read = {"client": int, "unseen": lambda text: text == "True", "train_size": int, "test_size": int}
+    read = {"client": int, "name": str, "unseen": lambda text: text == "True", "train_size": int, "test_size": int}
+    lines = [{"name": line["client"]} | line for line in lines]
     return [ClientScore(**{name: read.get(name, float)(text) for name, text in line.items()}) for line in lines]
 
 

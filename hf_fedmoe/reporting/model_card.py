@@ -86,6 +86,7 @@ class RunFacts:
         local (`dict[str, Any]`): What a client does in a round, by the names of the training arguments.
         clients_per_round (`int`): m.
         client_sizes_M (`np.ndarray` of shape `[M]`): Examples of each client.
+        client_names (`list[str]`, *optional*): What each client is called; their numbers if left out.
         reserved_size (`int`): Examples of the reserved set that the method reads, 0 if it reads none.
         rounds (`int`): Rounds that were run.
         chosen_round (`int`, *optional*): The round whose model was kept, when the best one was loaded at the end.
@@ -112,6 +113,11 @@ class RunFacts:
     refused: int = 0
     contribution_SM: np.ndarray | None = None
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    client_names: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.client_names is None:
+            self.client_names = [str(client) for client in range(len(self.client_sizes_M))]
 
 
 def write_model_card(
@@ -208,7 +214,7 @@ def write_model_card(
         comparison=_metrics_table(comparison or {}),
         gate=_gate_table(gate_share_KC, expert_names, label_names) if gate_share_KC is not None else "",
         participations=_participations(run) if run and run.participations_M is not None else "",
-        contributions=_contributions(contribution_SM, expert_names) if contribution_SM is not None else "",
+        contributions="" if contribution_SM is None else _contributions(run, expert_names),
     )
     card.save(folder / "README.md")
     return card
@@ -320,18 +326,16 @@ def _participations(run: RunFacts) -> str:
             f"{(rounds_M > 0).sum()} of {len(rounds_M)} clients took part, {rounds_M.min()} to {rounds_M.max()} times."
         )
     return _table(
-        [
-            (client, size, rounds)
-            for client, (size, rounds) in enumerate(zip(run.client_sizes_M, rounds_M, strict=True))
-        ],
+        list(zip(run.client_names, run.client_sizes_M, rounds_M, strict=True)),
         ["client", "examples", "rounds"],
     )
 
 
-def _contributions(contribution_SM: np.ndarray, expert_names: list[str]) -> str:
+def _contributions(run: RunFacts, expert_names: list[str]) -> str:
     """The clients that gave most, in the order of their share."""
-    clients = np.sort(np.argsort(-contribution_SM.sum(0), kind="stable")[:MAX_LISTED_CLIENTS])
-    return _array_table(contribution_SM[:, clients].T, [f"client {client}" for client in clients], expert_names)
+    clients = np.sort(np.argsort(-run.contribution_SM.sum(0), kind="stable")[:MAX_LISTED_CLIENTS])
+    names = [f"client {run.client_names[client]}" for client in clients]
+    return _array_table(run.contribution_SM[:, clients].T, names, expert_names)
 
 
 def _metrics_table(found: dict[str, dict[str, float]]) -> str:

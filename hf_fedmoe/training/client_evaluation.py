@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import FederatedDataset
-from ..data.split_checks import check_label_range, check_same_features, read_labels
+from ..data.common_features import with_common_features
+from ..data.labels import check_label_range, name_some, read_labels
 from ..federation import Federation, balance, load_federation
 from ..models import AdapterExpert
 from ..reporting import ClientScore, score_client, summarise_clients, write_client_table
@@ -57,16 +57,16 @@ class ClientEvaluation:
         self.log(dict(metrics))  # which adds the epoch
         return metrics
 
-    def personalize(self, client: int | datasets.Dataset) -> nn.Module:
+    def personalize(self, client: int | str | datasets.Dataset) -> nn.Module:
         """
         One client's personal model as a model of the caller's own, to use, save or push. Nothing of the run changes.
 
         Args:
-            client (`int` or `datasets.Dataset`):
-                The number of a client, training or unseen. Or the labelled examples of somebody whom the run does not
-                know, prepared like those of the clients: they get what an unseen client gets. FedEM and pFedMM fit
-                the mixture weights and train nothing; a method of one global model gives a copy of that; the others
-                train as their clients do, [`~strategies.Strategy.personal_model`].
+            client (`int`, `str` or `datasets.Dataset`):
+                The number or the name of a client, training or unseen. Or the labelled examples of somebody whom the
+                run does not know, prepared like those of the clients: they get what an unseen client gets. FedEM and
+                pFedMM fit the mixture weights and train nothing; a method of one global model gives a copy of that;
+                the others train as their clients do, [`~strategies.Strategy.personal_model`].
 
         Returns:
             `nn.Module`: In evaluation mode. Like [`ClientEvaluation.evaluate_clients`], it may be asked for in a
@@ -86,30 +86,33 @@ class ClientEvaluation:
             vars(own).pop(wrapped, None)
         return own.eval()
 
-    def _client_and_examples(self, client: int | datasets.Dataset) -> tuple[int, datasets.Dataset | None]:
+    def _client_and_examples(self, client: int | str | datasets.Dataset) -> tuple[int, datasets.Dataset | None]:
         """The number by which the federation asks, and the examples of a client that it does not know."""
         data = self.federated_dataset
         if not isinstance(client, datasets.Dataset):
-            count = data.num_clients + len(data.unseen_indices)
-            if not isinstance(client, int | np.integer) or not 0 <= client < count:
+            try:
+                return data.client_number(client), None
+            except (LookupError, TypeError):
+                names = data.client_names
+                by_name = "" if data.given_client_names is None else f" its name, one of {name_some(names)},"
                 raise ValueError(
-                    f"`client` is {client!r}: give a client's number, 0 to {count - 1}, or a `datasets.Dataset` of a "
-                    "new client's labelled examples."
-                )
-            return int(client), None
+                    f"`client` is {client!r}: give a client's number, 0 to {len(names) - 1},{by_name} or a "
+                    "`datasets.Dataset` of a new client's labelled examples."
+                ) from None
         if len(client) == 0:
             raise ValueError("`client` has no rows: give labelled examples to personalise the model with.")
-        labels = read_labels(client, data.label_column, "client")
-        check_label_range(labels, data.num_labels, data.label_column, "client")
-        columns = self._columns_of_clients()
+        client = data.align_labels(client, "client")
+        check_label_range(
+            read_labels(client, data.label_column, "client"), data.num_labels, data.label_column, "client"
+        )
+        columns, client = self._columns_of_clients(), self._remove_unused_columns(client, "client")
         if missing := [name for name in columns.column_names if name not in client.column_names]:
             raise ValueError(
                 f"`client` lacks the columns {missing}, which the run's clients have: prepare it as they were, with "
                 "the same tokenizer or columns of images."
             )
         client = client.select_columns(columns.column_names)
-        check_same_features(columns, client, "the run's clients", "client")
-        return data.num_clients, client
+        return data.num_clients, with_common_features({"the run's clients": columns, "client": client})["client"]
 
     @contextmanager
     def _current_federation(self) -> Iterator[Federation]:
@@ -157,7 +160,8 @@ def score_clients(
         tests = Subset(pool, data.client_test_indices[client].tolist())
         probabilities_NC, labels_N = _predict(model, tests, collate, federation)
         unseen, train_size = client >= data.num_clients, len(data.client_rows(client))
-        table.append(score_client(client, unseen, train_size, probabilities_NC.numpy(), labels_N.numpy()))
+        scored = probabilities_NC.numpy(), labels_N.numpy()
+        table.append(score_client(client, data.client_name(client), unseen, train_size, *scored))
     return table
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.utils import logging
 
-from ..federation import Federation, Loss, client_number, local_steps, never_accepted, reasons, scale_learning_rates
+from ..federation import Federation, Loss, local_steps, never_accepted, reasons, scale_learning_rates
 from ..models import AdapterExpert
 from ..strategies import own_loss
 from ..weights import release
@@ -25,8 +25,8 @@ class ClientTraining:
     """Loss, optimizer and schedule of clients, and the trial of them before the first round."""
 
     def client_name(self, client: int) -> str:
-        """Calls a client in messages, by its number from 0."""
-        return client_number(client)
+        """Calls a client in messages, by its name, or by its number from 0."""
+        return f"client {self.federated_dataset.client_name(client)}"
 
     # The loss
 

@@ -1,6 +1,5 @@
 """The face that Hugging Face users know: a `Trainer` whose steps are rounds."""
 
-import inspect
 import os
 import time
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from ..federation import (
     seed_of,
     take_step,
 )
-from ..models import AdapterExpert, FedMoEPreTrainedModel, guard_narrow_convolutions
+from ..models import FedMoEPreTrainedModel, guard_narrow_convolutions
 from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
@@ -53,9 +52,11 @@ from .checkpointing import Checkpointing
 from .checks import check_run
 from .client_evaluation import ClientEvaluation
 from .client_training import ClientTraining
+from .columns import ModelColumns, check_batch_has_labels
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
+from .label_names import settle_label_names
 from .metrics import classification_metrics
 from .progress import Watch, one_line_a_round, without_bars_of_files
 from .resuming import CLIENTS_FOLDER
@@ -64,7 +65,7 @@ from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
-class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, SeveralProcesses, Trainer):
+class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelColumns, SeveralProcesses, Trainer):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -77,7 +78,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, SeveralP
         args ([`FederatedTrainingArguments`]):
             What clients and server do.
         train_dataset ([`~data.FederatedDataset`]):
-            Clients and reserved set, tokenised.
+            Clients and reserved set, tokenised. Its `label_column` reaches collators as `label`; its names of classes
+            go into a `model` that has none, and must not contradict the model's.
         strategy ([`~strategies.Strategy`], *optional*, defaults to [`~strategies.FedAvg`]):
             The federated method.
         eval_dataset (`datasets.Dataset`, *optional*):
@@ -133,6 +135,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, SeveralP
         if train_dataset is not None:
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
+            settle_label_names(model, train_dataset)
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
         super().__init__(
@@ -276,6 +279,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, SeveralP
             track=self._watch,
         )
         pool = self._columns_of_clients()
+        check_batch_has_labels(pool, self.train_data_collator, data.label_column)
         reserved = None
         if self.strategy.needs_reserved_set():
             reserved = ReservedSet(
@@ -342,20 +346,6 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, SeveralP
         if self.args.lora_fusion == "ffa":
             freeze_lora_a(modules)
         return modules, StateLayout.of(modules[0], lora_products=self.args.lora_fusion == "svd")
-
-    def _columns_of_clients(self) -> datasets.Dataset:
-        """The pool without the columns that the client model does not take."""
-        self._set_signature_columns_if_needed()
-        return self._remove_unused_columns(self.federated_dataset.pool, "client")
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """The columns that the *client* model takes; a mixture passes them on."""
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            expert = self.strategy.server_models(self.model)[0]
-            if expert is not self.model:
-                client_model = expert.base if isinstance(expert, AdapterExpert) else expert
-                self._signature_columns += list(inspect.signature(client_model.forward).parameters)
 
     # The model card
 

@@ -54,6 +54,7 @@ def run_facts(
         local={name: args.to_dict()[name] for name in LOCAL_SETTINGS},
         clients_per_round=args.clients_per_round,
         client_sizes_M=data.client_sizes,
+        client_names=data.client_names[: data.num_clients],
         reserved_size=len(data.reserved) if strategy.needs_reserved_set() else 0,
         rounds=rounds,
         chosen_round=chosen_round,

@@ -181,7 +181,7 @@ def test_bad_clients(tmp_path):
         (rows.remove_columns("label").add_column("label", [0, 1, 3, 0]), "client is 3 in row 2, but num_labels is 3"),
         (
             rows.cast_column("label", ClassLabel(names=["c", "b", "a"])),
-            "'label' has another label map in client",
+            "'label' of client has classes that the others have not: c, b, a",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,8 +10,8 @@ from transformers.configuration_utils import SubConfigSpec
 class EnsembleConfig(PreTrainedConfig):
     r"""
     Configuration of an [`EnsembleForSequenceClassification`] or [`EnsembleForImageClassification`]: `num_models`
-    classifiers of one architecture. Labels and padding token are theirs. An architecture that transformers does not
-    know has to be registered before such a checkpoint is loaded.
+    classifiers of one architecture. The padding token is theirs, and so are names of classes unless `id2label` is
+    given. An architecture that transformers does not know has to be registered before such a checkpoint is loaded.
 
     Args:
         expert_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -43,11 +43,14 @@ class EnsembleConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.expert_config = copy.deepcopy(self.expert_config)
+        names = self.id2label
         super().__post_init__(**kwargs)
         if isinstance(self.num_models, bool) or not isinstance(self.num_models, int) or self.num_models < 1:
             raise ValueError(f"`{self.count_name}` is {self.num_models!r}: pass an integer of at least 1.")
-        self.id2label = dict(self.expert_config.id2label)
-        self.label2id = dict(self.expert_config.label2id)
+        if names is None:
+            self.id2label = dict(self.expert_config.id2label)
+        self.label2id = {name: label for label, name in self.id2label.items()}
+        self.expert_config.id2label, self.expert_config.label2id = dict(self.id2label), dict(self.label2id)
         # Of texts only.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             setattr(self, name, getattr(self.expert_config.get_text_config(), name, None))
