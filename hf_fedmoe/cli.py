@@ -1,19 +1,33 @@
 """The command line: `hf-fedmoe compare FILE`."""
 
 import argparse
-from itertools import pairwise
+import signal
+import sys
+from typing import Any, NoReturn
 
-import yaml
+from . import __version__
 
-from .experiments import compare
+
+# `.experiments` is imported when it is needed: torch comes with it, and a mistyped word would take seconds.
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` says more.\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     """What the command `hf-fedmoe` calls; errors in what it is told end it with a message, not with a traceback."""
-    parser = argparse.ArgumentParser(prog="hf-fedmoe", description="Federated learning with a server-side mixture.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = _Parser(
+        prog="hf-fedmoe", description="Federated learning with a server-side mixture.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"hf_fedmoe {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser(
         "compare",
+        allow_abbrev=False,
         help="methods side by side over seeds, from one YAML",
         description="Runs every method of a YAML on every seed, with equal clients, initial weights and local steps. "
         "Finished runs are kept, one that was stopped goes on. Any setting can follow: --rounds 5.",
@@ -24,26 +38,31 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--rows", nargs="+", help="only these rows of the table")
     command.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     command.add_argument("--out", help="folder of the runs and tables (runs/compare/NAME)")
-    options, settings = parser.parse_known_args(argv)
+    options, words = parser.parse_known_args(argv)
+    _compare(command, options, words)
+
+
+def _compare(parser: _Parser, options: argparse.Namespace, words: list[str]) -> None:
+    from .experiments import FailedRunsError, compare, read_words
+
+    # The runs' processes are stopped on the way out.
+    before = signal.signal(signal.SIGTERM, _exit)
     try:
-        overrides = _settings(settings)
-        table = compare(options.file, options.out, options.size, options.seeds, options.rows, options.jobs, overrides)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"hf-fedmoe: {error}\n")
-    print(f"\n{table}")
+        told: dict[str, Any] = read_words(words)
+        print("\n" + compare(options.file, options.out, options.size, options.seeds, options.rows, options.jobs, told))
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"hf-fedmoe: {' '.join(str(error).split())}\n")
+    except FailedRunsError as error:
+        print(f"\n{error.table}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        parser.exit(130, "hf-fedmoe: stopped; the same command goes on from the last checkpoints.\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _settings(words: list[str]) -> dict[str, object]:
-    """`--name value` and `--name=value` pairs as a YAML would have them."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    flags = [place for place, word in enumerate(words) if word.startswith("--")]
-    if words and (not flags or flags[0] != 0):
-        raise ValueError(f"{words[0]!r} follows no setting: write --name value.")
-    settings = {}
-    for start, stop in pairwise([*flags, len(words)]):
-        values = [yaml.safe_load(word) for word in words[start + 1 : stop]]
-        settings[words[start][2:].replace("-", "_")] = values[0] if len(values) == 1 else values
-    return settings
+def _exit(signum: int, frame: Any) -> NoReturn:
+    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Experiments from settings: recipes, and comparisons of methods over seeds."""
 
 from .characters import CharacterExperiment
-from .compare import compare
-from .experiment import Experiment, find_model, parse_settings, read_preset
+from .compare import FailedRunsError, compare
+from .experiment import Experiment, find_model
 from .images import ImageExperiment
 from .methods import METHODS, make_trainer
 from .recipe import main, parse
+from .settings import parse_settings, read_preset, read_words
 from .texts import TextExperiment
 
 
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "CharacterExperiment",
     "Experiment",
+    "FailedRunsError",
     "ImageExperiment",
     "TextExperiment",
     "compare",
@@ -22,4 +24,5 @@ __all__ = [
     "parse",
     "parse_settings",
     "read_preset",
+    "read_words",
 ]

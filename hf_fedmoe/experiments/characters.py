@@ -1,6 +1,5 @@
 """The character recipe: roles of plays, windows of what they say, the next character."""
 
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ..data import (
     CHARACTERS,
@@ -25,7 +24,7 @@ from ..models import (
     FedMoEForSequenceClassification,
     MultiHeadForSequenceClassification,
 )
-from .experiment import Experiment, find_model, label_maps
+from .experiment import Experiment, build_classifier, find_model, label_maps
 
 
 # Characters of a context that are printed, and of its continuation.
@@ -47,6 +46,7 @@ class CharacterExperiment(Experiment):
     ensemble_class = EnsembleForSequenceClassification
     multi_head_class = MultiHeadForSequenceClassification
     partitions = (*Experiment.partitions, "natural")
+    lowest = {**Experiment.lowest, "window": 1, "stride": 1, "min_windows": 1, "server_roles": 2}
 
     def load_processor(self) -> None:
         """Characters need none."""
@@ -62,8 +62,6 @@ class CharacterExperiment(Experiment):
         owner_N = np.asarray(train[self.role_column][:])
         roles, sizes = np.unique(owner_N, return_counts=True)
         roles = roles[(sizes >= self.min_windows) & np.isin(roles, test[self.role_column][:])]
-        if self.server_roles < 2:
-            raise ValueError(f"`server_roles` is {self.server_roles}: pass at least 2, reserved set and validation.")
         server = self.server_roles
         needed = server + (self.num_clients if self.partition == "natural" else 1)
         if len(roles) < needed:
@@ -118,10 +116,8 @@ class CharacterExperiment(Experiment):
         return self._build(find_model(self._gate_names()), {"num_labels": num_experts})
 
     def _build(self, name: str, labels: dict[str, Any]) -> PreTrainedModel:
-        if Path(name).is_dir() or "/" in name:
-            return AutoModelForSequenceClassification.from_pretrained(name, **labels, ignore_mismatched_sizes=True)
-        config = AutoConfig.for_model(name, vocab_size=len(CHARACTERS), **json.loads(self.model_config), **labels)
-        return AutoModelForSequenceClassification.from_config(config)
+        config = {"vocab_size": len(CHARACTERS), **self.read_json("model_config")}
+        return build_classifier(AutoModelForSequenceClassification, name, config, labels)
 
     @torch.no_grad()
     def show(self, folder: Path, data: FederatedDataset, processor: None) -> None:

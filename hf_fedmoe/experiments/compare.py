@@ -2,28 +2,15 @@
 Methods side by side over seeds, from one YAML: equal clients, reserved sets, initial weights, draws and local steps.
 
 Every run has a folder of its own. A finished one is only read again, one that was stopped goes on from its last
-checkpoint.
+checkpoint, and one that fails leaves the others alone.
 """
 
-import dataclasses
-import json
-import multiprocessing
 import os
-import re
-import shutil
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-import torch
-import yaml
-from transformers import PrinterCallback
-from transformers.utils import logging
-
-from ..data import FederatedDataset
 from ..reporting import (
     ClientScore,
     RunResult,
@@ -33,104 +20,28 @@ from ..reporting import (
     read_client_table,
     write_comparison,
 )
-from ..training import FederatedTrainer, FederatedTrainingArguments
+from ..training import FederatedTrainingArguments
 from ..training.client_evaluation import CLIENT_TABLE_NAME
-from .characters import CharacterExperiment
-from .experiment import Experiment, parse_settings, read_preset
-from .images import ImageExperiment
-from .methods import (
-    CENTRALISED,
-    analyse,
-    check_method,
-    majority_scores,
-    make_trainer,
-    metrics_of_tests,
-    own_settings,
-    train_or_go_on,
-)
-from .texts import TextExperiment
+from .comparison import KINDS, MAJORITY, Comparison, check_seeds, check_settings, read_comparison
+from .experiment import Experiment
+from .folders import check_writable, claim_folder, folder_of
+from .methods import STRATEGIES, check_method, own_settings
+from .runs import Run, execute, metric_names, part_names, try_out
+from .settings import Setting, nearest, read_preset, settings_of, typed_settings
+from .side_by_side import Failure, SideBySide
 
 
-KINDS: dict[str, type[Experiment]] = {
-    "texts": TextExperiment,
-    "images": ImageExperiment,
-    "characters": CharacterExperiment,
-}
-MAJORITY = "majority_class"
-
-
-@dataclass
-class Comparison:
+class FailedRunsError(RuntimeError):
     """
-    What a YAML of `hf-fedmoe compare` says.
+    Raised at the end of a comparison in which runs failed. What was finished is written.
 
     Args:
-        kind (`str`): `"texts"`, `"images"` or `"characters"`.
-        methods (`dict[str, str | dict]`): By row of the table: a method's name, or `method` and settings that differ
-            from those of all. What its strategy has an argument for is the strategy's.
-        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): One run of each method for each.
-        recipe (`str`, *optional*): A recipe's YAML, relative to this one. Its block `quick`, or what a size names as
-            `recipe_preset`, gives settings.
-        settings (`dict`, *optional*): Any of an experiment and of [`FederatedTrainingArguments`].
-        sizes (`dict[str, dict]`, *optional*): By name, settings that make the comparison small or large, and under
-            `methods` those of single rows. The first is taken unless told.
-        columns (`list[str]`, *optional*): Metrics of the table.
-        parts (`list[str]`, *optional*): Parts of mixtures with rows of their own.
-        reference (`str`, *optional*): The row that the others are counted against.
-        published (`dict[str, str]`, *optional*): Figures of a paper, by row.
+        table (`str`): The table of the runs that were finished; it says which failed, and why.
     """
 
-    kind: str
-    methods: dict[str, Any]
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    recipe: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=lambda: ["accuracy", "macro_f1"])
-    parts: list[str] = field(default_factory=list)
-    reference: str | None = None
-    published: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Run:
-    """One method on one seed: what a process of its own needs to know."""
-
-    kind: str
-    method: str
-    settings: dict[str, Any]
-    seed: int
-    folder: Path
-
-    def parse(self) -> tuple[Experiment, FederatedTrainingArguments]:
-        """The experiment and the arguments; raises `ValueError` when a setting is wrong."""
-        settings = {"save_total_limit": 1, "disable_tqdm": True, **self.settings}
-        settings |= {"seed": self.seed, "output_dir": str(self.folder)}
-        experiment, args = parse_settings(KINDS[self.kind], settings, [])
-        if "save_steps" not in settings:
-            # What a stop can lose at most is a fifth of a run.
-            args.save_steps = max(1, args.rounds // 5)
-        return experiment, args
-
-
-def read_comparison(path: Path) -> Comparison:
-    """Reads a YAML; raises `ValueError` when it is none of a comparison."""
-    given = yaml.safe_load(path.read_text())
-    known = [field.name for field in dataclasses.fields(Comparison)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{path.name} has {name!r}: a comparison has {', '.join(known)}.")
-    for name in ("kind", "methods"):
-        if not given.get(name):
-            raise ValueError(f"{path.name} has no {name!r}: a comparison needs `kind` and `methods`.")
-    comparison = Comparison(**given)
-    if comparison.kind not in KINDS:
-        raise ValueError(f"`kind` is {comparison.kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
-    of_sizes = (row for size in comparison.sizes.values() for row in size.get("methods", {}))
-    for name in filter(None, (comparison.reference, *comparison.published, *of_sizes)):
-        if name not in comparison.methods:
-            raise ValueError(f"{path.name} names a row {name!r}: `methods` has {', '.join(comparison.methods)}.")
-    return comparison
+    def __init__(self, table: str):
+        super().__init__(table)
+        self.table = table
 
 
 def plan_runs(
@@ -144,127 +55,138 @@ def plan_runs(
         where (`Path`): The folder that `recipe` is relative to.
         out (`Path`): Folder of the runs.
         size (`str`, *optional*): One of `comparison.sizes`.
-        overrides (`dict`, *optional*): Settings that go before all others.
+        overrides (`dict`, *optional*): Settings that go before all others; values may be texts of a command line.
+    """
+    known = settings_of(KINDS[comparison.kind], FederatedTrainingArguments)
+    common, with_lora = common_settings(comparison, where, size)
+    _check_kind(comparison, common, known)
+    common, with_lora = typed_settings(common, known), typed_settings(with_lora, known)
+    check_settings("The command line", overrides or {})
+    overrides = typed_settings(overrides or {}, known, ("size", "seeds", "rows", "jobs", "out"))
+    of_rows = comparison.sizes[size].get("methods", {}) if size else {}
+    runs: dict[str, list[Run]] = {}
+    possible: dict[str, tuple[str, Experiment]] = {}
+    for row, given in comparison.methods.items():
+        try:
+            method, own, differing = _of_row(given | of_rows.get(row, {}), known)
+            differing |= overrides
+            rates = with_lora if (common | differing).get("peft") == "lora" else {}
+            settings = common | rates | differing | {"method_settings": {method: own} if own else {}}
+            folder = out / folder_of(row)
+            runs[row] = [
+                Run(row, comparison.kind, method, settings, seed, folder / f"seed-{seed}") for seed in comparison.seeds
+            ]
+            experiment, args = runs[row][0].parse()
+            if method != MAJORITY:
+                check_method(method, experiment, args)
+            possible[row] = method, experiment
+        except ValueError as error:
+            raise ValueError(f"The row {row!r}: {error}") from error
+    by_folder: dict[Path, str] = {}
+    for row, row_runs in runs.items():
+        other = by_folder.setdefault(row_runs[0].folder, row)
+        if other != row:
+            raise ValueError(
+                f"`methods` has rows that differ in signs or case only, {other!r} and {row!r}: rename one."
+            )
+    _check_columns(comparison, possible)
+    return runs
+
+
+def common_settings(comparison: Comparison, where: Path, size: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    The settings of all rows, and those in their place where experts are adapters: the recipe's, the comparison's and
+    the size's, each going before the one before.
     """
     if size is not None and size not in comparison.sizes:
         raise ValueError(f"`size` is {size!r}: this comparison has {', '.join(comparison.sizes) or 'one size only'}.")
     chosen = dict(comparison.sizes[size]) if size else {}
-    common = read_preset(where / comparison.recipe, chosen.pop("recipe_preset", "quick")) if comparison.recipe else {}
-    of_rows = chosen.pop("methods", {})
-    common = common | comparison.settings | chosen
-    with_lora = common.pop("with_lora", {})
-    runs: dict[str, list[Run]] = {}
-    for row, given in comparison.methods.items():
-        differing = ({"method": given} if isinstance(given, str) else given) | of_rows.get(row, {})
-        method = differing.pop("method", row)
-        own = {name: differing.pop(name) for name in own_settings(method) if name in differing}
-        differing |= overrides or {}
-        rates = with_lora if (common | differing).get("peft") == "lora" else {}
-        settings = common | rates | differing | {"method_settings": {method: own} if own else {}}
-        folder = out / re.sub(r"\W+", "-", row.replace("+", " plus ")).strip("-").lower()
-        runs[row] = [
-            Run(comparison.kind, method, settings, seed, folder / f"seed-{seed}") for seed in comparison.seeds
-        ]
-        experiment, _ = runs[row][0].parse()
-        if method != MAJORITY:
-            check_method(method, experiment)
-    folders = [row_runs[0].folder for row_runs in runs.values()]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"`methods` has rows that differ in signs only, {', '.join(runs)}: name them otherwise.")
-    return runs
+    chosen.pop("methods", None)
+    preset = chosen.pop("recipe_preset", None)
+    if preset is not None and not comparison.recipe:
+        raise ValueError(f"`recipe_preset` is {preset!r}, but the comparison names no `recipe`: name its YAML.")
+    taken = read_preset(where / comparison.recipe, preset or "quick", "recipe_preset") if comparison.recipe else {}
+    taken.pop("compare", None)
+    common = taken | comparison.settings | chosen
+    return common, common.pop("with_lora", {})
 
 
-def execute(run: Run, threads: int) -> None:
-    """Trains and tests one method on one seed, and leaves `result.json` in its folder."""
-    torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    experiment, args = run.parse()
-    processor = experiment.load_processor()
-    _, data = experiment.load_data(processor, run.seed)
-    if run.method == MAJORITY:
-        result = {"metrics": majority_scores(data), "curve": []}
-    else:
-        trainer = make_trainer(run.method, experiment, args, data, processor)
-        trainer.remove_callback(PrinterCallback)
-        train_or_go_on(trainer)
-        result = {"metrics": _metrics(trainer, data), "curve": _curve(trainer)}
-        if run.method in CENTRALISED:  # its one client is the server
-            result["metrics"] |= {"megabytes_up": 0.0, "megabytes_down": 0.0}
-    run.folder.mkdir(parents=True, exist_ok=True)
-    unfinished = run.folder / "unfinished.json"
-    unfinished.write_text(json.dumps({**result, "settings": _identity(run)}, indent=2) + "\n")
-    unfinished.rename(run.folder / "result.json")
-    for leftover in ("checkpoint-*", "_clients"):
-        for folder in run.folder.glob(leftover):
-            shutil.rmtree(folder)
+def _of_row(given: dict[str, Any], known: dict[str, Setting]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """A row's method, the settings of its strategy, and the others."""
+    given = dict(given)
+    method = given.pop("method")
+    own = own_settings(method)
+    differing = {name: value for name, value in given.items() if name not in own}
+    for name in differing.keys() - known.keys():
+        if having := [other for other in STRATEGIES if name in own_settings(other)]:
+            raise ValueError(f"{method!r} has no setting {name!r}, which is one of {', '.join(having)}.")
+        if own and not get_close_matches(name, known):
+            raise ValueError(f"{method!r} has no setting {name!r}: its own are {', '.join(own)}.")
+    of_strategy = typed_settings({name: given[name] for name in own if name in given}, own)
+    return method, of_strategy, typed_settings(differing, known)
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    return json.loads(json.dumps({"method": run.method, **run.settings}))
+def _check_kind(comparison: Comparison, names: Iterable[str], known: dict[str, Setting]) -> None:
+    """Raises `ValueError` for a setting that only experiments of another kind have."""
+    for name in names:
+        having = [kind for kind, experiment in KINDS.items() if name in settings_of(experiment)]
+        if name not in known and having:
+            raise ValueError(
+                f"`kind` is {comparison.kind!r}, which has no setting {name!r}: it is one of {' and '.join(having)}."
+            )
 
 
-def _metrics(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, float]:
-    metrics = metrics_of_tests(trainer, data)
-    if trainer.strategy.name == "fedmoe":
-        analysis = analyse(trainer, data, trainer.args.eval_batch_size)
-        for part, scores in analysis.scores.items():
-            metrics |= {f"{part}_{name}": value for name, value in scores.items()}
-        others = ~np.eye(len(analysis.disagreement_SS), dtype=bool)
-        metrics["disagreement"] = float(analysis.disagreement_SS[others].mean())
-    rounds = [entry for entry in trainer.state.log_history if "bytes_up" in entry]
-    seconds = [sum(value for name, value in entry.items() if name.startswith("seconds_")) for entry in rounds]
-    return metrics | {
-        "megabytes_up": float(np.mean([entry["bytes_up"] for entry in rounds])) / 1e6,
-        "megabytes_down": float(np.mean([entry["bytes_down"] for entry in rounds])) / 1e6,
-        "seconds": float(np.mean(seconds)),
-    }
+def _check_columns(comparison: Comparison, possible: dict[str, tuple[str, Experiment]]) -> None:
+    metrics = list(dict.fromkeys(name for method, told in possible.values() for name in metric_names(method, told)))
+    parts = {name for method, told in possible.values() if method == "fedmoe" for name in part_names(told)}
+    numbered = ("expert_", "top_")  # too many to list
+    for name in comparison.columns:
+        if name not in metrics:
+            listed = [metric for metric in metrics if not metric.startswith(numbered)]
+            remedy = ""
+            if name.startswith("clients_"):
+                remedy = " Clients are tested with a `client_test_share`, unseen ones with an `unseen_share` as well."
+            raise ValueError(f"`columns` has {name!r}, which no row will have{nearest(name, listed)}{remedy}")
+    for name in comparison.parts:
+        if name not in parts:
+            listed = [part for part in sorted(parts) if not part.startswith(numbered)]
+            raise ValueError(f"`parts` has {name!r}, which no row will have{nearest(name, listed)}")
 
 
-def _curve(trainer: FederatedTrainer) -> list[tuple[int, float]]:
-    entries = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    return [(entry["step"], entry["eval_accuracy"]) for entry in entries if entry["step"]]
-
-
-def run_all(runs: dict[str, list[Run]], num_jobs: int) -> dict[str, list[RunResult]]:
+def run_all(runs: dict[str, list[Run]], num_jobs: int) -> list[tuple[Run, Failure]]:
     """
-    The results of all runs; a finished one is only read.
+    Trains what is not finished yet. Everything is made up to its training before the first run trains.
+
+    Returns:
+        `list[tuple[Run, Failure]]`: The runs that failed.
 
     Raises:
-        `ValueError`: When a finished run had other settings.
+        `ValueError`: When a finished run had other settings, or something cannot be made.
     """
-    waiting = []
-    for run in (run for row_runs in runs.values() for run in row_runs):
-        if not (run.folder / "result.json").is_file():
-            waiting.append(run)
-        elif (settings := json.loads((run.folder / "result.json").read_text())["settings"]) != _identity(run):
-            changed = sorted(k for k in settings | _identity(run) if settings.get(k) != _identity(run).get(k))
-            raise ValueError(
-                f"{run.folder} has a finished run with another {', '.join(changed)}: choose another `--out`, or "
-                "delete that folder."
-            )
+    waiting = [run for row_runs in runs.values() for run in row_runs if run.stored() is None]
     # Two processes that wait for one another's threads take many times as long.
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // num_jobs)))
+    for run in waiting:
+        run.threads = threads
     # Seed by seed, so that a table of few seeds is there early.
     waiting.sort(key=lambda run: run.seed)
-    with ProcessPoolExecutor(num_jobs, multiprocessing.get_context("spawn")) as pool:
-        running = [(run, pool.submit(execute, run, threads)) for run in waiting]
-        for number, (run, done) in enumerate(running, start=1):
-            try:
-                done.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            print(f"{number} of {len(running)}: {run.folder.parent.name}, seed {run.seed}", flush=True)
-    results = {}
-    for row, row_runs in runs.items():
-        found = [json.loads((run.folder / "result.json").read_text()) for run in row_runs]
-        results[row] = [
-            RunResult(run.seed, result["metrics"], [tuple(point) for point in result["curve"]])
-            for run, result in zip(row_runs, found, strict=True)
-        ]
-    return results
+    failed = []
+    with SideBySide(num_jobs) as processes:
+        for _, failure in processes.run(try_out, [waiting] if waiting else []):
+            if failure and failure.refused:
+                raise ValueError(failure.reason)
+            if failure:
+                raise RuntimeError(failure.details or failure.reason)
+        for number, (run, failure) in enumerate(processes.run(execute, waiting), start=1):
+            print(f"{number} of {len(waiting)}: {run}{f' failed: {failure.reason}' if failure else ''}", flush=True)
+            details = run.folder / "error.txt"
+            if failure:
+                failed.append((run, failure))
+                run.folder.mkdir(parents=True, exist_ok=True)
+                details.write_text(f"{failure.reason}\n\n{failure.details}")
+            else:
+                details.unlink(missing_ok=True)
+    return failed
 
 
 def compare(
@@ -294,26 +216,42 @@ def compare(
 
     Raises:
         `ValueError`: When the YAML, a method or a setting is wrong, before anything is trained.
+        [`FailedRunsError`]: After everything else was trained and written, when a run failed.
     """
     path = Path(path)
     comparison = read_comparison(path)
-    comparison.seeds = seeds or comparison.seeds
+    if seeds is not None:
+        check_seeds(seeds)
+        comparison.seeds = seeds
     for row in rows or []:
         if row not in comparison.methods:
             raise ValueError(f"There is no row {row!r}: {path.name} has {', '.join(comparison.methods)}.")
-    if rows:
-        comparison.methods = {row: comparison.methods[row] for row in rows}
+    if num_jobs < 1:
+        raise ValueError(f"`--jobs` is {num_jobs}: give at least 1.")
     size = size or next(iter(comparison.sizes), None)
     out = Path(out or Path("runs", "compare", path.stem, size or ""))
     runs = plan_runs(comparison, path.parent, out, size, overrides)
-    results = run_all(runs, num_jobs)
-    reference = comparison.reference if comparison.reference in results else None
+    if rows:
+        runs = {row: runs[row] for row in runs if row in rows}
+    check_writable(out, "--out")
+    common, with_lora = common_settings(comparison, path.parent, size)
+    common["with_lora"] = with_lora
+    claim_folder(out, {"file": path.name, "kind": comparison.kind, "size": size}, common)
+    failed = run_all(runs, num_jobs)
+    results = {row: [result for run in row_runs if (result := run.result())] for row, row_runs in runs.items()}
+    reference = comparison.reference if results.get(comparison.reference) else None
     table = comparison_table(results, comparison.columns, comparison.parts, reference, comparison.published)
+    if failed:
+        lines = [f"- {run}: {failure.reason} ({run.folder / 'error.txt'})" for run, failure in failed]
+        table += "\n\nThese runs failed and are left out; the same command tries them again:\n\n" + "\n".join(lines)
     (out / "table.md").write_text(table + "\n")
-    write_comparison(results, out / "results.csv")
-    plot_learning_curves(results, out / "curves.png")
+    finished: dict[str, list[RunResult]] = {row: found for row, found in results.items() if found}
+    write_comparison(finished, out / "results.csv")
+    plot_learning_curves(finished, out / "curves.png")
     if tables := _client_tables(runs):
         plot_clients(tables, out / "clients.png")
+    if failed:
+        raise FailedRunsError(table)
     return table
 
 

@@ -4,22 +4,20 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 import numpy as np
-import yaml
+from datasets.exceptions import DatasetsError
 from peft import PeftConfig
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from ..data import FederatedDataset, dirichlet, hold_out_client_tests, iid, load_source, predominant, shards
 from ..models import EnsemblePreTrainedModel, FedMoEPreTrainedModel, MultiHeadPreTrainedModel
-from ..training import FederatedTrainingArguments
 
 
 @dataclass
@@ -32,12 +30,12 @@ class Experiment(ABC):
     label_column: str | None = field(default=None, metadata={"help": "Column of labels, when it is not obvious."})
     gate: str = field(default="main_features", metadata={"help": "'main_features', 'adapter' or a model."})
     num_main_experts: int = field(default=1, metadata={"help": "Main experts of the mixture, 0 to 3."})
-    num_routed_experts: int = field(default=3, metadata={"help": "K."})
+    num_routed_experts: int = field(default=3, metadata={"help": "K, the routed experts of the mixture."})
     top_l: int = field(default=1, metadata={"help": "L, routed experts per example at inference."})
     partition: str = field(default="predominant", metadata={"help": "Who holds what."})
     dirichlet_alpha: float = field(default=0.3, metadata={"help": "Concentration of the Dirichlet partition."})
-    num_clients: int = field(default=10, metadata={"help": "M."})
-    examples_per_client: int = field(default=300, metadata={"help": "Training examples of a client."})
+    num_clients: int = field(default=10, metadata={"help": "M, the clients of the federation."})
+    examples_per_client: int = field(default=300, metadata={"help": "Training examples of a client, at most."})
     share_low: float = field(default=0.55, metadata={"help": "Least share of a client's predominant class."})
     share_high: float = field(default=0.65, metadata={"help": "Largest share of a client's predominant class."})
     reserved_size: int = field(default=500, metadata={"help": "Examples of the server's reserved set."})
@@ -65,6 +63,71 @@ class Experiment(ABC):
     multi_head_class: ClassVar[type[MultiHeadPreTrainedModel]]
     source_arguments: ClassVar[tuple[str, ...]] = ("label_column",)
     partitions: ClassVar[tuple[str, ...]] = ("predominant", "dirichlet", "iid", "shards")
+    # The smallest value of a whole number, and settings that are shares in [0, 1).
+    lowest: ClassVar[dict[str, int]] = {
+        "num_main_experts": 0,
+        "num_routed_experts": 1,
+        "top_l": 1,
+        "num_clients": 1,
+        "examples_per_client": 1,
+        "reserved_size": 0,
+        "validation_size": 0,
+        "max_train_examples": 1,
+        "max_test_examples": 1,
+        "start_epochs": 0,
+        "num_models": 1,
+    }
+    shares: ClassVar[tuple[str, ...]] = ("client_test_share", "unseen_share")
+    # Everything else may change who holds what.
+    not_of_data: ClassVar[tuple[str, ...]] = (
+        *("preset_name", "compare", "method_settings", "model_config", "gate", "start_epochs", "num_models"),
+        *("num_main_experts", "num_routed_experts", "top_l", "peft", "rank", "target_modules", "augmentation"),
+    )
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` when a setting is out of its range, whatever the data."""
+        for name in ("dataset", "model", "compare"):
+            if not all(vars(self)[name]) or not vars(self)[name]:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give at least one name.")
+        if len(set(self.compare)) < len(self.compare):
+            raise ValueError(f"`compare` is {self.compare}: give every method once.")
+        for name, lowest in self.lowest.items():
+            if vars(self)[name] is not None and vars(self)[name] < lowest:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give at least {lowest}.")
+        for name in self.shares:
+            if not 0 <= vars(self)[name] < 1:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give a share in [0, 1).")
+        if self.partition not in self.partitions:
+            raise ValueError(f"`partition` is {self.partition!r}: choose one of {', '.join(self.partitions)}.")
+        if self.partition == "dirichlet" and self.dirichlet_alpha <= 0:
+            raise ValueError(f"`dirichlet_alpha` is {self.dirichlet_alpha}: give more than 0, 0.1 is strong skew.")
+        if self.partition == "predominant" and not 0 < self.share_low <= self.share_high <= 1:
+            raise ValueError(
+                f"`share_low` is {self.share_low} and `share_high` {self.share_high}: give shares above 0 and up to "
+                "1, the low one first."
+            )
+        if self.reserved_share is not None and not 0 < self.reserved_share <= 1:
+            raise ValueError(f"`reserved_share` is {self.reserved_share}: give a share in (0, 1], or leave it out.")
+        for name in ("model_config", "method_settings"):
+            if name in vars(self):
+                self.read_json(name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The dictionary that a setting holds as JSON; raises `ValueError` when it holds none."""
+        try:
+            found = json.loads(vars(self)[name])
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`{name}` is {vars(self)[name]!r}, which is no JSON ({error}): write '{{\"name\": 1}}'."
+            ) from None
+        if not isinstance(found, dict):
+            raise ValueError(f"`{name}` is {vars(self)[name]}: give names and values, '{{\"name\": 1}}'.")
+        return found
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """The settings that decide what the clients and the server hold."""
+        return {name: value for name, value in vars(self).items() if name not in self.not_of_data}
 
     @abstractmethod
     def load_processor(self) -> Any:
@@ -84,7 +147,9 @@ class Experiment(ABC):
 
     def make_gate(self, num_experts: int) -> str | PreTrainedModel:
         """A gate which is a model: that named `gate`, or one like the experts."""
-        return find_model(self._gate_names())
+        name = find_model(self._gate_names())
+        load_pretrained(AutoConfig, name)  # whose error names the model
+        return name
 
     def _gate_names(self) -> list[str]:
         return self.model if self.gate in ("main_features", "adapter") else [self.gate]
@@ -103,8 +168,8 @@ class Experiment(ABC):
         for name in self.dataset:
             try:
                 return name, self.load(name)
-            except (FileNotFoundError, ValueError) as error:
-                problems.append(str(error))
+            except (OSError, ValueError, DatasetsError) as error:
+                problems.append(" ".join(str(error).split()))
         raise ValueError("None of the data sets could be loaded. " + " ".join(problems))
 
     def load(self, name: str) -> datasets.DatasetDict:
@@ -137,62 +202,18 @@ class Experiment(ABC):
             return dirichlet(labels, self.num_clients, self.dirichlet_alpha, seed, min_size=10)
         if self.partition == "iid":
             return iid(len(rows), self.num_clients, seed, size)
-        if self.partition == "shards":
-            return shards(labels, self.num_clients, seed=seed)
-        raise ValueError(f"`partition` is {self.partition!r}: choose one of {', '.join(self.partitions)}.")
+        return shards(labels, self.num_clients, seed=seed)
+
+    def hold_out(self, data: FederatedDataset, seed: int) -> FederatedDataset:
+        """Clients with test rows of their own, where that is asked for."""
+        if not self.client_test_share:
+            return data
+        return hold_out_client_tests(data, self.client_test_share, self.unseen_share, seed)
 
     def load_data(self, processor: Any, seed: int) -> tuple[str, FederatedDataset]:
         """The name of the data set that was found, and its clients and server splits, ready for the trainer."""
         name, source = self.source()
-        data = self.prepare(self.split(source, seed), processor)
-        if self.client_test_share:
-            data = hold_out_client_tests(data, self.client_test_share, self.unseen_share, seed)
-        return name, data
-
-
-def read_preset(settings_file: Path, name: str) -> dict[str, Any]:
-    """The settings of one preset of a recipe's YAML."""
-    presets = yaml.safe_load(settings_file.read_text())
-    if name not in presets:
-        raise ValueError(f"`--preset` is {name!r}: {settings_file.name} has {', '.join(presets)}.")
-    return {"preset_name": name, "output_dir": f"runs/{settings_file.stem}", **presets[name]}
-
-
-def parse_settings(
-    experiment_class: type[Experiment], settings: dict[str, Any], argv: list[str]
-) -> tuple[Experiment, FederatedTrainingArguments]:
-    """
-    An experiment and the arguments of its runs from settings, each overridden by the command line.
-
-    Settings under `with_lora` take the place of others where experts are adapters: those learn at other rates than
-    whole models. Fed-MoE's own `preset` argument is `--preset_of_method` on the command line.
-
-    Raises:
-        `ValueError`: When a setting is unknown or out of its range.
-    """
-    argv = ["--preset" if word == "--preset_of_method" else word for word in argv]
-    settings = dict(settings)
-    with_lora = settings.pop("with_lora", {})
-    if "lora" in (settings.get("peft"), *(word for flag, word in pairwise(argv) if flag == "--peft")):
-        settings |= with_lora
-    known = [field for part in (experiment_class, FederatedTrainingArguments) for field in fields(part) if field.init]
-    for name in settings:
-        if name not in (names := [field.name for field in known]):
-            near = get_close_matches(name, names)
-            raise ValueError(f"There is no setting {name!r}" + (f": is it {' or '.join(near)}?" if near else "."))
-    given = {argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")}
-    defaults = []
-    for key, value in settings.items():
-        if value is False and key.endswith("_strategy"):
-            value = "no"  # which YAML takes for False
-        if key not in given:
-            words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            defaults += [f"--{key}", *map(str, words)]
-    for name in ("dataset", "model"):
-        if name not in given and name not in settings:
-            raise ValueError(f"There is no {name!r} among the settings: name one, or a recipe that does.")
-    parser = HfArgumentParser((experiment_class, FederatedTrainingArguments), allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(defaults + argv)
+        return name, self.hold_out(self.prepare(self.split(source, seed), processor), seed)
 
 
 def find_model(names: list[str]) -> str:
@@ -204,6 +225,55 @@ def find_model(names: list[str]) -> str:
             if folder is not None and folder.is_dir():
                 return str(folder)
     return names[-1]
+
+
+def load_pretrained(auto_class: type, name: str, **changes: Any) -> Any:
+    """`auto_class.from_pretrained`, whose errors take many lines and name no remedy of ours."""
+    try:
+        return auto_class.from_pretrained(name, **changes)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model {name!r} cannot be loaded: {' '.join(str(error).split())} It can be a shipped one, a folder, "
+            "a name in $HF_FEDMOE_MODELS, or a Hub id."
+        ) from error
+
+
+def build_classifier(auto_class: type, name: str, config: dict[str, Any], labels: dict[str, Any]) -> PreTrainedModel:
+    """
+    A classifier from a folder or the Hub, or one of an architecture with random weights.
+
+    Args:
+        auto_class (`type`): `AutoModelForImageClassification` or `AutoModelForSequenceClassification`.
+        name (`str`): A folder, a Hub id with a slash, or an architecture.
+        config (`dict`): What the configuration of an architecture is to have.
+        labels (`dict`): Arguments that say how many classes there are, and their names.
+
+    Raises:
+        `ValueError`: When there is no such model, or the architecture cannot be built like that.
+    """
+    if Path(name).is_dir() or "/" in name:
+        return load_pretrained(auto_class, name, **labels, ignore_mismatched_sizes=True)
+    if name not in CONFIG_MAPPING:
+        near = get_close_matches(name, CONFIG_MAPPING.keys(), n=1)
+        raise ValueError(
+            f"There is no model {name!r}: it is no folder, none in $HF_FEDMOE_MODELS and no architecture"
+            + (f", is it {near[0]}?" if near else ".")
+        )
+    try:
+        defaults = CONFIG_MAPPING[name]()
+        # A configuration takes them without a word.
+        unknown = [setting for setting in config if not hasattr(defaults, setting)]
+        if not unknown:
+            return auto_class.from_config(AutoConfig.for_model(name, **config, **labels))
+    except Exception as error:  # each architecture fails in its own way
+        raise ValueError(
+            f"`model_config` is {config}, with which a {name!r} cannot be built: {type(error).__name__}: {error}"
+        ) from error
+    near = get_close_matches(unknown[0], vars(defaults), n=1)
+    raise ValueError(
+        f"`model_config` has {unknown[0]!r}, which the configuration of a {name!r} has not"
+        + (f": is it {near[0]}?" if near else ": leave it out.")
+    )
 
 
 def label_maps(data: FederatedDataset) -> dict[str, Any]:

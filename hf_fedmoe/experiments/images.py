@@ -1,6 +1,5 @@
 """The image recipes: image processors, augmentation, experts from configurations, partitions by writer."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, pipeline
+from transformers import AutoModelForImageClassification, PreTrainedModel, pipeline
 
 from ..data import (
     AUGMENTATIONS,
@@ -28,7 +27,7 @@ from ..models import (
     MultiHeadForImageClassification,
     SmallImageProcessor,
 )
-from .experiment import Experiment, find_model, label_maps
+from .experiment import Experiment, build_classifier, find_model, label_maps
 
 
 @dataclass
@@ -50,6 +49,15 @@ class ImageExperiment(Experiment):
     multi_head_class = MultiHeadForImageClassification
     source_arguments = ("image_column", "label_column")
     partitions = (*Experiment.partitions, "natural", "pachinko")
+    lowest = {**Experiment.lowest, "image_size": 1, "num_groups": 1}
+    shares = (*Experiment.shares, "test_share")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"`augmentation` is {self.augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"`num_channels` is {self.num_channels}: give 1 for grey images or 3 for colour.")
 
     def load_processor(self) -> SmallImageProcessor:
         return SmallImageProcessor(
@@ -60,14 +68,17 @@ class ImageExperiment(Experiment):
         if self.partition == "natural":
             # Whoever wrote a test character is in no client.
             rows = datasets.concatenate_datasets(list(source.values()))
-            if self.client_column not in rows.column_names:
-                raise ValueError(
-                    f"`client_column` is {self.client_column!r}, but the data has the columns {rows.column_names}: "
-                    "name the one that says whose row it is, or take another `partition`."
-                )
+            self._check_column("client_column", "whose row it is", rows)
             test, train = hold_out_ids(rows[self.client_column], self.test_share, seed=0)
             source = datasets.DatasetDict(train=rows.select(train), test=rows.select(test))
         return super().split(source, seed)
+
+    def _check_column(self, name: str, meaning: str, rows: datasets.Dataset) -> None:
+        if vars(self)[name] not in rows.column_names:
+            raise ValueError(
+                f"`{name}` is {vars(self)[name]!r}, but the data has the columns {rows.column_names}: name the one "
+                f"that says {meaning}, or take another `partition`."
+            )
 
     def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:
         if self.partition == "natural":
@@ -75,6 +86,7 @@ class ImageExperiment(Experiment):
                 rows[self.client_column], self.num_clients, seed, min_size=10, max_size=self.examples_per_client
             )
         if self.partition == "pachinko":
+            self._check_column("coarse_column", "which group its class is in", rows)
             return pachinko(
                 rows[self.coarse_column], rows["label"], self.num_clients, self.examples_per_client, seed=seed
             )
@@ -96,16 +108,12 @@ class ImageExperiment(Experiment):
         return self._build(find_model(self._gate_names()), {"num_labels": num_experts})
 
     def _build(self, name: str, labels: dict[str, Any]) -> PreTrainedModel:
-        if Path(name).is_dir() or "/" in name:
-            return AutoModelForImageClassification.from_pretrained(name, **labels, ignore_mismatched_sizes=True)
-        config = {"num_channels": self.num_channels, **json.loads(self.model_config), **labels}
+        config = {"num_channels": self.num_channels, **self.read_json("model_config")}
         if name == "small_cnn":
             config["image_size"] = self.image_size
-        return AutoModelForImageClassification.from_config(AutoConfig.for_model(name, **config))
+        return build_classifier(AutoModelForImageClassification, name, config, labels)
 
     def collators(self, processor: SmallImageProcessor) -> dict[str, Callable]:
-        if self.augmentation not in AUGMENTATIONS:
-            raise ValueError(f"`augmentation` is {self.augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         return {
             "data_collator": ImageCollator(processor),
             "train_data_collator": ImageCollator(processor, AUGMENTATIONS[self.augmentation]),

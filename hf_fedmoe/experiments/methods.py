@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..reporting import ExpertAnalysis, analyse_experts, scores
 from ..strategies import FedAvgReserved, FedMoE, Strategy, freeze_common_expert
 from ..training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
 from .experiment import Experiment
+from .settings import Setting, nearest, settings_of, typed_settings
 
 
 # A new one is here as soon as `hf_fedmoe.strategies` has it.
@@ -35,20 +36,53 @@ METHODS = (*STRATEGIES, *CENTRALISED, "fedmoe")
 TUNING_EPOCHS = 5
 
 
+def train_on_reserved_set(
+    model: PreTrainedModel,
+    args: FederatedTrainingArguments,
+    data: FederatedDataset,
+    shared: dict[str, Any],
+    folder: str,
+    **changes: Any,
+) -> None:
+    """Trains a model alone, in place and before the run: as long as [`centralised`] says, or with these `changes`."""
+    alone = centralised(args, data)
+    for name, value in changes.items():
+        setattr(alone["args"], name, value)
+    alone["args"].output_dir = str(Path(args.output_dir, folder))
+    alone["args"].save_strategy = alone["args"].eval_strategy = alone["args"].logging_strategy = "no"
+    alone["args"].load_best_model_at_end = False
+    trainer = FederatedTrainer(model, **shared | alone)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def leave_as_it_is(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Trains nothing, in the place of [`train_on_reserved_set`] where trainers are only tried out."""
+
+
 def make_trainer(
     method: str,
     experiment: Experiment,
     args: FederatedTrainingArguments,
     data: FederatedDataset,
     processor: Any,
+    train_first: Callable[..., None] = train_on_reserved_set,
 ) -> FederatedTrainer:
-    """A trainer of one method. Equal seeds give every method the same initial weights, clients and draws."""
-    check_method(method, experiment)
+    """
+    A trainer of one method. Equal seeds give every method the same initial weights, clients and draws.
+
+    Args:
+        method (`str`): One of [`METHODS`].
+        experiment ([`Experiment`]), args ([`FederatedTrainingArguments`]): The settings.
+        data ([`~data.FederatedDataset`]), processor: As [`Experiment.load_data`] and its `load_processor` give them.
+        train_first (`Callable`, *optional*): Trains what a run starts from, where it is trained.
+    """
+    check_method(method, experiment, args)
     set_seed(args.seed)
     expert = experiment.make_expert(data, processor)
     shared = dict(args=args, train_dataset=data, processing_class=processor, **experiment.collators(processor))
     if experiment.start_epochs:
-        train_on_reserved_set(expert, args, data, shared, "start", rounds=1, num_train_epochs=experiment.start_epochs)
+        train_first(expert, args, data, shared, "start", rounds=1, num_train_epochs=experiment.start_epochs)
     if method in ("fedmoe", "cent_moe"):
         own_gate = experiment.gate not in ("main_features", "adapter")
         gate = experiment.make_gate(experiment.num_routed_experts) if own_gate else experiment.gate
@@ -72,7 +106,9 @@ def make_trainer(
         if method == "fedmix":
             model = fedmix_mixture(expert, experiment, args.seed)
         else:
-            model = fedjets_mixture(expert, experiment, args, data, shared)
+            model = fedjets_mixture(
+                expert, experiment, lambda common: train_first(common, args, data, shared, "common_expert")
+            )
         return FederatedTrainer(model, strategy=strategy, **shared)
     shared["peft_config"] = experiment.peft_config()
     if method == "reserved_only":
@@ -95,67 +131,55 @@ def fedmix_mixture(expert: PreTrainedModel, experiment: Experiment, seed: int) -
 
 
 def fedjets_mixture(
-    expert: PreTrainedModel,
-    experiment: Experiment,
-    args: FederatedTrainingArguments,
-    data: FederatedDataset,
-    shared: dict[str, Any],
+    expert: PreTrainedModel, experiment: Experiment, train_alone: Callable[[PreTrainedModel], None]
 ) -> FedMoEPreTrainedModel:
     """
     Routed experts that start as those of all methods do, and a frozen common expert, which is trained on the reserved
     set first: from random weights its features would tell the gate nothing.
     """
     mixture = experiment.mixture_class.from_expert(expert, num_routed_experts=experiment.num_routed_experts)
-    train_on_reserved_set(expert, args, data, shared, "common_expert")
+    train_alone(expert)
     mixture.main_experts[0].load_state_dict(expert.state_dict())
     return freeze_common_expert(mixture)
 
 
-def train_on_reserved_set(
-    model: PreTrainedModel,
-    args: FederatedTrainingArguments,
-    data: FederatedDataset,
-    shared: dict[str, Any],
-    folder: str,
-    **changes: Any,
-) -> None:
-    """Trains a model alone, in place and before the run: as long as [`centralised`] says, or with these `changes`."""
-    alone = centralised(args, data)
-    for name, value in changes.items():
-        setattr(alone["args"], name, value)
-    alone["args"].output_dir = str(Path(args.output_dir, folder))
-    alone["args"].save_strategy = alone["args"].eval_strategy = alone["args"].logging_strategy = "no"
-    alone["args"].load_best_model_at_end = False
-    trainer = FederatedTrainer(model, **shared | alone)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-
-
-def check_method(method: str, experiment: Experiment) -> None:
-    """Raises `ValueError` when there is no such method, or none of its settings has such a name."""
-    for name in (method, *json.loads(experiment.method_settings)):
+def check_method(method: str, experiment: Experiment, args: FederatedTrainingArguments) -> None:
+    """
+    Raises `ValueError` when there is no such method, or one of its settings has another name, type or range. What
+    depends on the model is left to [`make_trainer`].
+    """
+    given = experiment.read_json("method_settings")
+    for name in (method, *given):
         if name not in METHODS:
-            raise ValueError(f"There is no method {name!r}: choose from {', '.join(METHODS)}.")
-    own = own_settings(method)
-    for name in json.loads(experiment.method_settings).get(method, {}):
-        if name not in own:
-            raise ValueError(
-                f"`method_settings` gives {method!r} a {name!r}: it has {', '.join(own) or 'no settings of its own'}."
-            )
+            raise ValueError(f"There is no method {name!r}{nearest(name, METHODS)}")
+    for name, settings in given.items():
+        own = own_settings(name)
+        for setting in settings:
+            if setting not in own:
+                raise ValueError(
+                    f"`method_settings` gives {name!r} a {setting!r}: it has "
+                    f"{', '.join(own) or 'no settings of its own'}."
+                )
+    if method in STRATEGIES and method != "pfedmoe":
+        make_strategy(method, experiment, args)
 
 
-def own_settings(method: str) -> list[str]:
+def own_settings(method: str) -> dict[str, Setting]:
     """The settings that a method has besides those of all runs, among which Fed-MoE's are."""
     strategy = STRATEGIES.get(method)
-    return [field.name for field in dataclasses.fields(strategy)] if dataclasses.is_dataclass(strategy) else []
+    return settings_of(strategy) if dataclasses.is_dataclass(strategy) else {}
 
 
 def make_strategy(
-    method: str, experiment: Experiment, args: FederatedTrainingArguments, expert: PreTrainedModel
+    method: str,
+    experiment: Experiment,
+    args: FederatedTrainingArguments,
+    expert: PreTrainedModel | None = None,
 ) -> Strategy:
     """
     The strategy of a method of [`STRATEGIES`], with its `method_settings`. The `client_models` of pFedMoE are given
-    there by what differs from the `expert`'s configuration; left out, own models have that of the shared one.
+    there by what differs from the `expert`'s configuration; left out, own models have that of the shared one. The
+    others need no `expert`.
     """
     # The controls train on the reserved set at the learning rate of Fed-MoE's experts and as long, if those do.
     server = dict(learning_rate=args.expert_learning_rate, batch_size=args.gate_batch_size)
@@ -164,7 +188,8 @@ def make_strategy(
         "fedavg_tuned_at_end": dict(when="end", epochs=args.final_expert_epochs or TUNING_EPOCHS, **server),
         "fedavg_moving_average": dict(rate=args.fusion_rate),
     }
-    settings = defaults.get(method, {}) | json.loads(experiment.method_settings).get(method, {})
+    own = typed_settings(experiment.read_json("method_settings").get(method, {}), own_settings(method))
+    settings = defaults.get(method, {}) | own
     if method == "pfedmoe":
         changes = settings.get("client_models", [{}])
         settings["client_models"] = [expert.config.to_dict() | changed for changed in changes]

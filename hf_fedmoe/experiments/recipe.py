@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -10,20 +12,33 @@ from transformers.utils import logging
 
 from ..reporting import plot_clients, plot_gate
 from ..training import FederatedTrainingArguments
-from .experiment import Experiment, find_model, parse_settings, read_preset
-from .methods import analyse, majority_scores, make_trainer, metrics_of_tests, train_or_go_on
+from .experiment import Experiment, find_model
+from .folders import check_writable
+from .methods import (
+    analyse,
+    check_method,
+    leave_as_it_is,
+    majority_scores,
+    make_trainer,
+    metrics_of_tests,
+    train_or_go_on,
+)
+from .recipe_help import recipe_help
+from .settings import parse_settings, read_preset, read_words
 
 
 def parse(
     experiment_class: type[Experiment], settings_file: Path, argv: list[str]
 ) -> tuple[Experiment, FederatedTrainingArguments]:
-    """One preset of a recipe's YAML (`--preset quick` unless told), overridden by the rest of the command line."""
-    name, rest = "quick", list(argv)
-    if "--preset" in rest:
-        place = rest.index("--preset")
-        name = rest[place + 1] if place + 1 < len(rest) else ""
-        del rest[place : place + 2]
-    return parse_settings(experiment_class, read_preset(settings_file, name), rest)
+    """
+    One preset of a recipe's YAML (`--preset quick` unless told), overridden by the rest of the command line. Fed-MoE's
+    own `preset` argument is `--preset_of_method` there.
+    """
+    told = read_words(argv)
+    preset = str(told.pop("preset", "quick"))
+    if "preset_of_method" in told:
+        told["preset"] = told.pop("preset_of_method")
+    return parse_settings(experiment_class, read_preset(settings_file, preset), told)
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -35,20 +50,57 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main(experiment_class: type[Experiment], settings_file: Path) -> None:
-    """Runs the recipe as `accelerate launch` calls it; of several processes the main one prints and writes."""
+    """
+    Runs the recipe as `accelerate launch` calls it; of several processes the main one prints and writes. A setting
+    that is wrong ends it with one line and exit code 2.
+    """
+    try:
+        _run(experiment_class, settings_file, sys.argv[1:])
+    except KeyboardInterrupt:
+        print(f"\n{settings_file.stem}: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def _in_one_line(settings_file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{settings_file.stem}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(experiment_class: type[Experiment], settings_file: Path, argv: list[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs
-    experiment, args = parse(experiment_class, settings_file, sys.argv[1:])
-    output_dir, model_name = Path(args.output_dir), find_model(experiment.model)
-    is_main = PartialState().is_main_process
-    say = print if is_main else lambda *words: None
-    if not is_main:
-        datasets.disable_progress_bars()  # the main one's are enough
-    processor = experiment.load_processor()
-    dataset_name, data = experiment.load_data(processor, args.seed)
-    say(f"\n{settings_file.stem}, preset {experiment.preset_name}: {dataset_name}, experts {Path(model_name).name}")
-    say(data.summary())
-    output_dir.mkdir(parents=True, exist_ok=True)
+    with _in_one_line(settings_file):
+        if help_words := {"-h", "--help", "--help-all", "--help_all"}.intersection(argv):
+            told = read_words([word for word in argv if word not in help_words])
+            everything = not help_words <= {"-h", "--help"}
+            print(recipe_help(experiment_class, settings_file, str(told.get("preset", "quick")), everything))
+            return
+        experiment, args = parse(experiment_class, settings_file, argv)
+        if args.resume_from_checkpoint:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}: leave it out, a recipe goes on from "
+                "the last checkpoints in its `output_dir`."
+            )
+        for method in experiment.compare:
+            check_method(method, experiment, args)
+        output_dir, model_name = Path(args.output_dir), find_model(experiment.model)
+        check_writable(output_dir, "output_dir")
+        is_main = PartialState().is_main_process
+        say = print if is_main else lambda *words: None
+        if not is_main:
+            datasets.disable_progress_bars()  # the main one's are enough
+        processor = experiment.load_processor()
+        dataset_name, data = experiment.load_data(processor, args.seed)
+        title = f"{settings_file.stem}, preset {experiment.preset_name}"
+        say(f"\n{title}: {dataset_name}, experts {Path(model_name).name}")
+        say(data.summary())
+        for method in experiment.compare:
+            args.output_dir = str(output_dir / method)
+            make_trainer(method, experiment, args, data, processor, train_first=leave_as_it_is)
     if is_main:
         data.plot(output_dir / "clients.png")
     results, client_tables = {"majority_class": majority_scores(data)}, {}
@@ -56,8 +108,14 @@ def main(experiment_class: type[Experiment], settings_file: Path) -> None:
         say(f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {data.num_clients} clients")
         args.output_dir = str(output_dir / method)
         trainer = make_trainer(method, experiment, args, data, processor)
-        # Called again, the recipe goes on where it stopped; with other settings it asks for another folder.
-        train_or_go_on(trainer)
+        try:
+            # Called again, the recipe goes on where it stopped; with other settings it asks for another folder.
+            train_or_go_on(trainer)
+        except ValueError:
+            if trainer.rounds:
+                raise
+            with _in_one_line(settings_file):
+                raise
         results[method] = metrics_of_tests(trainer, data)
         if trainer.client_table:
             client_tables[method] = trainer.client_table

@@ -20,7 +20,7 @@ from ..models import (
     FedMoEForSequenceClassification,
     MultiHeadForSequenceClassification,
 )
-from .experiment import Experiment, find_model, label_maps
+from .experiment import Experiment, find_model, label_maps, load_pretrained
 
 
 SENTENCES = [
@@ -46,10 +46,16 @@ class TextExperiment(Experiment):
     ensemble_class = EnsembleForSequenceClassification
     multi_head_class = MultiHeadForSequenceClassification
     source_arguments = ("text_column", "label_column")
+    lowest = {**Experiment.lowest, "max_length": 1, "rank": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.peft not in ("none", "lora"):
+            raise ValueError(f"`peft` is {self.peft!r}: choose 'lora' or 'none'.")
 
     def load_processor(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with a pad token."""
-        tokenizer = AutoTokenizer.from_pretrained(find_model(self.model))
+        tokenizer = load_pretrained(AutoTokenizer, find_model(self.model))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -60,8 +66,8 @@ class TextExperiment(Experiment):
         )
 
     def make_expert(self, data: FederatedDataset, processor: PreTrainedTokenizerBase) -> PreTrainedModel:
-        expert = AutoModelForSequenceClassification.from_pretrained(
-            find_model(self.model), **label_maps(data), dtype=torch.float32
+        expert = load_pretrained(
+            AutoModelForSequenceClassification, find_model(self.model), **label_maps(data), dtype=torch.float32
         )
         if expert.config.pad_token_id is None:
             expert.config.pad_token_id = processor.pad_token_id
@@ -70,8 +76,6 @@ class TextExperiment(Experiment):
     def peft_config(self) -> PeftConfig | None:
         if self.peft == "none":
             return None
-        if self.peft != "lora":
-            raise ValueError(f"`peft` is {self.peft!r}: choose 'lora' or 'none'.")
         base = find_model(self.model)
         return LoraConfig(
             # GPT-2's layers have their weights the other way round.

@@ -45,6 +45,11 @@ class FedAvgReserved(Strategy):
     def __post_init__(self) -> None:
         if self.when not in ("round", "end"):
             raise ValueError(f'`when` is {self.when!r}: choose "round" or "end".')
+        for name in ("epochs", "batch_size"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
+        if self.learning_rate < 0:
+            raise ValueError(f"`learning_rate` is {self.learning_rate}: give 0 or more.")
 
     def needs_reserved_set(self) -> bool:
         return True
@@ -80,6 +85,10 @@ class FedAvgMovingAverage(Strategy):
     name = "fedavg_moving_average"
     averages = True
     plain_clients = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"`rate` is {self.rate}: a moving average needs 0 < rate <= 1.")
 
     def setup(self, server: Server, num_clients: int) -> None:
         server.tensors["mean_P"] = server.bank_SP[0].clone()

@@ -16,6 +16,8 @@ from .deepspeed_config import hidden_from_accelerate, requested_config
 
 LORA_FUSIONS = ("svd", "ffa", "factors")
 CLIENT_PARALLELISMS = ("clients", "sums", "data")
+NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
+NOT_NEGATIVE += ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass
@@ -113,9 +115,18 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             atexit.register(leave_group)
         self.deepspeed = config
         self.resolve_preset()
-        for name in ("rounds", "clients_per_round", "clients_at_once"):
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in ("rounds", "clients_per_round", "clients_at_once", *sizes):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least 1.")
+        for name in NOT_NEGATIVE:
+            if (vars(self)[name] or 0) < 0:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give 0 or more.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= vars(self)[name] < 1:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give a number in [0, 1).")
+        if self.optim_args and not all(part.count("=") == 1 for part in self.optim_args.split(",")):
+            raise ValueError(f"`optim_args` is {self.optim_args!r}: write name=value,name=value.")
         if self.client_choice not in CLIENT_CHOICES:
             raise ValueError(
                 f"`client_choice` is {self.client_choice!r}: choose one of {', '.join(map(repr, CLIENT_CHOICES))}."

@@ -9,8 +9,10 @@ import yaml
 
 from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import METHODS, ImageExperiment, compare, make_trainer, parse_settings
-from hf_fedmoe.experiments.compare import execute, plan_runs, read_comparison
+from hf_fedmoe.experiments.compare import plan_runs
+from hf_fedmoe.experiments.comparison import read_comparison
 from hf_fedmoe.experiments.methods import CENTRALISED
+from hf_fedmoe.experiments.runs import execute
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
 from hf_fedmoe.reporting import read_client_table
@@ -92,7 +94,7 @@ def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeyp
     for row, (run,) in runs_of(path, tmp_path / "out", rounds=1).items():
         drawn = draws.setdefault(row, [])
         monkeypatch.setattr(Federation, "draw", lambda *args, drawn=drawn: drawn.append(draw(*args)) or draw(*args))
-        execute(run, threads=1)
+        execute(run)
         scores[row] = json.loads((run.folder / "result.json").read_text())["metrics"]
     # FedJETs trains its common expert first, on the only client that is the reserved set.
     rounds = {row: drawn[-1] for row, drawn in draws.items() if row not in CENTRALISED}
@@ -107,7 +109,7 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
     path, out = written(tmp_path, seeds=[0, 1]), tmp_path / "out"
     whole = compare(path, tmp_path / "whole", num_jobs=2)
     (first, second) = runs_of(path, out)["fedavg"]
-    execute(first, threads=1)
+    execute(first)
     before = (first.folder / "result.json").stat().st_mtime_ns
     run_round = Federation.run_round
 
@@ -118,7 +120,7 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Federation, "run_round", stopped)
     with pytest.raises(KeyboardInterrupt):
-        execute(second, threads=1)
+        execute(second)
     monkeypatch.undo()
     assert (second.folder / "checkpoint-1").is_dir()
     assert compare(path, out) == whole
@@ -140,53 +142,16 @@ def test_sizes_and_settings_go_before_one_another(tmp_path):
     args = [run.parse()[1] for run in (small, paper, told)]
     assert [(a.rounds, a.num_train_epochs, a.clients_per_round) for a in args] == [(2, 2, 3), (50, 1, 3), (7, 1, 3)]
     assert [a.save_steps for a in args] == [1, 10, 1] and small.parse()[0].num_clients == 8
-    (quiet,) = runs_of(path, tmp_path, "small", eval_strategy=yaml.safe_load("no"))["fedavg"]
+    (quiet,) = runs_of(path, tmp_path, "small", eval_strategy=yaml.safe_load("no"))["fedavg"]  # False
     assert quiet.parse()[1].eval_strategy == "no"
     assert args[0].learning_rate == 0.5 != args[1].learning_rate
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rows": []}, "digits.yaml has 'rows': a comparison has kind, methods"),
-        ({"methods": {}}, "digits.yaml has no 'methods'"),
-        ({"kind": "sounds"}, "`kind` is 'sounds': choose one of 'texts', 'images'"),
-        ({"methods": {"FedSGD": "fedsgd"}}, "There is no method 'fedsgd': choose from .*fedavg"),
-        ({"methods": {"a": {"method": "fedavg", "round": 1}}}, "There is no setting 'round': is it rounds"),
-        ({"settings": {"model": ["small_cnn"]}}, "There is no 'dataset' among the settings"),
-        ({"methods": {"Fed-MoE": "fedmoe", "Fed MoE": "fedmoe"}}, "rows that differ in signs only"),
-        ({"published": {"FedMix": "1"}}, "names a row 'FedMix'"),
-        ({"settings": SETTINGS | {"rounds": 0}}, "`rounds` is 0: give at least 1"),
-    ],
-)
-def test_what_is_wrong_is_said_before_anything_is_trained(changes, message, tmp_path, capsys):
-    with pytest.raises(ValueError, match=message):
-        runs_of(written(tmp_path, **changes), tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", str(written(tmp_path, **changes))])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("hf-fedmoe: ")
-
-
-def test_words_of_the_command_line_are_settings(tmp_path, capsys):
-    path = written(tmp_path)
-    for words, message in (
-        (["--size", "huge"], "`size` is 'huge': this comparison has one size only"),
-        (["--rows", "fedsgd"], "There is no row 'fedsgd': digits.yaml has fedavg"),
-        (["rounds"], "'rounds' follows no setting: write --name value"),
-        (["--partition=sorted", "--out", str(tmp_path)], "`partition` is 'sorted'"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["compare", str(path), *words])
-        assert message in capsys.readouterr().err
 
 
 def test_a_start_that_has_seen_the_reserved_set_is_that_of_every_method(tmp_path):
     """With rounds in which clients learn nothing, what is tested is the start."""
     settings = SETTINGS | {"rounds": 1, "learning_rate": 1.0e-2, "final_expert_epochs": 0, "client_test_share": 0.0}
     settings |= {"unseen_share": 0.0, "reserved_size": 300, "max_test_examples": 300}
-    experiment, args = parse_settings(
-        ImageExperiment, settings | {"start_epochs": 20}, ["--output_dir", str(tmp_path)]
-    )
+    experiment, args = parse_settings(ImageExperiment, settings | {"start_epochs": 20}, {"output_dir": str(tmp_path)})
     _, data = experiment.load_data(processor := experiment.load_processor(), seed=0)
     trainers = [make_trainer(method, experiment, args, data, processor) for method in ("fedavg", "local", "fedmoe")]
     starts = [as_expert(trainers[0].model), trainers[1].model, trainers[2].model.experts[-1]]

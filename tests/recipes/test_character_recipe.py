@@ -1,6 +1,7 @@
 """The character recipe runs as a newcomer would call it, on the shipped plays."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def test_other_partitions_divide_all_roles_but_those_of_the_server(partition, re
     assert not set(data.reserved["role_id"]) & set(data.client(0)["role_id"])
 
 
-def test_bad_settings_name_the_choices(recipes, tmp_path):
+def test_bad_settings_name_the_choices(recipes, tmp_path, capsys):
     for name, value, message in (
-        ("--server_roles", "1", "`server_roles` is 1: pass at least 2"),
+        ("--server_roles", "1", "`server_roles` is 1: give at least 2"),
         (
             "--num_clients",
             "60",
@@ -111,5 +112,7 @@ def test_bad_settings_name_the_choices(recipes, tmp_path):
         ("--dataset", "sonnets", "None of the data sets could be loaded. No dataset 'sonnets'"),
         ("--role_column", "speaker", "role_column is 'speaker', but the data has the columns"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SystemExit) as stop:
             recipes(name, value, "--output_dir", str(tmp_path))
+        last_line = capsys.readouterr().err.strip().split("\n")[-1]
+        assert stop.value.code == 2 and re.match(f"shakespeare_lstm: {message}", last_line), last_line

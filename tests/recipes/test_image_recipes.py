@@ -1,6 +1,8 @@
 """The image recipes run as a newcomer would call them, on scikit-learn's digits."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from hf_fedmoe.experiments import ImageExperiment, main, parse
+from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import FedMoEConfig
 
 
@@ -28,8 +31,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
 
     def run(recipe: str, *settings: str) -> None:
-        argv = [recipe, *SMALL, "--model_config", TINY[recipe], "--image_size", "8", *settings]
-        monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(tmp_path / "run")])
+        argv = [recipe, *SMALL, "--model_config", TINY[recipe], "--image_size", "8"]
+        monkeypatch.setattr(sys, "argv", [*argv, "--output_dir", str(tmp_path / "run"), *settings])
         main(ImageExperiment, RECIPES / f"{recipe}.yaml")
 
     return run
@@ -115,10 +118,63 @@ def test_every_partition_is_at_hand(partition, letters):
     assert data.num_clients == 4 and data.client_sizes.min() >= 10
 
 
-def test_bad_settings_name_the_choices(run, letters):
-    with pytest.raises(ValueError, match="`augmentation` is 'mirrors': choose one of photographs, characters, none"):
-        run("femnist_cnn", "--augmentation", "mirrors")
-    with pytest.raises(ValueError, match="`client_column` is 'author', but the data has the columns"):
-        run("femnist_cnn", "--dataset", letters, "--partition", "natural", "--client_column", "author")
-    with pytest.raises(ValueError, match=r"`partition` is 'sorted': choose one of predominant.*natural, pachinko"):
-        run("femnist_cnn", "--partition", "sorted")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--augmentation", "mirrors"], "`augmentation` is 'mirrors': choose one of photographs, characters, none"),
+        (["--partition", "natural", "--client_column", "author"], "`client_column` is 'author', but the data has the"),
+        (["--partition", "sorted"], r"`partition` is 'sorted': choose one of predominant.*natural, pachinko"),
+        (["--rounds", "0"], "`rounds` is 0: give at least 1"),
+        (["--round", "3"], "There is no setting 'round': is it rounds"),
+        (["--rounds"], "`rounds` is True: give a whole number"),
+        (["--num_clients", "0"], "`num_clients` is 0: give at least 1"),
+        (["--clients_per_round", "99"], "`clients_per_round` is 99, but there are 4 clients"),
+        (["--compare", "fedavg", "nosuch"], "There is no method 'nosuch': choose from afl"),
+        (["--preset", "nosuch"], "`--preset` is 'nosuch': femnist_cnn.yaml has quick, unipen, paper, emnist"),
+        (["--dataset", "nosuch"], "None of the data sets could be loaded. No dataset 'nosuch'"),
+        (["--model", "small_cn"], "There is no model 'small_cn': .* is it small_cnn"),
+        (["--learning_rate", "nan"], "`learning_rate` is nan: give a finite number"),
+        (["--learning_rate", "fast"], "`learning_rate` is 'fast': give a number"),
+        (["--seed", "-1"], "`seed` is -1: give a whole number from 0"),
+        (
+            ["--compare", "fedavg", "fedmoe", "--num_main_experts", "0"],
+            "`gate` is 'main_features', which reads a main",
+        ),
+        (["--method_settings", '{"fedprox": {"nu": 1}}'], "`method_settings` gives 'fedprox' a 'nu': it has mu"),
+        (["--resume_from_checkpoint", "x"], "`resume_from_checkpoint` is 'x': leave it out"),
+        (["--output_dir", __file__], r"`output_dir` is .*where nothing can be written \(File exists\)"),
+    ],
+)
+def test_bad_settings_end_with_one_line_before_anything_is_trained(words, message, run, monkeypatch, capsys):
+    monkeypatch.setattr("hf_fedmoe.training.FederatedTrainer.train", None)
+    with pytest.raises(SystemExit) as stop:
+        run("femnist_cnn", *words)
+    last_line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert stop.value.code == 2 and re.match(f"femnist_cnn: {message}", last_line), last_line
+
+
+def test_a_recipe_called_again_goes_on_and_asks_for_another_folder_when_settings_changed(
+    run, monkeypatch, capsys, tmp_path
+):
+    run_round = Federation.run_round
+
+    def stopped(self, round_index, *args):
+        if round_index == 1:
+            raise KeyboardInterrupt
+        return run_round(self, round_index, *args)
+
+    words = ["--compare", "fedavg", "--dataset", "digits"]
+    run("femnist_cnn", *words)
+    whole = (tmp_path / "run" / "results.json").read_text()
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(Federation, "run_round", stopped)
+    with pytest.raises(SystemExit) as stop:
+        run("femnist_cnn", *words)
+    assert stop.value.code == 130
+    assert "femnist_cnn: stopped; the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    run("femnist_cnn", *words)
+    assert (tmp_path / "run" / "results.json").read_text() == whole
+    with pytest.raises(SystemExit) as stop:
+        run("femnist_cnn", *words, "--learning_rate", "0.5")
+    assert stop.value.code == 2 and "learning_rate" in capsys.readouterr().err.strip().split("\n")[-1]

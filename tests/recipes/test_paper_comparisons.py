@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_fedmoe.experiments.compare import plan_runs, read_comparison
+from hf_fedmoe.experiments.compare import plan_runs
+from hf_fedmoe.experiments.comparison import read_comparison
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -1,6 +1,7 @@
 """The recipes run as a newcomer would call them, on a few examples."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_experts_as_adapters(tmp_path, monkeypatch, capsys):
     recipe, args = parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", [])
     assert recipe.peft_config() is None and (args.learning_rate, args.expert_learning_rate) == (6e-4, 3e-4)
     with pytest.raises(ValueError, match="`peft` is 'dora': choose 'lora' or 'none'"):
-        parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--peft", "dora"])[0].peft_config()
+        parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--peft", "dora"])
 
 
 @pytest.mark.parametrize("recipe", ["yelp_gpt2", "sent140_bert"])
@@ -77,14 +78,16 @@ def test_the_command_line_overrides_the_preset():
     assert (args.preset, args.optim.value, args.per_device_train_batch_size) == ("paper", "sgd", 1)
 
 
-def test_unknown_names_list_the_choices(tmp_path, monkeypatch):
+def test_unknown_names_list_the_choices(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"`--preset` is 'fast': yelp_gpt2.yaml has quick, paper"):
         parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--preset", "fast"])
     for name, value, message in (
-        ("--compare", "fedsgd", "There is no method 'fedsgd': choose from .*fedavg"),
+        ("--compare", "fedsgd", "There is no method 'fedsgd': is it fedavg or fedjets.* There are .*fedmoe"),
         ("--partition", "sorted", "`partition` is 'sorted': choose one of predominant, dirichlet, iid, shards"),
         ("--dataset", "no_such_reviews", "None of the data sets could be loaded"),
     ):
         monkeypatch.setattr(sys, "argv", ["x", *SMALL, "--output_dir", str(tmp_path), name, value])
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SystemExit) as stop:
             main(TextExperiment, RECIPES / "yelp_gpt2.yaml")
+        last_line = capsys.readouterr().err.strip().split("\n")[-1]
+        assert stop.value.code == 2 and re.match(f"yelp_gpt2: {message}", last_line), last_line
