@@ -150,7 +150,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             compute_loss_func=compute_loss_func,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        one_line_a_round(self.callback_handler, lambda: self.rounds)
+        one_line_a_round(self.callback_handler, lambda: self.rounds, self.client_name)
         self._watch = Watch(args, self.callback_handler, self.is_world_process_zero())
         # Of `torch_compile`: local training compiles its worker. A mixture that chooses experts by example would be
         # compiled again and again in an evaluation.

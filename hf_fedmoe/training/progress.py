@@ -32,11 +32,12 @@ class RoundLines(TrainerCallback):
 
     Args:
         reports (`Callable`): Returns the reports of the rounds so far.
+        client_name (`Callable`): From a client's number to what a line calls it.
     """
 
-    def __init__(self, reports: Callable[[], list[RoundReport]]):
+    def __init__(self, reports: Callable[[], list[RoundReport]], client_name: Callable[[int], str]):
         super().__init__()
-        self._reports = reports
+        self._reports, self._client_name = reports, client_name
         # What was logged of a round whose line is still to be written.
         self._logs: list[dict[str, Any]] = []
         self._step = 0
@@ -92,9 +93,10 @@ class RoundLines(TrainerCallback):
             return
         logs, self._logs = self._logs, []
         reports = self._reports()
-        refused = list(reports[-1].refused) if reports and any("bytes_up" in entry for entry in logs) else []
+        refused = reports[-1].refused if reports and any("bytes_up" in entry for entry in logs) else ()
+        names = [self._client_name(client) for client in refused]
         chosen = (args.metric_for_best_model or "").removeprefix("eval_")
-        self.write(round_line(self._step, state.max_steps, logs, refused, ["accuracy", chosen]))
+        self.write(round_line(self._step, state.max_steps, logs, names, ["accuracy", chosen]))
 
 
 class RoundPrinter(RoundLines, PrinterCallback):
@@ -172,14 +174,16 @@ class Watch:
         return tqdm(total=count, desc="Clients", leave=False, dynamic_ncols=True, disable=self._hidden)
 
 
-def one_line_a_round(handler: CallbackHandler, reports: Callable[[], list[RoundReport]]) -> None:
+def one_line_a_round(
+    handler: CallbackHandler, reports: Callable[[], list[RoundReport]], client_name: Callable[[int], str]
+) -> None:
     """
     Exchanges the callback by which [`~transformers.Trainer`] shows progress, the last one that it adds, for ours. That
     of notebooks, which fills a table, stays, and so do a user's own.
     """
     own = {ProgressCallback: RoundProgress, PrinterCallback: RoundPrinter}
     if (default := type(handler.callbacks[-1])) in own:
-        handler.callbacks[-1] = own[default](reports)
+        handler.callbacks[-1] = own[default](reports, client_name)
 
 
 @contextmanager
@@ -195,7 +199,7 @@ def without_bars_of_files() -> Iterator[None]:
 
 
 def round_line(
-    step: int, rounds: int, logs: Iterable[dict[str, Any]], refused: Collection[int], chosen: Collection[str]
+    step: int, rounds: int, logs: Iterable[dict[str, Any]], refused: Collection[str], chosen: Collection[str]
 ) -> str:
     """
     A round in a line: `round  3/10  loss 1.234  accuracy 61.2 %  12.3 MB up  4.1 s  refused: client 7`.
@@ -204,7 +208,7 @@ def round_line(
         step (`int`): Its number, from 1; 0 before the first one.
         rounds (`int`): Rounds of the run.
         logs (`Iterable[dict]`): What was logged of it: by the round, by evaluations, by callbacks of a user's own.
-        refused (`Collection[int]`): Clients that were refused.
+        refused (`Collection[str]`): The names of clients that were refused.
         chosen (`Collection[str]`): The metrics that are shown of an evaluation; its loss if it has none of them.
     """
     loss, scores, cost, others = [], [], [], []
@@ -218,7 +222,7 @@ def round_line(
             scores += score_parts(prefix, entry, chosen)
         else:
             others += [number(name, value) for name, value in entry.items() if name != "epoch"]
-    told = [f"refused: {', '.join(f'client {client}' for client in refused)}"] if refused else []
+    told = [f"refused: {', '.join(refused)}"] if refused else []
     return "  ".join([f"round {step:>{len(str(rounds))}}/{rounds}", *loss, *scores, *cost, *told, *others])
 
 

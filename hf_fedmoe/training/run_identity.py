@@ -51,7 +51,7 @@ HARMLESS = {
     ),
     # A run may move to another machine, or to more or fewer processes; their sums are rounded in another order.
     "the machine and the launch": (
-        *("use_cpu", "local_rank", "debug", "torch_empty_cache_steps", "ddp_backend", "ddp_timeout"),
+        *("use_cpu", "local_rank", "debug", "torch_empty_cache_steps", "ddp_backend", "ddp_timeout", "client_timeout"),
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
         *("accelerator_config", "parallelism_config", "average_tokens_across_devices"),
     ),

@@ -33,7 +33,7 @@ def evaluated(prefix="eval"):
         ([ROUND], [], [], "round  3/10  loss 1.234  12.3 MB up  4.1 s"),
         (
             [ROUND, evaluated()],
-            [1, 7],
+            ["client 1", "client 7"],
             ["accuracy"],
             "round  3/10  loss 1.234  accuracy 61.2 %  12.3 MB up  4.1 s  refused: client 1, client 7",
         ),
