@@ -44,7 +44,7 @@ def test_a_client_that_lacks_a_class():
     assert [by_name(data.client(i)) for i in range(2)] == [["neg", "pos", "pos"], ["neutral", "pos"]]
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_of_clients_does_not_number_classes(order):
     clients = [[NEG_POS, POS_NEG, NEUTRAL][client] for client in order]
     data = FederatedDataset.from_clients(clients)
@@ -52,7 +52,7 @@ def test_the_order_of_clients_does_not_number_classes(order):
     assert [by_name(data.client(i)) for i in range(3)] == [by_name(client) for client in clients]
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_a_map_that_has_all_names_keeps_its_order(order):
     whole = named(["low", "mid", "high"], ["high", "mid", "low"])
     clients = [whole, named(["high", "low"], ["low", "high"], 10), strings(["mid", "low"], 20)]

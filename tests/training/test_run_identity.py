@@ -272,7 +272,6 @@ class Thing:
         ),
         (Thing(Thing(1)), {"class": "Thing", "inner": {"class": "Thing", "inner": 1, "rng": {"class": "Generator"}}}),
     ],
-    ids=str,
 )
 def test_plain_values(value, expected):
     found = plain(value)
