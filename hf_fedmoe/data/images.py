@@ -5,16 +5,22 @@ Shape suffixes: B batch, N channels, Y height, X width.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from datasets.formatting.formatting import LazyBatch
+from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
+from transformers.image_utils import load_image
 
 
 Augmentation = Callable[[Tensor], Tensor]
+
+# Small images are decoded together up to so many pixels, by which a character takes a fourth of the time.
+PIXELS_AT_ONCE = 2**16
 
 
 def decode_images(rows: Mapping[str, Sequence], image_processor: BaseImageProcessor) -> dict[str, list[bytes]]:
@@ -26,7 +32,8 @@ def decode_images(rows: Mapping[str, Sequence], image_processor: BaseImageProces
     ```
 
     A file format is undone once here instead of in every epoch: 54 microseconds for a character of 28x28, 136 for a
-    photograph of 32x32, against 11 for the bytes.
+    photograph of 32x32, against 11 for the bytes. Whatever the `batch_size` of `map`, no more than one large image is
+    in memory at a time.
 
     Args:
         rows (`Mapping[str, Sequence]`): A batch of rows with a column `image`, of PIL images or arrays.
@@ -35,41 +42,176 @@ def decode_images(rows: Mapping[str, Sequence], image_processor: BaseImageProces
     Returns:
         `dict[str, list[bytes]]`: `pixel_values`, unsigned bytes in the order channel, row, column, for
         [`ImageCollator`].
+
+    Raises:
+        ValueError: When there is no such column, or names the row whose image cannot be decoded.
     """
-    try:
-        pixels_BNYX = image_processor(list(rows["image"]), do_rescale=False, do_normalize=False, return_tensors="np")[
-            "pixel_values"
-        ]
-    except KeyError:
+    if "image" not in rows:
         raise ValueError(
             f"There is no column `image` among {list(rows)}: rename it, `load_source(..., image_column=...)`."
-        ) from None
-    return {"pixel_values": [image_NYX.tobytes() for image_NYX in pixels_BNYX.astype(np.uint8)]}
+        )
+    if not isinstance(rows, LazyBatch) and isinstance(rows["image"], Image.Image):
+        raise ValueError("`rows` is a single row: give `map` the argument `batched=True`.")
+    decode = _Decoder(image_processor)
+    decoded: list[bytes] = []
+    waiting: list[Any] = []
+    images, pixels = _one_by_one(rows), 0
+    while True:
+        row = len(decoded) + len(waiting)
+        try:
+            waiting.append(decode.read(next(images)))
+        except StopIteration:
+            break
+        except Exception as error:
+            raise ValueError(_in_row(rows, row, error)) from error
+        pixels += math.prod(waiting[-1].size if isinstance(waiting[-1], Image.Image) else np.shape(waiting[-1]))
+        if pixels >= PIXELS_AT_ONCE:
+            decoded += _decode_all(decode, waiting, rows, len(decoded))
+            waiting, pixels = [], 0
+    return {"pixel_values": decoded + _decode_all(decode, waiting, rows, len(decoded))}
+
+
+def _one_by_one(rows: Mapping[str, Sequence]) -> Iterator[Any]:
+    """The images of a batch of `map`, which by itself would decode all of them before it gives the first."""
+    if isinstance(rows, LazyBatch) and "image" in rows.keys_to_format:
+        column = rows.pa_table.select(["image"])
+        for row in range(len(column)):
+            yield rows.formatter.format_column(column.slice(row, 1))[0]
+    else:
+        yield from rows["image"]
+
+
+def _decode_all(decode: "_Decoder", images: list[Any], rows: Mapping[str, Sequence], start: int) -> list[bytes]:
+    """Together, which is faster for small images; one by one to find the row at fault."""
+    if not images:
+        return []
+    try:
+        return decode(images)
+    except Exception:
+        decoded = []
+        for row, image in enumerate(images, start):
+            try:
+                decoded += decode([image])
+            except Exception as error:
+                raise ValueError(_in_row(rows, row, error)) from error
+        return decoded
+
+
+def _in_row(rows: Mapping[str, Sequence], row: int, error: Exception) -> str:
+    if isinstance(rows, LazyBatch):  # whose columns would be decoded whole
+        values = rows.pa_table.slice(row, 1).to_pylist()[0]
+        count = rows.pa_table.num_rows
+    else:
+        values, count = {name: rows[name][row] for name in rows}, len(rows["image"])
+    if isinstance(values["image"], dict):
+        values["path"] = values["image"].get("path")
+    beside = "".join(f", `{name}` {str(v)[:80]!r}" for name, v in values.items() if isinstance(v, int | str))
+    return (
+        f"`image` of row {row} of this batch of `map` ({count} rows{beside}) cannot be decoded: "
+        f"{str(error)[:300].rstrip('.')}. Mend the image, or leave the row out."
+    )
+
+
+class _Decoder:
+    """
+    Makes bytes `[N, Y, X]` of images, all that a processor does but for what [`ImageCollator`] does by itself.
+
+    Args:
+        image_processor ([`~transformers.BaseImageProcessor`]): Also one that puts channels into another order.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor):
+        self.image_processor = image_processor
+        self.name = type(image_processor).__name__
+        self.num_channels = num_channels(image_processor)
+        # EfficientNet's processor divides by the deviation once more unless the last is off.
+        settings = {"do_rescale", "do_normalize"} | ({"include_top"} & image_processor.to_dict().keys())
+        self._settings = dict.fromkeys(settings, False)
+
+    def read(self, image: Any) -> Image.Image | np.ndarray | Tensor:
+        """An image as a processor takes it; of a PIL image what an image pipeline would make of it."""
+        if image is None:
+            raise ValueError("there is none (None)")
+        if isinstance(image, list):
+            return np.asarray(image, dtype=np.uint8)
+        if isinstance(image, np.ndarray | Tensor):
+            if not math.prod(image.shape):
+                raise ValueError(f"it has the shape {tuple(image.shape)}, no pixel")
+            if image.dtype not in (np.uint8, torch.uint8):
+                raise ValueError(f"it is of {image.dtype}: convert it to bytes (uint8) from 0 to 255")
+        if not isinstance(image, Image.Image) or (self.num_channels == 1 and image.mode == "L"):
+            return image
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"its mode is {image.mode!r}, more than 8 bits a channel: convert it to bytes")
+        return load_image(image)
+
+    def __call__(self, images: list[Any]) -> list[bytes]:
+        found = self.image_processor(images, **self._settings, return_tensors="pt")
+        pixels_BNYX = found.get("pixel_values")
+        if pixels_BNYX is None:
+            raise ValueError(f"{self.name} makes {list(found)} of it, no `pixel_values`")
+        if pixels_BNYX.dtype != torch.uint8 or pixels_BNYX.shape[1:-2] != (self.num_channels,):
+            raise ValueError(
+                f"{self.name} makes {pixels_BNYX.dtype} of shape {tuple(pixels_BNYX.shape[1:])} of it, not bytes of "
+                f"{self.num_channels} channels, height and width"
+            )
+        return [image_NYX.tobytes() for image_NYX in pixels_BNYX.numpy()]
+
+
+def num_channels(image_processor: BaseImageProcessor) -> int:
+    """Of the images that a processor makes."""
+    mean = image_processor.image_mean
+    return len(mean) if isinstance(mean, Sequence) else 3
 
 
 class ImageCollator:
     """
     Makes a batch of examples from [`decode_images`]: augmented as bytes, then rescaled and normalised.
 
-    What is random comes from torch's global generator, which a federated run seeds for each client and round.
+    How a processor does that it is asked, with images of one colour, and with a photograph whether decoding and
+    collating together do what it does. What is random comes from torch's global generator, which a federated run
+    seeds for each client and round.
 
     Args:
-        image_processor ([`~transformers.BaseImageProcessor`]): Names shape, mean and standard deviation.
+        image_processor ([`~transformers.BaseImageProcessor`]): Makes images of one shape.
         augmentations (`Sequence[Callable]`, *optional*): Functions of a batch `[B, N, Y, X]` of bytes, called in this
             order; for training only, so give evaluation a collator without.
+
+    Raises:
+        ValueError: When training would see other pixels than the processor makes.
     """
 
     def __init__(self, image_processor: BaseImageProcessor, augmentations: Sequence[Augmentation] = ()):
         self.augmentations = tuple(augmentations)
-        mean_N, std_N = (torch.tensor(values) for values in (image_processor.image_mean, image_processor.image_std))
-        # (byte * rescale_factor - mean) / std as one multiplication and one addition
-        self._scale_N11 = (image_processor.rescale_factor / std_N)[:, None, None]
-        self._shift_N11 = (-mean_N / std_N)[:, None, None]
-        # What the processor makes of an image says more than its many settings of size, crop and channels.
-        blank = np.zeros((64, 64, len(mean_N)), dtype=np.uint8)
-        self.shape = tuple(
-            image_processor(blank, return_tensors="np", input_data_format="channels_last")["pixel_values"].shape[1:]
-        )
+        name, N = type(image_processor).__name__, num_channels(image_processor)
+        # Neither square nor of the size of the others.
+        noise = np.random.default_rng(0).integers(0, 256, (48, 80, N), dtype=np.uint8)
+        noise = Image.fromarray(noise) if N == 3 else noise
+        black, white = (_pixels(image_processor, np.full((64, 64, N), byte, np.uint8)) for byte in (0, 255))
+        expected = _pixels(image_processor, noise)
+        self.shape = tuple(expected.shape)
+        if black.shape != self.shape:
+            raise ValueError(
+                f"`image_processor`, a {name}, makes images of shape {tuple(black.shape)} from some and {self.shape} "
+                'from others: give it `do_resize=True` and `size={"height": ..., "width": ...}`.'
+            )
+        # Each byte becomes byte * scale + shift, one multiplication and one addition. At the border may be padding.
+        black_N, white_N = (image_NYX[:, self.shape[1] // 2, self.shape[2] // 2] for image_NYX in (black, white))
+        self._scale_N11 = ((white_N - black_N) / 255).float()[:, None, None]
+        self._shift_N11 = black_N.float()[:, None, None]
+        try:
+            (decoded,) = decode_images({"image": [noise]}, image_processor)["pixel_values"]
+            found = self._normalised([{"pixel_values": decoded}])[0]
+            problem = f"which differ by up to {(found - expected).abs().max():.3g} from those"
+            same = torch.allclose(found.double(), expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
+        except ValueError as error:
+            same, problem = False, f"which it cannot make ({error}) unlike those"
+        if not same:
+            raise ValueError(
+                f"`image_processor`, a {name}, does more than resize, rescale and normalise: training would see "
+                f"images {problem} of a pipeline. Leave `decode_images` out, map the data with the processor itself, "
+                "and give `data_collator=default_data_collator`."
+            )
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
@@ -92,18 +234,37 @@ class ImageCollator:
                     f"{self.shape}, {math.prod(self.shape)} bytes: map the data with `decode_images` and this "
                     "image processor."
                 )
-        joined = bytearray(b"".join(example["pixel_values"] for example in examples))
-        pixels_BNYX = torch.frombuffer(joined, dtype=torch.uint8).view(len(examples), *self.shape)
-        for augment in self.augmentations:
-            pixels_BNYX = augment(pixels_BNYX)
-        # By channels last in memory convolutions are faster: on a CPU MobileNetV2's local step by a third.
-        normalised_BNYX = torch.empty(pixels_BNYX.shape, memory_format=torch.channels_last)
-        torch.mul(pixels_BNYX, self._scale_N11, out=normalised_BNYX).add_(self._shift_N11)
-        batch = {"pixel_values": normalised_BNYX}
+        batch = {"pixel_values": self._normalised(examples, self.augmentations)}
         name = next((name for name in ("label", "labels") if name in examples[0]), None)
         if name is not None:
             batch["labels"] = torch.tensor([example[name] for example in examples])
         return batch
+
+    def _normalised(self, examples: Sequence[Mapping[str, Any]], augmentations: Sequence[Augmentation] = ()) -> Tensor:
+        joined = bytearray(b"".join(example["pixel_values"] for example in examples))
+        pixels_BNYX = torch.frombuffer(joined, dtype=torch.uint8).view(len(examples), *self.shape)
+        for augment in augmentations:
+            pixels_BNYX = augment(pixels_BNYX)
+        # By channels last in memory convolutions are faster: on a CPU MobileNetV2's local step by a third.
+        normalised_BNYX = torch.empty(pixels_BNYX.shape, memory_format=torch.channels_last)
+        return torch.mul(pixels_BNYX, self._scale_N11, out=normalised_BNYX).add_(self._shift_N11)
+
+
+def _pixels(image_processor: BaseImageProcessor, image: Image.Image | np.ndarray) -> Tensor:
+    """The float64 `[N, Y, X]` that a processor makes of an image, as a pipeline asks it."""
+    name = type(image_processor).__name__
+    try:
+        found = image_processor(images=image, return_tensors="pt").get("pixel_values")
+    except Exception as error:
+        raise ValueError(
+            f"`image_processor`, a {name}, cannot read an image of {num_channels(image_processor)} channels: {error}"
+        ) from error
+    if found is None or found.dim() != 4:
+        raise ValueError(
+            f"`image_processor`, a {name}, makes no `pixel_values` of shape (channels, height, width) from an image: "
+            "take one of an image classifier."
+        )
+    return found[0].double()
 
 
 def random_crop(pixels_BNYX: Tensor, padding: int = 4) -> Tensor:

@@ -1,5 +1,7 @@
 """Decoding, collating and augmenting images."""
 
+import io
+import weakref
 from functools import partial
 
 import datasets
@@ -7,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import (
+    BitImageProcessorPil,
+    ConvNextImageProcessorPil,
+    DetrImageProcessorPil,
+    EfficientNetImageProcessorPil,
+    ImageGPTImageProcessorPil,
+    MobileNetV2ImageProcessorPil,
+    MobileViTImageProcessorPil,
+    SamImageProcessorPil,
+    SiglipImageProcessorPil,
+    ViTImageProcessorPil,
+)
+from transformers.image_utils import load_image
 
 from hf_fedmoe.data import (
     AUGMENTATIONS,
@@ -46,6 +60,124 @@ def test_a_batch_is_what_the_processor_makes_of_the_images(kind, num_channels):
     assert batch["pixel_values"].stride() == (num_channels * 30, 1, num_channels * 5, num_channels)  # channels last
     torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=1e-6)
     assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+SQUARE, SHORT = {"height": 8, "width": 8}, {"shortest_edge": 10}
+PROCESSORS = {
+    "small, grey": lambda **rest: SmallImageProcessor(num_channels=1, size=SQUARE, **rest),
+    "small, colour": lambda **rest: SmallImageProcessor(num_channels=3, size=SQUARE, **rest),
+    "ViT": lambda **rest: ViTImageProcessorPil(size=SQUARE, **rest),
+    "Siglip": lambda **rest: SiglipImageProcessorPil(size=SQUARE, **rest),
+    # Cuts and turns its channels round; cuts more than there is, so that a border is padding.
+    "MobileViT": lambda **rest: MobileViTImageProcessorPil(size=SHORT, crop_size=SQUARE, **rest),
+    "MobileViT, padded": lambda **rest: MobileViTImageProcessorPil(
+        size={"shortest_edge": 6}, crop_size={"height": 14, "width": 14}, **rest
+    ),
+    "EfficientNet": lambda **rest: EfficientNetImageProcessorPil(size=SQUARE, **rest),
+    "EfficientNet, offset": lambda **rest: EfficientNetImageProcessorPil(
+        **{"size": SQUARE, "rescale_offset": True, "rescale_factor": 1 / 127.5} | rest
+    ),
+    "ConvNext": lambda **rest: ConvNextImageProcessorPil(size={"shortest_edge": 8}, crop_pct=0.875, **rest),
+    "MobileNetV2": lambda **rest: MobileNetV2ImageProcessorPil(size=SHORT, crop_size=SQUARE, **rest),
+    "Bit": lambda **rest: BitImageProcessorPil(size=SHORT, crop_size=SQUARE, **rest),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize(
+    "rest", [{}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.01}], ids=str
+)
+def test_training_sees_what_a_pipeline_sees(name, rest):
+    processor = PROCESSORS[name](**rest)
+    photograph = Image.fromarray(random_images(1, 23, 17, 3)[0])
+    collate = ImageCollator(processor)
+    modes = ("RGB", "L", "1", "LA", "RGBA", "P", "CMYK")
+    images = [photograph.convert(mode) for mode in modes] + [photograph.resize(size) for size in ((1, 1), (3, 1))]
+    decoded = decode_images({"image": images}, processor)["pixel_values"]
+    found = collate([{"pixel_values": image} for image in decoded])["pixel_values"]
+    expected = torch.cat([processor(load_image(image), return_tensors="pt")["pixel_values"] for image in images])
+    torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (lambda: SamImageProcessorPil(size={"longest_edge": 8}, pad_size=SQUARE), "SamImageProcessorPil, does more"),
+        (
+            lambda: DetrImageProcessorPil(size={"shortest_edge": 8, "longest_edge": 20}),
+            "makes images of shape",
+        ),
+        (lambda: SmallImageProcessor(do_resize=False), r"shape \(1, 64, 64\) from some and \(1, 48, 80\)"),
+        (lambda: ImageGPTImageProcessorPil(clusters=[[0, 0, 0], [1, 1, 1]]), "ImageGPTImageProcessorPil, makes no"),
+        (lambda: ViTImageProcessorPil(image_mean=[0.5, 0.5]), "ViTImageProcessorPil, cannot read .* of 2 channels"),
+    ],
+)
+def test_processors_that_a_collator_cannot_stand_for(processor, message):
+    with pytest.raises(ValueError, match=message):
+        ImageCollator(processor())
+
+
+def as_file(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PHOTOGRAPH = Image.fromarray(random_images(1, 9, 7, 3)[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "there is none"),
+        (Image.fromarray(np.full((4, 4), 60_000, np.uint16)), "mode is 'I;16'"),
+        (np.zeros((4, 4, 3)), "float"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixel"),
+        ([[[300, 0, 0]]], "300 out of bounds"),
+        (b"abc", "bytes"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["small, colour", "ViT"])
+def test_an_odd_image_is_named_by_its_row(kind, image, message):
+    rows = {"image": [PHOTOGRAPH, image, PHOTOGRAPH], "label": [4, 5, 6]}
+    with pytest.raises(ValueError, match=rf"(?s)row 1 of .*3 rows, `label` '5'\) cannot be decoded: .*{message}"):
+        decode_images(rows, PROCESSORS[kind]())
+
+
+def image_rows(files: list[dict]) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": files, "label": range(len(files))}, features=features)
+
+
+def test_a_damaged_file_is_named():
+    sound = as_file(PHOTOGRAPH)
+    rows = image_rows([{"bytes": sound, "path": None}, {"bytes": sound[:60], "path": "scans/cut.png"}])
+    decode = partial(decode_images, image_processor=PROCESSORS["ViT"]())
+    with pytest.raises(ValueError, match=r"row 1 of .*`label` '1', `path` 'scans/cut.png'\) cannot be decoded"):
+        rows.map(decode, batched=True)
+    with pytest.raises(ValueError, match="give `map` the argument `batched=True`"):
+        rows.select([0]).map(decode)
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    """Also when `map` hands all of them over at once: photographs fill a machine's memory."""
+    decoded, most = [], []
+    decode_example = datasets.Image.decode_example
+
+    def watched(*args, **kwargs):
+        image = decode_example(*args, **kwargs)
+        decoded.append(weakref.ref(image))
+        most.append(sum(reference() is not None for reference in decoded))
+        return image
+
+    monkeypatch.setattr(datasets.Image, "decode_example", watched)
+    large = Image.fromarray(random_images(1, 300, 300, 3)[0])
+    rows = image_rows([{"bytes": as_file(large), "path": None}] * 20)
+    processor = PROCESSORS["ViT"]()
+    found = rows.map(partial(decode_images, image_processor=processor), batched=True, batch_size=None)
+    assert len(most) == 20 and max(most) <= 2
+    expected = decode_images({"image": [large]}, processor)["pixel_values"][0]
+    assert found.with_format(None).remove_columns("image")["pixel_values"][:] == [expected] * 20
 
 
 def test_labels_may_have_either_name_or_none():
