@@ -459,6 +459,12 @@ def test_an_error_of_one_process_ends_all(quick, name, errors):
     assert [(quick / f"{name}-{index}.txt").read_text() for index in range(PROCESSES)] == errors
 
 
+def test_a_trial_that_fails_in_one_process_ends_all(quick):
+    told = [(quick / f"broken_collator-{index}.txt").read_text() for index in range(PROCESSES)]
+    fault = "ValueError: `train_data_collator` can make no batch of row 0 of client 0"
+    assert told[0].startswith(f"RuntimeError: Process 1 failed: {fault}") and told[1].startswith(fault)
+
+
 def test_processes_with_different_data_are_refused(quick):
     for index in range(PROCESSES):
         message = (quick / f"other_data-{index}.txt").read_text()
