@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from hf_fedmoe.cli import main
-from hf_fedmoe.experiments import METHODS, ImageExperiment, compare, make_trainer, parse_settings
+from hf_fedmoe.experiments import METHODS, FailedRunsError, ImageExperiment, compare, make_trainer, parse_settings
 from hf_fedmoe.experiments.compare import plan_runs
 from hf_fedmoe.experiments.comparison import read_comparison
+from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.methods import CENTRALISED
-from hf_fedmoe.experiments.runs import execute
+from hf_fedmoe.experiments.runs import execute, metric_names
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
 from hf_fedmoe.reporting import read_client_table
@@ -96,6 +97,8 @@ def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeyp
         monkeypatch.setattr(Federation, "draw", lambda *args, drawn=drawn: drawn.append(draw(*args)) or draw(*args))
         execute(run)
         scores[row] = json.loads((run.folder / "result.json").read_text())["metrics"]
+        # What `columns` may name is what there will be.
+        assert set(scores[row]) == set(metric_names(run.method, run.parse()[0]))
     # FedJETs trains its common expert first, on the only client that is the reserved set.
     rounds = {row: drawn[-1] for row, drawn in draws.items() if row not in CENTRALISED}
     assert all(drawn == rounds["fedavg"] for drawn in rounds.values())
@@ -127,6 +130,55 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
     assert (first.folder / "result.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="a finished run with another rounds: choose another `--out`"):
         compare(path, out, overrides={"rounds": 3})
+
+
+def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path):
+    far = {"method": "fedavg", "optim": "sgd", "learning_rate": 1e38, "max_grad_norm": 0}
+    path = written(tmp_path, methods={"good": "fedavg", "far": far, "last": "majority_class"}, reference="far")
+    out = tmp_path / "out"
+    with pytest.raises(FailedRunsError) as failed:
+        compare(path, out, overrides={"rounds": 1})
+    table = (out / "table.md").read_text()
+    assert table == failed.value.table + "\n"
+    assert "\n| far |  |  |\n" in table and "\n| last | " in table
+    assert "\n- far, seed 0: RuntimeError: No client of round 1 sent a sound model." in table
+    assert "Traceback" in (out / "far" / "seed-0" / "error.txt").read_text()
+    with (out / "results.csv").open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["good", "last"]
+    # What failed is tried again, with other settings too; what is finished is only read.
+    before = (out / "good" / "seed-0" / "result.json").stat().st_mtime_ns
+    written(tmp_path, methods={"good": "fedavg", "far": far | {"learning_rate": 0.1}, "last": "majority_class"})
+    assert "failed" not in compare(path, out, overrides={"rounds": 1})
+    assert (out / "good" / "seed-0" / "result.json").stat().st_mtime_ns == before
+    assert not (out / "far" / "seed-0" / "error.txt").exists()
+
+
+def test_results_of_two_comparisons_are_not_mixed(tmp_path):
+    out = tmp_path / "out"
+    (out / "fedavg" / "seed-0").mkdir(parents=True)
+    ours = {"file": "digits.yaml", "kind": "images", "size": "small"}
+    claim_folder(out, ours, {"rounds": 2})
+    claim_folder(out, ours, {"rounds": 2})
+    for theirs, settings, message in (
+        ({**ours, "file": "letters.yaml"}, {"rounds": 2}, "whose file is 'digits.yaml', and this one's is 'letters"),
+        ({**ours, "size": "paper"}, {"rounds": 2}, "whose size is 'small', and this one's is 'paper'"),
+        (ours, {"rounds": 3}, "with another rounds: choose another `--out`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            claim_folder(out, theirs, settings)
+
+
+def test_a_damaged_result_is_named_and_other_ways_to_write_a_setting_are_the_same(tmp_path):
+    (run,) = runs_of(written(tmp_path), tmp_path / "out")["fedavg"]
+    assert run.stored() is None
+    run.folder.mkdir(parents=True)
+    as_written = run.identity | {"model_config": SETTINGS["model_config"], "eval_steps": "1e0"}
+    found = {"metrics": {"accuracy": 1.0}, "curve": [], "settings": as_written}
+    run.result_file.write_text(json.dumps(found))
+    assert run.result().metrics == {"accuracy": 1.0}
+    run.result_file.write_text(json.dumps(found)[:-9])
+    with pytest.raises(ValueError, match=r"result.json' is damaged: delete it"):
+        run.stored()
 
 
 def test_sizes_and_settings_go_before_one_another(tmp_path):

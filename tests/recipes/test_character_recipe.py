@@ -110,7 +110,11 @@ def test_bad_settings_name_the_choices(recipes, tmp_path, capsys):
         ("--reserved_size", "9999", r"`reserved_size` is 9999, but the server's roles for it have \d+ windows"),
         ("--partition", "sorted", r"`partition` is 'sorted': choose one of predominant.*natural"),
         ("--dataset", "sonnets", "None of the data sets could be loaded. No dataset 'sonnets'"),
-        ("--role_column", "speaker", "role_column is 'speaker', but the data has the columns"),
+        (
+            "--role_column",
+            "speaker",
+            "None of the data sets could be loaded. role_column is 'speaker', but",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             recipes(name, value, "--output_dir", str(tmp_path))

@@ -7,6 +7,7 @@ import pytest
 
 from hf_fedmoe.experiments.compare import plan_runs
 from hf_fedmoe.experiments.comparison import read_comparison
+from hf_fedmoe.experiments.runs import try_out
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -23,6 +24,31 @@ def test_comparison_can_be_planned_in_every_size(path, tmp_path):
     # What a newcomer would type is in the first lines.
     first_lines = path.read_text().split("\n")[:3]
     assert any(f"`hf-fedmoe compare recipes/paper/{path.name}" in line for line in first_lines)
+
+
+# The data sets at hand for those that have no size for them.
+STAND_INS = {"dataset": "digits", "partition": "iid", "max_train_examples": 1500, "examples_per_client": 10}
+STAND_INS |= {"num_clients": 12, "clients_per_round": 3, "reserved_size": 60, "validation_size": 60}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path if path.stem in ("table8_femnist", "pfedmm_models") else pytest.param(path, marks=pytest.mark.slow)
+        for path in PAPER
+    ],
+    ids=lambda path: path.stem,
+)
+def test_everything_up_to_training_can_be_made(path, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
+    comparison = read_comparison(path)
+    comparison.seeds = [0]
+    size = "tiny" if "tiny" in comparison.sizes else "small"
+    overrides = {"use_cpu": True, "bf16": False, **(STAND_INS if size == "small" else {})}
+    runs = plan_runs(comparison, path.parent, tmp_path / "out", size, overrides)
+    monkeypatch.setattr("hf_fedmoe.training.FederatedTrainer.train", None)
+    try_out([run for row in runs.values() for run in row])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["fedmoe_defaults", "lora_fusions"])
