@@ -10,6 +10,7 @@ from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .round import Federation, RoundReport
 from .server_step import take_step
+from .soundness import BrokenPromiseError, check_start, computes_finite, sound_finish
 from .stacked_training import StackedTrainer
 from .team import Team
 from .zero import ZeroTrainer
@@ -19,6 +20,7 @@ from .zero_gate import ZeroGateFit
 __all__ = [
     "CLIENT_CHOICES",
     "BatchReader",
+    "BrokenPromiseError",
     "ClientStore",
     "Federation",
     "LocalTrainer",
@@ -32,11 +34,14 @@ __all__ = [
     "atomic_directory",
     "balance",
     "check_identity",
+    "check_start",
+    "computes_finite",
     "leave_group",
     "load_federation",
     "read_manifest",
     "save_federation",
     "scale_learning_rates",
     "seed_of",
+    "sound_finish",
     "take_step",
 ]

@@ -11,7 +11,7 @@ from .fedem import FedEM
 from .fedjets import FedJETs, freeze_common_expert
 from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
-from .fedprox import FedProx, has_own_loss
+from .fedprox import FedProx, has_plain_clients
 from .fedrep import FedRep
 from .fedrolex import FedRolex, HeteroFL
 from .gate_training import GateFit
@@ -58,6 +58,6 @@ __all__ = [
     "client_mixture",
     "correlate",
     "freeze_common_expert",
-    "has_own_loss",
+    "has_plain_clients",
     "pfedmoe_cnns",
 ]

@@ -19,8 +19,6 @@ class FedAvg(Strategy):
     """Every round, the mean of the participants' models, weighted by their examples."""
 
     name = "fedavg"
-    averages = True
-    plain_clients = True
 
 
 @dataclass
@@ -41,7 +39,6 @@ class FedAvgReserved(Strategy):
     batch_size: int = 32
     name = "fedavg_reserved"
     averages = True
-    plain_clients = True
 
     def __post_init__(self) -> None:
         if self.when not in ("round", "end"):
@@ -79,7 +76,7 @@ class FedAvgMovingAverage(Strategy):
     rate: float = 0.3
     name = "fedavg_moving_average"
     averages = True
-    plain_clients = True
+    compressible = True
 
     def setup(self, server: Server, num_clients: int) -> None:
         server.tensors["mean_P"] = server.bank_SP[0].clone()

@@ -18,8 +18,7 @@ class FedProx(Strategy):
 
     mu: float = 0.1
     name = "fedprox"
-    averages = True
-    plain_clients = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.mu < 0:
@@ -38,6 +37,7 @@ class FedProx(Strategy):
         return model(**batch).loss + self.mu / 2 * distance
 
 
-def has_own_loss(strategy: Strategy) -> bool:
-    """Whether clients train by the model's own loss and [`Strategy.pull`], whoever computes them."""
-    return type(strategy).loss in (Strategy.loss, FedProx.loss)
+def has_plain_clients(strategy: Strategy) -> bool:
+    """Tells whether clients only train, by the model's own loss and [`Strategy.pull`]: whoever computes them may."""
+    kind = type(strategy)
+    return kind.train_client is Strategy.train_client and kind.loss in (Strategy.loss, FedProx.loss)

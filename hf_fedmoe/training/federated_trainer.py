@@ -45,11 +45,13 @@ from ..federation import (
     ZeroTrainer,
     atomic_directory,
     check_identity,
+    check_start,
     load_federation,
     read_manifest,
     save_federation,
     scale_learning_rates,
     seed_of,
+    sound_finish,
     take_step,
 )
 from ..models import AdapterExpert, FedMoEPreTrainedModel
@@ -61,7 +63,9 @@ from .checks import check_images, check_run
 from .client_evaluation import ClientEvaluation
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
+from .known_rows import trial_on_known_rows
 from .metrics import classification_metrics
+from .precision import train_in_float32
 from .run_facts import run_facts
 from .run_identity import run_identity
 from .several_processes import SeveralProcesses
@@ -130,6 +134,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             data_collator = DataCollatorWithPadding(processing_class) if processing_class else default_data_collator
         self.train_data_collator = train_data_collator or data_collator
         if train_dataset is not None:
+            train_in_float32(model, args.should_log)
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
             check_images(self.strategy.server_models(model)[0], train_dataset, self.train_data_collator)
@@ -184,6 +189,7 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             self.strategy.setup(federation.server, federation.num_clients)
         else:
             load_federation(Path(resume_from_checkpoint), federation.server, federation.store)
+        check_start(self.strategy, federation.server)
         start_time = time.time()
         self._tr_loss, self._total_loss_scalar = torch.tensor(0.0), 0.0
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
@@ -203,8 +209,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             # After the best model was loaded, if that was asked for: what a strategy does last belongs to the result.
             seed = seed_of(args.seed, Stream.SERVER, rounds)
-            server, reserved = federation.server, federation.reserved
-            take_step(lambda: self.strategy.finish(server, reserved, seed), server, reserved, self.processes)
+            step = (self.strategy, federation.server, federation.reserved, seed, federation.computes_finite)
+            take_step(lambda: sound_finish(*step), federation.server, federation.reserved, self.processes)
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
@@ -327,6 +333,9 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
             client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
             parallelism=args.client_parallelism,
+            computes_finite=trial_on_known_rows(
+                self.strategy, data, self._remove_unused_columns, self.data_collator, self.accelerator
+            ),
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
