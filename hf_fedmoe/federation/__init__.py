@@ -14,6 +14,7 @@ from .randomness import Stream, seed_of
 from .refusals import client_number, never_accepted, reasons
 from .round import Federation, RoundReport
 from .server_step import take_step
+from .soundness import BrokenPromiseError, check_start, computes_finite, sound_finish
 from .stacked_training import StackedTrainer
 from .team import Team
 from .zero import ZeroTrainer
@@ -23,6 +24,7 @@ from .zero_gate import ZeroGateFit
 __all__ = [
     "CLIENT_CHOICES",
     "BatchReader",
+    "BrokenPromiseError",
     "ClientClock",
     "ClientStore",
     "Federation",
@@ -41,7 +43,9 @@ __all__ = [
     "ZeroTrainer",
     "atomic_directory",
     "balance",
+    "check_start",
     "client_number",
+    "computes_finite",
     "find_faults",
     "has_federation",
     "has_manifest",
@@ -57,6 +61,7 @@ __all__ = [
     "save_federation",
     "scale_learning_rates",
     "seed_of",
+    "sound_finish",
     "take_step",
     "write_manifest",
 ]

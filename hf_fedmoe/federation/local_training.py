@@ -128,6 +128,8 @@ class LocalTrainer:
         self._parameters = list(self.worker.parameters())
         self._trainable = {name: p.requires_grad for name, p in self.worker.named_parameters()}
         self._only: Collection[str] | None = None
+        # Whether the client that began last goes on with the optimizer of its last round.
+        self.has_kept_optimizer = False
         self._twins: list[LocalTrainer] = []
         self._others: dict[str, LocalTrainer] = {}
         # Accelerate's wrapper looks for an optional package on disk in every step; without scaling it does nothing
@@ -372,6 +374,7 @@ class LocalTrainer:
         }
 
     def _reset_optimizer(self, kept: dict[str, Tensor] | None) -> None:
+        self.has_kept_optimizer = kept is not None
         state = self.optimizer.state_dict()
         state["state"] = {}
         for name, tensor in (kept or {}).items():

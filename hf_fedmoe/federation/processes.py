@@ -144,11 +144,8 @@ class Processes:
     def broadcast_models_(self, server: Server) -> None:
         """The bank and whatever else of the server's model is no frozen weight become those of the main process."""
         self.broadcast_(server.bank_SP)
-        bank = server.bank_SP.untyped_storage().data_ptr()
-        for tensor in [*server.model.parameters(), *server.model.buffers()]:
-            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-            if not frozen and tensor.untyped_storage().data_ptr() != bank:
-                self.broadcast_(tensor)
+        for _, tensor in server.beside_bank():
+            self.broadcast_(tensor)
 
     def broadcast_server_(self, server: Server) -> None:
         """The server's state becomes that of the main process."""

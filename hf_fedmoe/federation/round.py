@@ -15,18 +15,19 @@ from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
-from ..strategies import ClientTask, Server, Strategy, Uploads
+from ..strategies import ClientTask, Server, Strategy, Uploads, has_plain_clients
 from ..weights import (
     Codec,
     Payload,
     add_to_sum_,
+    all_finite,
     bytes_at_rank,
     compress_upload,
     fit_rank_,
     keep_private_,
     mean_of_sum_,
-    payload_fault,
 )
+from . import soundness
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
@@ -115,6 +116,8 @@ class Federation:
             same, but that each adds its uploads up as they come, and only the sums are exchanged) or `"data"` (the
             batches of each client).
         client_name (`Callable`, *optional*): From a client's number to what messages call it.
+        computes_finite (`Callable`, *optional*): Tells of a model whether what it computes of rows that the server
+            knows is finite; it is asked after each step.
     """
 
     server: Server
@@ -134,6 +137,7 @@ class Federation:
     processes: Processes = field(kw_only=True, default_factory=Processes)
     parallelism: str = field(kw_only=True, default="clients")
     client_name: Callable[[int], str] = field(kw_only=True, default=client_number)
+    computes_finite: Callable[[nn.Module], bool] = field(kw_only=True, default=lambda model: True)
 
     def __post_init__(self) -> None:
         # Whether uploads stay in the process that trained them: added up as they come, or one by one.
@@ -154,7 +158,8 @@ class Federation:
     ) -> RoundReport:
         """Runs round `round_index` (from 0); `on_client` is called after each client."""
         server, layout, started = self.server, self.server.layout, time.perf_counter()
-        chosen = self.strategy.participants(server, self.draw(round_index, clients_per_round), round_index)
+        drawn = self.draw(round_index, clients_per_round)
+        chosen = soundness.participants_of(self.strategy, server, drawn, round_index, self.num_clients)
         report = RoundReport(chosen)
         sizes = [self.client_sizes[client] for client in chosen]
         owners = [0] * len(chosen) if self.together else balance(sizes, self.processes.count)
@@ -188,35 +193,32 @@ class Federation:
             why = reasons(report.refused, self.client_name)
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {why}")
         num_examples = [replies[place].num_examples for place in places]
-        if self.sums:
-            rows_mP = rows_mP[:1]
+        soundness.check_probes(self.strategy, [replies[place].probed for place in places])
+        if not self.sums and len(places) < len(chosen):
+            rows_mP = rows_mP[[place in places for place in held]]
         uploads = Uploads(
             [chosen[place] for place in places],
-            rows_mP if self.sums or len(places) == len(chosen) else rows_mP[[place in places for place in held]],
+            None if self.apart else rows_mP,
             [{name: t.to(rows_mP.device) for name, t in replies[place].integers.items()} for place in places],
             torch.tensor(num_examples, dtype=torch.float32, device=rows_mP.device),
             [replies[place].metrics for place in places],
-            averaged=self.sums,
+            mean_1P=rows_mP[:1] if self.sums else None,
             probed=[t.to(rows_mP.device) for place in places if (t := replies[place].probed) is not None],
         )
         if self.apart and not self.sums:
-            server.held = uploads.rows_mP, [places.index(place) for place in held if place in places]
+            server.held = rows_mP, [places.index(place) for place in held if place in places]
         if self.sums:
             self.processes.add_up_(sum_P)
             mean_of_sum_(sum_P, sum(num_examples), layout.batchnorm)
-            rows_mP.copy_(sum_P)
+            uploads.mean_1P.copy_(sum_P)
         report.num_examples = sum(num_examples)
         report.loss = float(np.average([metrics["loss"] for metrics in uploads.metrics], weights=num_examples))
         report.seconds["clients"] = time.perf_counter() - started
         started = time.perf_counter()
         self.settled = False
         seed = seed_of(self.seed, Stream.SERVER, round_index)
-        report.metrics = take_step(
-            lambda: self.strategy.update(server, uploads, self.reserved, round_index, seed),
-            server,
-            self.reserved,
-            self.processes,
-        )
+        step = (self.strategy, server, uploads, self.reserved, round_index, seed, self.computes_finite)
+        report.metrics = take_step(lambda: soundness.sound_update(*step), server, self.reserved, self.processes)
         # The bank is the model's own memory, but for these.
         if layout.integers:
             for module, taken in zip(self.strategy.server_models(server.model), server.integers, strict=True):
@@ -258,7 +260,7 @@ class Federation:
             self._read_ahead([[chosen[place] for place in places] for places in groups], round_index)
             for places in groups:
                 for place in places:
-                    rows[place].zero_()  # of whatever was there
+                    self.server.layout.blank_(rows[place])
                 trained = self._train_at_once({chosen[place]: rows[place] for place in places}, round_index)
                 for place in places:
                     client = chosen[place]
@@ -295,13 +297,20 @@ class Federation:
         own_P = torch.zeros_like(self.server.bank_SP[0])
         replies: list[Reply] = []
         errors: list[Exception] = []
+        marks: list[tuple[float, float] | None] = []
         with self.local_trainer.team.together():
             self._read_ahead([[client] for client in chosen], round_index)
         for place, client in enumerate(chosen):
-            row_P = rows.get(place, own_P).zero_()
+            row_P = rows.get(place, own_P)
+            self.server.layout.blank_(row_P)
             with self.local_trainer.team.together():
-                reply, kept = self._train_client(client, round_index, row_P)
+                try:
+                    reply, kept = self._train_client(client, round_index, row_P)
+                except soundness.BrokenPromiseError as error:
+                    errors.append(error)
+                    reply, kept = Reply(fault=str(error)), {}
             replies.append(reply)
+            marks.append(soundness.mark_of(row_P) if reply.fault is None else None)
             if self.processes.index == 0:
                 stays[client] = kept
             if place % self.processes.count == self.processes.index:
@@ -312,12 +321,13 @@ class Federation:
             if on_client is not None:
                 on_client(client)
 
-        def own_replies() -> list[Reply]:
+        def own_replies() -> tuple[list[Reply], list[tuple[float, float] | None]]:
             if errors:
                 raise errors[0]
-            return replies
+            return replies, marks
 
-        gathered = self.processes.gather(own_replies)
+        gathered, marks = zip(*self.processes.gather(own_replies), strict=True)
+        soundness.check_alike(self.strategy, chosen, marks)
         replies = gathered[0]
         for place, reply in enumerate(replies):
             reply.fault = next((told[place].fault for told in gathered if told[place].fault is not None), None)
@@ -327,15 +337,16 @@ class Federation:
     def _probe(self, reply: Reply, row_P: Tensor) -> None:
         """Puts what the server asks of a sound upload into its reply."""
         if reply.fault is None:
-            probed = self.strategy.probe(self.server, row_P, self.reserved)
-            reply.probed = None if probed is None else probed.cpu()
+            reply.probed = soundness.probe_of(self.strategy, self.server, row_P, self.reserved)
+            if reply.probed is not None and not all_finite([reply.probed]):
+                reply.fault = "what its model computes of the reserved set is not finite"
 
     def _synchronise(self, uploads: Uploads, owners: dict[int, int], stays: dict[int, dict[str, Tensor]]) -> None:
         """Hands what the server has for participants to their processes, each of which writes what its own keep."""
         rows: dict[int, Tensor] = {}
 
         def synchronise() -> list[int]:
-            rows.update(self.strategy.synchronise(self.server, uploads))
+            rows.update(soundness.rows_to_keep(self.strategy, self.server, uploads))
             return list(rows)
 
         for client in self.processes.on_main(synchronise):
@@ -386,13 +397,19 @@ class Federation:
                 if trained is None:
                     task = self.task(client, round_index, out_P)
                     with self.local_trainer.clock.client():
-                        payload, stays = self.strategy.train_client(self.local_trainer, task)
+                        payload, stays = soundness.upload_of(
+                            self.strategy, self.local_trainer, task, self.server.bank_SP
+                        )
                 else:
                     task, payload = trained
                 stays = self._finish_upload(task, payload, stays)
-                reply.fault = payload_fault(payload, self.server.layout)
+                reply.fault = soundness.upload_fault(
+                    self.strategy, self.server, task, payload, self.client_sizes[client]
+                )
         except LeftAloneError as error:
             reply.fault = str(error)
+        except soundness.BrokenPromiseError:
+            raise
         except Exception as error:  # whatever breaks on one client must not break the federation
             reply.fault = f"{type(error).__name__}: {error}"
             logger.warning(f"Round {round_index + 1}: {self.client_name(client)} failed.", exc_info=error)
@@ -410,7 +427,7 @@ class Federation:
         if payload.row_bytes is None:
             payload.row_bytes = self._row_bytes(task.client, shared)
         for name, tensor in stays.items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite([tensor]):
                 raise ValueError(f"`{name}`, which it would keep, holds values that are not finite")
         if self.keep_optimizer:
             stays |= self.local_trainer.optimizer_tensors()
@@ -434,7 +451,7 @@ class Federation:
 
     def _read_ahead(self, groups: list[list[int]], round_index: int) -> None:
         """Worker processes, if there are any, begin to read what these participants will train on."""
-        if self.strategy.plain_clients:
+        if has_plain_clients(self.strategy):
             with suppress(Exception):  # what fails here fails again when its client trains, and counts there
                 self.local_trainer.read_ahead(
                     [(self.client_data(client), self._training_seed(client, round_index)) for client in clients]
@@ -447,7 +464,7 @@ class Federation:
     def task(self, client: int, round_index: int, out_P: Tensor) -> ClientTask:
         """What a client has at hand in a round, for an upload to `out_P`."""
         kept = self.store.get(client)
-        received_P = self.strategy.download(self.server, client, kept.get("row_P")).to(out_P.device)
+        received_P = soundness.download_of(self.strategy, self.server, client, kept.get("row_P")).to(out_P.device)
         if self.server.layout.lora:
             received_P = received_P.clone()
             seed = seed_of(self.seed, Stream.ADAPTER_START, round_index, client)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available, logging
 
+from .precision_fedmoe import cast_where_types_meet, to_float32_
+
 
 if is_peft_available():
     from peft import (
@@ -111,6 +113,7 @@ def _check_peft_config(values: dict[str, Any]) -> None:
 def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str]) -> "PeftModel":
     """
     Puts one adapter for each name into `base`, all with the same start, each with a classification head of its own.
+    They are float32, the base stays of its type.
 
     Args:
         base (`PreTrainedModel`): A classifier; frozen and changed in place.
@@ -150,6 +153,9 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
         with torch.no_grad():
             for key, tensor in adapter_tensors(peft_model, name).items():
                 tensor.copy_(start[key])
+    for name in names:
+        to_float32_(adapter_tensors(peft_model, name).values())
+    cast_where_types_meet(peft_model)
     train_adapters_only(peft_model, names)
     for module in peft_model.modules():
         if any(tensor.requires_grad for tensor in module.parameters(recurse=False)):
@@ -365,7 +371,7 @@ def load_adapter(expert: AdapterExpert, source: str | os.PathLike) -> None:
 
 
 def merged_expert(peft_model: "PeftModel", name: str) -> PreTrainedModel:
-    """A whole classifier: a copy of the base into which one adapter is merged."""
+    """A whole classifier: a copy of the base, and of its type, into which one adapter is merged."""
     tree = copy.deepcopy(peft_model)
     tree.set_adapter(name)
     for other in [other for other in tree.peft_config if other != name]:
@@ -373,5 +379,5 @@ def merged_expert(peft_model: "PeftModel", name: str) -> PreTrainedModel:
     base = tree.get_base_model()
     for path, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # IA3 merges heads of a single layer only
-            base.set_submodule(path, module.modules_to_save[name])
+            base.set_submodule(path, module.modules_to_save[name].to(base.dtype))
     return tree.merge_and_unload()

@@ -4,6 +4,7 @@ travels to the Hub as it is.
 """
 
 import copy
+import dataclasses
 import os
 from typing import Any, Self
 
@@ -25,6 +26,8 @@ from .adapters_fedmoe import (
 from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_configs, check_equal_states
 
 
+# What concerns an expert that is loaded by its name. (Files of a base in a subfolder would not be found again.)
+LOADING_ARGUMENTS = (*BASE_ARGUMENTS, *(name for name in SOURCE_ARGUMENTS if name != "subfolder"))
 # What a mixture keeps besides its size when its adapters are merged.
 KEPT_WHEN_MERGED = (
     "id2label",
@@ -67,14 +70,17 @@ class FedMoEBuilding:
             config_kwargs:
                 Further fields of [`FedMoEConfig`], e.g. `num_main_experts`, `top_l`, `id2label`, `label2id`. With a
                 `peft_config` the experts are adapters of `expert`, which is then frozen and used, not copied; given
-                by name, it is saved by that name only.
+                by name, it is saved by that name only. Such an expert is loaded with what concerns loading (`dtype`,
+                `device_map`, `quantization_config`, `revision`, ...).
 
         Returns:
             The model, in evaluation mode, nothing frozen but a base of adapters.
 
         Raises:
-            `ValueError`: If the expert is no classifier, or its labels or vocabulary contradict the other arguments.
+            `ValueError`: If the expert is no classifier, its labels or vocabulary contradict the other arguments, or
+                one of those is unknown.
         """
+        loading = {name: config_kwargs.pop(name) for name in LOADING_ARGUMENTS if name in config_kwargs}
         names = {key: config_kwargs[key] for key in ("id2label", "label2id") if config_kwargs.get(key)}
         sizes = {key: len(value) for key, value in names.items()}
         if num_labels is not None:
@@ -86,10 +92,15 @@ class FedMoEBuilding:
             peft_config = peft_config_dict(peft_config)
         if isinstance(expert, (str, os.PathLike)):
             count = {"num_labels": max(sizes.values())} if sizes else {}
-            name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count)
+            name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count, **loading)
             if peft_config is not None and not peft_config.get("base_model_name_or_path"):
-                commit = getattr(expert.config, "_commit_hash", None)
-                peft_config |= {"base_model_name_or_path": name, "revision": peft_config.get("revision") or commit}
+                revision = loading.get("revision") or getattr(expert.config, "_commit_hash", None)
+                peft_config |= {"base_model_name_or_path": name, "revision": peft_config.get("revision") or revision}
+        elif loading:
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in loading)} would say how to load an expert that is given by name, "
+                f"but `expert` is a {type(expert).__name__}: load it so, or convert it with `.to(dtype)`."
+            )
         if peft_config is not None:
             if num_labels is not None:
                 config_kwargs["num_labels"] = num_labels
@@ -154,6 +165,13 @@ class FedMoEBuilding:
         cls, gate: str | os.PathLike | PreTrainedModel, expert: PreTrainedModel, num_routed_experts: int, **fields: Any
     ) -> tuple[str | PreTrainedModel, FedMoEConfig]:
         """The gate, loaded if it was a name, and the configuration of a mixture of such experts."""
+        # A configuration would keep any name; of its fields `dtype` alone changes nothing.
+        known = {field.name for field in dataclasses.fields(FedMoEConfig)} | {"num_labels"}
+        if unknown := fields.keys() - (known - {"dtype"}):
+            raise ValueError(
+                f"`{min(unknown)}` is nothing that a mixture can be built with: leave it out, or look for its name "
+                "among the fields of `FedMoEConfig`."
+            )
         if isinstance(gate, (str, os.PathLike)) and gate not in ("main_features", "adapter"):
             gate = cls.expert_auto_class.from_pretrained(gate, num_labels=num_routed_experts)
         if isinstance(gate, str):
@@ -178,8 +196,9 @@ class FedMoEBuilding:
         if isinstance(gate, str):
             self._init_weights(self.gate)
         else:
-            check_equal_states("gate", gate, self.gate)
-            self.gate.load_state_dict(gate.state_dict())
+            dtype = self.gate.dtype  # it keeps its own: one loaded by its name may be of any
+            check_equal_states("gate", gate, self.gate.to(gate.dtype))
+            self.gate.to(dtype).load_state_dict(gate.state_dict())
         self._init_weights(self)
 
     # Experts that are adapters
@@ -204,7 +223,7 @@ class FedMoEBuilding:
         for module in base.modules():
             module._is_hf_initialized = True  # its weights are there
         model = cls(config, base)
-        model.gate.to(base.device, base.dtype)
+        model.gate.to(base.device)
         model.alpha_logit.data = model.alpha_logit.data.to(base.device)
         return model.eval()
 
@@ -274,8 +293,8 @@ class FedMoEBuilding:
 
     def merge_adapters(self) -> Self:
         """
-        The same mixture with whole experts: each adapter merged into a base of its own. For machines without PEFT; as
-        large as S bases.
+        The same mixture with whole experts: each adapter merged into a base of its own, rounded to the base's type.
+        For machines without PEFT; as large as S bases.
         """
         if self.config.peft_config is None:
             raise ValueError("`peft_config` is None: the experts are whole models already.")
@@ -283,10 +302,10 @@ class FedMoEBuilding:
         merged = [merged_expert(self.base, expert.name) for expert in self.experts]
         gate = "main_features"
         if self.config.gate == "model":
-            gate = self.gate
+            gate = copy.deepcopy(self.gate).to(self.dtype)
         elif self.config.gate == "adapter":
             gate = merged_expert(self.base, "gate")
-            gate.set_submodule(self._head_name, copy.deepcopy(self.gate))
+            gate.set_submodule(self._head_name, copy.deepcopy(self.gate).to(self.dtype))
             gate.config.num_labels = self.config.num_routed_experts
         fields = {name: vars(self.config)[name] for name in KEPT_WHEN_MERGED}
         model = type(self).from_experts(merged[:n_main], merged[n_main:], gate=gate, **fields)

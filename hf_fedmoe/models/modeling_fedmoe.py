@@ -27,6 +27,11 @@ from .mixture_fedmoe import (
     load_imbalance,
     select_experts,
 )
+from .precision_fedmoe import cast_inputs_of, to_float32_
+
+
+# Patterns of the tensors beside the base, which stay float32 when a base of half precision is loaded with them.
+TRAINED_WITH_ADAPTERS = frozenset({"lora_", "ia3_", "modules_to_save", r"^gate\."})
 
 
 def _forward_names(module: nn.Module) -> frozenset[str]:
@@ -133,6 +138,9 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             self.gate = nn.Linear(head.in_features, config.num_routed_experts, bias=bias)
         if config.peft_config is not None:
             self.base = with_adapters(base, config.peft_config, self.adapter_names)
+            # What is trained is float32, whatever the base is stored in.
+            to_float32_([*self.gate.parameters(), *self.gate.buffers()])
+            cast_inputs_of(self.gate)
         if config.gate != "model":
             _keep_inputs_of(self._features_head())
         self.alpha_logit = nn.Parameter(torch.empty(1, dtype=torch.float32))
@@ -163,6 +171,8 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             "_keys_to_ignore_on_load_missing",
         ):
             setattr(self, name, set(getattr(self, name) or []).union(*(getattr(m, name) or [] for _, m in sub_models)))
+        if self.config.peft_config is not None:
+            self._keep_in_fp32_modules_strict |= TRAINED_WITH_ADAPTERS
         self._keys_to_ignore_on_save = {f"{p}.{key}" for p, m in sub_models for key in m._keys_to_ignore_on_save or []}
 
     @property

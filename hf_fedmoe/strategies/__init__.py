@@ -2,7 +2,18 @@
 
 from .afl import AFL
 from .apfl import APFL
-from .base import ClientTask, JointWork, Server, Strategy, Uploads, Work, has_own_loss, held_near, own_loss
+from .base import (
+    ClientTask,
+    JointWork,
+    Server,
+    Strategy,
+    Uploads,
+    Work,
+    has_own_loss,
+    has_plain_clients,
+    held_near,
+    own_loss,
+)
 from .clustered import ClusteredFL
 from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
@@ -59,6 +70,7 @@ __all__ = [
     "correlate",
     "freeze_common_expert",
     "has_own_loss",
+    "has_plain_clients",
     "held_near",
     "own_loss",
     "pfedmoe_cnns",

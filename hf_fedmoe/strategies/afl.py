@@ -31,6 +31,8 @@ class AFL(Strategy):
 
     lambda_rate: float = 0.1
     name = "afl"
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.lambda_rate < 0:

@@ -36,7 +36,8 @@ class APFL(Strategy):
     adapt: bool = False
     alpha_rate: float = 0.1
     name = "apfl"
-    averages = True
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

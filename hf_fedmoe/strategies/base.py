@@ -3,7 +3,7 @@
 Shape suffixes: m participants of a round, P elements of a model's row, S rows of the server.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -93,10 +93,21 @@ class Server:
             return [work(self, reserved, item) for item in items]
         return self.hand_out(work, items)
 
+    def beside_bank(self) -> Iterator[tuple[str, Tensor]]:
+        """Gives what of the model's state is not in the bank and no frozen weight, with its names."""
+        seen = {self.bank_SP.untyped_storage().data_ptr()}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            memory = tensor.untyped_storage().data_ptr()
+            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            if not frozen and memory not in seen:
+                seen.add(memory)
+                yield name, tensor
+
     def fuse_(self, uploads: "Uploads", weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
         """bank <- keep * bank + weights @ uploads, wherever they are; returns what [`fuse_models_`] does."""
         if self.fuse_held is None:
-            return fuse_models_(self.bank_SP, uploads.rows_mP, weights_Sm, keep_S, self.layout)
+            rows_mP = uploads.rows_mP if self.held is None else self.held[0]
+            return fuse_models_(self.bank_SP, rows_mP, weights_Sm, keep_S, self.layout)
         self.fuse_held(weights_Sm, keep_S)
         return torch.zeros(len(self.bank_SP))
 
@@ -108,21 +119,21 @@ class Uploads:
 
     Args:
         clients (`list[int]`): The participants, in the order of the draw.
-        rows_mP (`Tensor` of shape `[m, P]`): Their models; if `averaged`, `[1, P]`, the mean of them by `weights_m`.
-            Only those that the main process trained, where processes keep their uploads ([`Server.held`]).
+        rows_mP (`Tensor` of shape `[m, P]`, *optional*): Their models; `None` where no process has all of them
+            (`client_parallelism="sums"`), and what there is of them is `mean_1P`, or [`Server.held`].
         integers (`list[dict[str, Tensor]]`): Their integer buffers.
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
         metrics (`list[dict[str, float]]`, *optional*): What they report.
-        averaged (`bool`, *optional*, defaults to `False`): Whether no process has all of their models.
+        mean_1P (`Tensor` of shape `[1, P]`, *optional*): The mean of their models by `weights_m`, instead of them.
         probed (`list[Tensor]`, *optional*): What [`Strategy.probe`] found of each.
     """
 
     clients: list[int]
-    rows_mP: Tensor
+    rows_mP: Tensor | None
     integers: list[dict[str, Tensor]]
     num_examples_m: Tensor
     metrics: list[dict[str, float]] = field(default_factory=list)
-    averaged: bool = False
+    mean_1P: Tensor | None = None
     probed: list[Tensor] = field(default_factory=list)
 
     @property
@@ -163,6 +174,16 @@ class ClientTask:
     received_bytes: int = 0
 
 
+# Which hooks each of a strategy's flags is a promise of.
+PROMISES = {
+    "compressible": ("download",),
+    "keeps_optimizer": ("train_client",),
+    "averages": ("update", "synchronise"),
+    "fuses": ("update", "synchronise"),
+    "shares_batches": ("train_client", "loss"),
+}
+
+
 class Strategy:
     """
     A federated method. This base class is plain federated averaging; a method overrides the hooks in which it differs.
@@ -171,19 +192,29 @@ class Strategy:
     """
 
     name: str = "fedavg"
+    # What follows are promises of the hooks, `PROMISES`.
     # Whether the server knows what each client starts from, which is what an encoded update is measured from.
     compressible: bool = True
     # Whether a client can go on with the optimizer state of its last round.
     keeps_optimizer: bool = True
     # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
-    averages: bool = False
+    averages: bool = True
     # Whether it does nothing with them but `Server.fuse_`, after `probe`.
     fuses: bool = False
     # Whether processes may train a client together: the loss of a batch is the mean of those of its rows, but for
     # terms of the parameters, and clients have the server's model or a part of it.
     shares_batches: bool = True
-    # Whether clients do nothing but `LocalTrainer.train`, by the model's own loss and `pull`: DeepSpeed can do that.
-    plain_clients: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class that overrides a hook keeps no promise of it that was made for another: it has to say it again."""
+        super().__init_subclass__(**kwargs)
+
+        def place(name: str) -> int:
+            return next(index for index, owner in enumerate(cls.__mro__) if name in vars(owner))
+
+        for flag, hooks in PROMISES.items():
+            if min(map(place, hooks)) < place(flag):
+                setattr(cls, flag, False)
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
@@ -288,6 +319,11 @@ def has_own_loss(strategy: Strategy) -> bool:
     return type(strategy).loss is Strategy.loss and "loss" not in vars(strategy)
 
 
+def has_plain_clients(strategy: Strategy) -> bool:
+    """Tells whether clients only train, by the model's own loss and [`Strategy.pull`]: whoever computes them may."""
+    return type(strategy).train_client is Strategy.train_client and has_own_loss(strategy)
+
+
 def average_into_(server: Server, uploads: Uploads, num_examples: int | None = None) -> dict[str, float]:
     """
     bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1), and what there is to log of it. n is what the
@@ -295,9 +331,11 @@ def average_into_(server: Server, uploads: Uploads, num_examples: int | None = N
     """
     sent = uploads.num_examples_m.sum()
     n = sent if num_examples is None else num_examples
-    weights_m = (sent / n)[None] if uploads.averaged else uploads.num_examples_m / n
+    rows_mP, weights_m = uploads.rows_mP, uploads.num_examples_m / n
+    if uploads.mean_1P is not None:
+        rows_mP, weights_m = uploads.mean_1P, (sent / n)[None]
     keep_S = ((n - sent) / n)[None]
-    lost_S = fuse_models_(server.bank_SP[:1], uploads.rows_mP, weights_m[None], keep_S, server.layout)
+    lost_S = fuse_models_(server.bank_SP[:1], rows_mP, weights_m[None], keep_S, server.layout)
     server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
     return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
 

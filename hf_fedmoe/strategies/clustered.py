@@ -42,7 +42,7 @@ class ClusteredFL(Strategy):
     eps2: float = 1.6
     min_size: int = 2
     name = "clustered"
-    plain_clients = True
+    compressible = True
 
     def __post_init__(self) -> None:
         for name in ("eps1", "eps2"):

@@ -43,7 +43,6 @@ class Decentralised(Strategy):
     edge_probability: float = 0.5
     graph_seed: int = 0
     name = "decentralised"
-    plain_clients = True
     # Nobody knows the neighbour's last model, which an update would be measured from.
     compressible = False
 

@@ -18,8 +18,6 @@ class FedAvg(Strategy):
     """Every round, the mean of the participants' models, weighted by their examples."""
 
     name = "fedavg"
-    averages = True
-    plain_clients = True
 
 
 @dataclass
@@ -40,7 +38,6 @@ class FedAvgReserved(Strategy):
     batch_size: int = 32
     name = "fedavg_reserved"
     averages = True
-    plain_clients = True
 
     def __post_init__(self) -> None:
         if self.when not in ("round", "end"):
@@ -84,7 +81,7 @@ class FedAvgMovingAverage(Strategy):
     rate: float = 0.3
     name = "fedavg_moving_average"
     averages = True
-    plain_clients = True
+    compressible = True
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:

@@ -26,8 +26,6 @@ class FedAvgPlus(Strategy):
 
     tuning_epochs: float = 1.0
     name = "fedavg_plus"
-    plain_clients = True
-    averages = True
 
     def __post_init__(self) -> None:
         if self.tuning_epochs <= 0:

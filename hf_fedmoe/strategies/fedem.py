@@ -46,6 +46,8 @@ class FedEM(Strategy):
     include_absent: bool = False
     name = "fedem"
     averages = True
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.num_em_steps < 1:

@@ -77,6 +77,8 @@ class FedJETs(Strategy):
     experts_per_client: int = 2
     name = "fedjets"
     compressible = False
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.experts_per_client < 1:

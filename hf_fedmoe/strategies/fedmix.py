@@ -23,7 +23,6 @@ class FedMix(Strategy):
     """
 
     name = "fedmix"
-    averages = True
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         if not isinstance(model, FedMoEPreTrainedModel):

@@ -146,7 +146,7 @@ class FedMoE(Strategy):
     """
 
     name = "fedmoe"
-    plain_clients = True
+    compressible = True
 
     def __init__(self, settings: FedMoESettings | None = None):
         self.settings = settings or FedMoESettings()

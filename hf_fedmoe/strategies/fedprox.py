@@ -16,8 +16,7 @@ class FedProx(Strategy):
 
     mu: float = 0.1
     name = "fedprox"
-    averages = True
-    plain_clients = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.mu < 0:

@@ -34,6 +34,8 @@ class FedRep(Strategy):
     head_epochs: float = 1.0
     name = "fedrep"
     averages = True
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.head_epochs <= 0:

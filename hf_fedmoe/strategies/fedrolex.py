@@ -57,7 +57,7 @@ class FedRolex(Strategy):
     capacities: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
     name = "fedrolex"
     compressible = False
-    keeps_optimizer = False
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if not self.capacities or not all(0 < capacity <= 1 for capacity in self.capacities):

@@ -36,6 +36,8 @@ class L2SGD(Strategy):
     name = "l2sgd"
     # A client's own model, which an update would be measured from, is unknown to the server.
     compressible = False
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         for name in ("mixing_probability", "pull"):

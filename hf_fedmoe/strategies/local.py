@@ -17,6 +17,9 @@ class Local(Strategy):
     """Each client trains its own model and sends nothing; the server's model stays the common start."""
 
     name = "local"
+    compressible = True
+    keeps_optimizer = True
+    shares_batches = True
 
     def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
         return server.bank_SP[0] if kept_P is None else kept_P

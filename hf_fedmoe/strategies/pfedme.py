@@ -39,6 +39,8 @@ class PFedMe(Strategy):
     outer_rate: float = 0.02
     beta: float = 1.0
     name = "pfedme"
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.penalty <= 0:

@@ -59,8 +59,6 @@ class PFedMoE(Strategy):
     gate_rate: float = 1.0
     name = "pfedmoe"
     averages = True
-    keeps_optimizer = False
-    shares_batches = False
 
     def __post_init__(self) -> None:
         if not self.client_models:
@@ -107,7 +105,8 @@ class PFedMoE(Strategy):
         kind = PairedExpertsForImageClassification if images else PairedExpertsForSequenceClassification
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return kind(self.pair_config(model, index))
+            # Configurations of models that were stored in half precision say so.
+            return kind(self.pair_config(model, index)).to(model.dtype)
 
     def body(self, layout: StateLayout, model: PreTrainedModel) -> set[str]:
         """Names of the tensors of G in the server's model."""

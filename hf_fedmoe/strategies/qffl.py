@@ -29,6 +29,8 @@ class QFFL(Strategy):
 
     q: float = 1.0
     name = "qffl"
+    keeps_optimizer = True
+    shares_batches = True
 
     def __post_init__(self) -> None:
         if self.q < 0:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
-from ..strategies import Strategy, has_own_loss
+from ..strategies import Strategy, has_plain_clients
 from .deepspeed_config import check_deepspeed
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_arguments
@@ -53,13 +53,13 @@ def check_run(
         )
     if args.keep_client_optimizer and not strategy.keeps_optimizer:
         raise ValueError(
-            f"`keep_client_optimizer` is True, but {strategy.name!r} starts each round with a fresh optimizer: leave "
-            "it out."
+            f"`keep_client_optimizer` is True, but {strategy.name!r} does not promise to go on with an optimizer "
+            "(`keeps_optimizer`): leave it out."
         )
     if args.client_parallelism == "sums" and not strategy.averages and not strategy.fuses:
         raise ValueError(
             f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than add them up: choose "
-            '"clients".'
+            '"clients". (One of your own that does not says so by `averages` or `fuses`.)'
         )
     if args.deepspeed:
         check_deepspeed(strategy, strategy.server_models(model)[0], args)
@@ -104,7 +104,8 @@ def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:
     remedy = 'choose "clients".'
     if not strategy.shares_batches:
         raise ValueError(
-            f"{begin} clients of {strategy.name!r} have other architectures, or a loss of whole batches: {remedy}"
+            f"{begin} clients of {strategy.name!r} have other architectures, or a loss of whole batches: {remedy} "
+            "(One of your own whose clients train by `local.steps` and `local.step` says so by `shares_batches`.)"
         )
     for name, _ in client_model.named_buffers():
         if name.endswith("running_mean"):
@@ -119,7 +120,7 @@ def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:
 def check_clients_at_once(client_model: nn.Module, args: FederatedTrainingArguments, strategy: Strategy) -> None:
     """Raises `ValueError` for what [`~federation.StackedTrainer`] is known not to do; it tries the rest out."""
     begin, remedy = f"`clients_at_once` is {args.clients_at_once}, but", "set it to 1."
-    if type(strategy).train_client is not Strategy.train_client or not has_own_loss(strategy):
+    if not has_plain_clients(strategy):
         raise ValueError(
             f"{begin} clients of {strategy.name!r} do more than train one model by its own loss: {remedy}"
         )

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
-from ..models import AdapterExpert
-from ..strategies import Strategy, has_own_loss
+from ..models import FedMoEPreTrainedModel
+from ..strategies import Strategy, has_plain_clients
 
 
 # What a launcher's configuration sets.
@@ -112,15 +111,10 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
 def check_deepspeed(strategy: Strategy, client_model: Any, args: TrainingArguments) -> None:
     """Raises `ValueError` for what DeepSpeed's engine cannot train."""
     begin, remedy = "The clients are to be trained by DeepSpeed, but", "leave DeepSpeed out."
-    if not strategy.plain_clients or not has_own_loss(strategy):
+    if not has_plain_clients(strategy):
         raise ValueError(f"{begin} those of {strategy.name!r} do more than train one model by its own loss: {remedy}")
-    if isinstance(client_model, AdapterExpert):
-        for name, parameter in client_model.named_parameters():
-            if parameter.dtype != torch.float32:
-                raise ValueError(
-                    f"{begin} `{name}` of their adapter is {parameter.dtype}, and the engine trains torch.float32: "
-                    "load the model with `dtype=torch.float32`, and choose `bf16` in the training arguments."
-                )
+    if isinstance(client_model, FedMoEPreTrainedModel):
+        raise ValueError(f"{begin} those of {strategy.name!r} train a whole mixture, which was never tried: {remedy}")
     if args.torch_compile:
         raise ValueError(
             f"{begin} `torch_compile` is True, which would compile a model that its engine does not use: {remedy}"

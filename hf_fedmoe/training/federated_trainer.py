@@ -39,8 +39,10 @@ from ..federation import (
     Team,
     ZeroGateFit,
     ZeroTrainer,
+    check_start,
     load_federation,
     seed_of,
+    sound_finish,
     take_step,
 )
 from ..models import FedMoEPreTrainedModel, guard_narrow_convolutions
@@ -56,8 +58,10 @@ from .columns import ModelColumns, check_batch_has_labels
 from .deepspeed_config import engine_config
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
+from .known_rows import trial_on_known_rows
 from .label_names import settle_label_names
 from .metrics import classification_metrics
+from .precision import train_in_float32
 from .progress import Watch, one_line_a_round, without_bars_of_files
 from .resuming import CLIENTS_FOLDER
 from .run_facts import run_facts
@@ -133,6 +137,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             data_collator = DataCollatorWithPadding(processing_class) if processing_class else default_data_collator
         self.train_data_collator = train_data_collator or data_collator
         if train_dataset is not None:
+            train_in_float32(model, args.should_log)
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
             settle_label_names(model, train_dataset)
@@ -182,6 +187,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
         else:
             load_federation(Path(resume_from_checkpoint), federation.server, federation.store)
         self._tidy_up(federation.store)
+        check_start(self.strategy, federation.server)
         start_time = time.time()
         self._tr_loss, self._total_loss_scalar = torch.tensor(0.0), 0.0
         self._initial_global_step = self._globalstep_last_logged = self.state.global_step
@@ -202,9 +208,9 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 super()._load_best_model()
             seed = seed_of(args.seed, Stream.SERVER, rounds)
-            server, reserved = federation.server, federation.reserved
+            step = (self.strategy, federation.server, federation.reserved, seed, federation.computes_finite)
             with self._watch.telling():
-                take_step(lambda: self.strategy.finish(server, reserved, seed), server, reserved, self.processes)
+                take_step(lambda: sound_finish(*step), federation.server, federation.reserved, self.processes)
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             self._tell_who_was_never_accepted()
             if "contribution_SM" in federation.server.tensors:
@@ -338,6 +344,9 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             processes=self.processes,
             parallelism=args.client_parallelism,
             client_name=self.client_name,
+            computes_finite=trial_on_known_rows(
+                self.strategy, data, self._remove_unused_columns, self.data_collator, self.accelerator
+            ),
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:

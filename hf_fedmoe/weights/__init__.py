@@ -4,7 +4,7 @@ from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
 from .fusion import add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
 from .layout import Slot, StateLayout, copy_module, release
 from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows
-from .payload import Payload, keep_private_, payload_fault
+from .payload import Payload, all_finite, keep_private_, negative_variance, payload_fault
 from .sub_models import (
     average_held_,
     fold_scales_,
@@ -24,6 +24,7 @@ __all__ = [
     "Slot",
     "StateLayout",
     "add_to_sum_",
+    "all_finite",
     "average_held_",
     "bytes_at_rank",
     "collapse",
@@ -41,6 +42,7 @@ __all__ = [
     "narrow_config",
     "narrow_layout",
     "narrow_model",
+    "negative_variance",
     "payload_fault",
     "put_held_",
     "release",

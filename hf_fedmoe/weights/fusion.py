@@ -64,7 +64,8 @@ def fuse_(
             bank_SP[:, columns].mul_(keep_S1).add_(taken)
     for (mean, variance), second_moment_SF in zip(batchnorm, fused_variances, strict=True):
         fused_mean_SF = bank_SP[:, mean.start : mean.stop]
-        bank_SP[:, variance.start : variance.stop] = second_moment_SF - fused_mean_SF.square()
+        # Rounding may bring one of almost 0 below.
+        bank_SP[:, variance.start : variance.stop] = (second_moment_SF - fused_mean_SF.square()).clamp_min_(0)
     return bank_SP
 
 
@@ -89,7 +90,7 @@ def mean_of_sum_(sum_P: Tensor, total: float, batchnorm: tuple[tuple[Slot, Slot]
     """The sum of [`add_to_sum_`] becomes the average that [`fuse_`] would have given; its weights sum to `total`."""
     sum_P /= total
     for mean, variance in batchnorm:
-        sum_P[variance.start : variance.stop] -= sum_P[mean.start : mean.stop].square()
+        sum_P[variance.start : variance.stop].sub_(sum_P[mean.start : mean.stop].square()).clamp_min_(0)
 
 
 def collapse(weights_TSm: Tensor, keep_S: Tensor) -> tuple[Tensor, Tensor]:

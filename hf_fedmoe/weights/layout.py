@@ -5,6 +5,7 @@ Shape suffixes: P elements of one row, S rows of a bank.
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,22 @@ class StateLayout:
     def num_elements(self) -> int:
         """Elements that carry state (without the padding): what travels."""
         return sum(slot.shape.numel() for slot in self.slots)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return torch.tensor([slot.start for slot in self.slots if slot.shape.numel()])
+
+    def blank_(self, row_P: Tensor) -> None:
+        """Empties a row for somebody to write: zeros, and a value that no model has at the start of each tensor."""
+        row_P.zero_().index_fill_(0, self._starts.to(row_P.device), torch.finfo(self.dtype).min)
+
+    def blanks(self, row_P: Tensor) -> list[str]:
+        """Names of the tensors that nobody has written since [`StateLayout.blank_`]."""
+        blank = row_P[self._starts.to(row_P.device)] == torch.finfo(self.dtype).min
+        if not blank.any():
+            return []
+        names = [slot.name for slot in self.slots if slot.shape.numel()]
+        return [name for name, left in zip(names, blank.tolist(), strict=True) if left]
 
     def difference(self, other: "StateLayout") -> str | None:
         """The first difference between two layouts in words, `None` when rows of one fit the other."""

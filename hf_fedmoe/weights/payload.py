@@ -1,12 +1,17 @@
 """What travels between server and client."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .layout import StateLayout
+
+
+# Beyond it, counting on would lose count.
+MOST_BATCHES = 2**53
 
 
 @dataclass
@@ -44,20 +49,76 @@ class Payload:
         return elements * self.row_P.element_size() + integers
 
 
-def payload_fault(payload: Payload, layout: StateLayout) -> str | None:
-    """Why the server must refuse this upload, in words; `None` when it is sound."""
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tells whether nothing in tensors is infinite or NaN: in one pass over each, without masks of their sizes."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            extremes = torch.stack(torch.aminmax(tensor.detach()))  # both pass on a NaN
+            found.setdefault(tensor.device, []).append(extremes.isfinite().all())
+    return all(torch.stack(of_device).all() for of_device in found.values())
+
+
+def negative_variance(rows_SP: Tensor, layout: StateLayout) -> str | None:
+    """Says which running variance of some rows is the least, and its value, `None` if none is below 0."""
+    variances = [variance for _, variance in layout.batchnorm]
+    if not variances or torch.cat([rows_SP[:, v.start : v.stop] for v in variances], 1).min() >= 0:
+        return None
+    least = [rows_SP[:, v.start : v.stop].min().item() for v in variances]
+    return f"`{variances[least.index(min(least))].name}` holds {min(least):.3g}, and no variance is below 0"
+
+
+def payload_fault(payload: Payload, layout: StateLayout, known: Payload) -> str | None:
+    """
+    Says why the server must refuse an upload, `None` when it is sound. Refused is what no training can give, whoever
+    sent it, and what nothing can be computed with.
+
+    Args:
+        payload ([`Payload`]): The upload.
+        layout ([`StateLayout`]): Of the federation's rows.
+        known ([`Payload`]): The server's integer buffers, and the examples that the client is registered with.
+    """
     if payload.row_P.shape != (layout.size,) or payload.row_P.dtype != layout.dtype:
         return (
             f"its weights are a {tuple(payload.row_P.shape)} row of {payload.row_P.dtype}, "
             f"expected ({layout.size},) of {layout.dtype}"
         )
-    if payload.num_examples < 1:
-        return f"it reports num_examples = {payload.num_examples}"
-    # Both pass on a NaN, and unlike a mask of all elements they need no memory of the row's size.
-    if not torch.stack(torch.aminmax(payload.row_P)).isfinite().all():
-        bad = next(name for name, view in layout.views(payload.row_P).items() if not torch.isfinite(view).all())
-        return f"`{bad}` holds values that are not finite"
+    if not 1 <= payload.num_examples <= known.num_examples:  # a NaN is neither
+        return f"it reports num_examples = {payload.num_examples}, and is registered with {known.num_examples}"
+    for name, value in payload.metrics.items():
+        if not math.isfinite(value):
+            return f"it reports {name} = {value}"
+    return _fault_of_integers(payload.integers, known.integers) or _fault_of_weights(payload.row_P, layout)
+
+
+def _fault_of_integers(integers: dict[str, Tensor], known: dict[str, Tensor]) -> str | None:
+    for name in integers:
+        found, expected = (
+            f"{tuple(state[name].shape)} of {state[name].dtype}" if name in state else "nothing"
+            for state in (integers, known)
+        )
+        if found != expected:
+            return f"it sends {found} as `{name}`, expected {expected}"
+    counts = {name: t for name, t in integers.items() if name.endswith("num_batches_tracked")}
+    if counts:
+        for name, count in zip(counts, torch.stack(list(counts.values())).tolist(), strict=True):
+            if not 0 <= count < MOST_BATCHES:
+                return f"`{name}` is {count}, which is no count of batches"
     return None
+
+
+def _fault_of_weights(row_P: Tensor, layout: StateLayout) -> str | None:
+    # Fusing running statistics, clipping and distances square the weights. Whatever has been trained is far below.
+    bound = math.sqrt(torch.finfo(layout.dtype).max / layout.num_elements)
+    largest = torch.stack(torch.aminmax(row_P)).abs().max().item()
+    if not largest <= bound:  # of a NaN too
+        for name, view in layout.views(row_P).items():
+            if not all_finite([view]):
+                return f"`{name}` holds values that are not finite"
+            if view.numel() and view.abs().max() == largest:
+                return f"`{name}` holds {largest:.3g}, too much to compute with: above {bound:.3g} squares overflow"
+        return f"its padding holds {largest:.3g}"
+    return negative_variance(row_P[None], layout)
 
 
 def keep_private_(payload: Payload, known: Payload, layout: StateLayout, shared: Collection[str]) -> None:

@@ -234,6 +234,6 @@ def average_held_(row_P: Tensor, uploads_mP: Tensor, places_m: list[Places], lay
     held_P = counts_P > 0
     sums_P /= counts_P.clamp_min(1)
     for variance, mean in mean_of.items():
-        sums[variance] -= sums[mean].square()
+        sums[variance].sub_(sums[mean].square()).clamp_min_(0)  # rounding may bring one of almost 0 below
     row_P.copy_(torch.where(held_P, sums_P, row_P))
     return counts_P

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -107,6 +108,8 @@ def broken_row(output_dir):
 class FailsSomewhere(FedAvg):
     """One process fails before, the other after a client's training."""
 
+    shares_batches = True
+
     def train_client(self, local, task):
         if task.client == 0 and index_of_this_process() == 0:
             raise OSError("before")
@@ -114,6 +117,43 @@ class FailsSomewhere(FedAvg):
         if task.client == 1 and index_of_this_process() == 1:
             raise OSError("after")
         return payload
+
+
+class ForgetsARow(FedAvg):
+    """One process sends another row than it was given."""
+
+    shares_batches = True
+
+    def train_client(self, local, task):
+        payload, kept = super().train_client(local, task)
+        if index_of_this_process() == 1:
+            payload.row_P = payload.row_P.clone()
+        return payload, kept
+
+
+class AddsNothingUp(FedAvg):
+    """Each process takes its own steps on its share of the batches."""
+
+    shares_batches = True
+
+    def train_client(self, local, task):
+        plan = local.plan(task.dataset, task.seed)
+        local.begin(task.received_P, task.integers, len(plan))
+        for batches in local.steps(task.dataset, plan, task.seed):
+            for batch in batches:
+                local.worker(**batch).loss.backward()
+            local.apply_gradients()
+        return local.payload(task.out_P, len(task.dataset), torch.tensor(1.0), len(plan)), {}
+
+
+BROKEN = {"forgets_a_row": ForgetsARow, "adds_nothing_up": AddsNothingUp}
+
+
+def broken_promise(name, output_dir):
+    args = tiny_args(output_dir, clients_per_round=4, client_parallelism="data", rounds=1)
+    with pytest.raises(RuntimeError) as error:
+        FederatedTrainer(tiny_expert(), args, tiny_federation(), BROKEN[name]()).train()
+    return str(error.value)
 
 
 def fails_somewhere(output_dir):
@@ -130,14 +170,17 @@ GATES = {f"gate_{kind}": functools.partial(shared_gate, kind) for kind in ("mode
 def process(index, port, folder, names):
     join_group(index, port)
     for name in names:
-        make = (FAILING | GATES).get(name) or functools.partial(run_by_name, name)
-        record(make(folder / name), folder / f"{name}-{index}")
+        if name in BROKEN:
+            (folder / f"{name}-{index}.txt").write_text(broken_promise(name, folder / name))
+        else:
+            make = (FAILING | GATES).get(name) or functools.partial(run_by_name, name)
+            record(make(folder / name), folder / f"{name}-{index}")
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
-    launch(process, folder, [*QUICK_METHODS, *GATES, *FAILING])
+    launch(process, folder, [*QUICK_METHODS, *GATES, *FAILING, *BROKEN])
     return folder
 
 
@@ -203,3 +246,16 @@ def test_rows_that_one_process_cannot_read_fail_their_client_in_all(quick):
 def test_a_client_that_fails_in_one_process_before_or_after_its_training_fails_in_all(quick):
     ((_, refused, _),) = recorded_rounds(quick, "fails_somewhere")
     assert refused == {"0": "OSError: before", "1": "OSError: after"}
+
+
+def test_a_promise_that_is_broken_in_one_process_ends_all(quick):
+    main, other = ((quick / f"forgets_a_row-{index}.txt").read_text() for index in range(PROCESSES))
+    assert other.startswith("The strategy 'fedavg' (ForgetsARow)") and "sends another row than `task.out_P`" in other
+    assert main == f"Process 1 failed: BrokenPromiseError: {other}"
+
+
+def test_clients_of_which_processes_have_different_models_end_all(quick):
+    messages = [(quick / f"adds_nothing_up-{index}.txt").read_text() for index in range(PROCESSES)]
+    assert (
+        messages[0] == messages[1] and "`shares_batches` is True, but processes end with different mo" in messages[0]
+    )

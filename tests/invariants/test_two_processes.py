@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from hf_fedmoe.strategies import FedAvg, FedMoE, FedMoESettings
 from hf_fedmoe.training import FederatedTrainer
+from hf_fedmoe.weights import Payload
 from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, image_model, trainer
 from tests.tiny_federation import (
     assert_equal_states,
@@ -132,8 +133,11 @@ def all_uploads_of_one_process(output_dir):
 
 
 class CountingRows(FailingClient):
+    averages = True
+
     def update(self, server, uploads, reserved, round_index, seed):
-        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(uploads.rows_mP)}
+        rows_mP = uploads.mean_1P if uploads.rows_mP is None else uploads.rows_mP
+        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(rows_mP)}
 
 
 def sums(output_dir, client_parallelism="sums"):
@@ -160,9 +164,11 @@ class OwnRows(SecondFails):
     """The third fails, one of two that the main process trains; tells how many uploads that one has."""
 
     place = 2
+    fuses = True
 
     def update(self, server, uploads, reserved, round_index, seed):
-        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(uploads.rows_mP)}
+        rows_mP = server.held[0] if uploads.rows_mP is None else uploads.rows_mP
+        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(rows_mP)}
 
 
 def fedmoe_sums(output_dir, client_parallelism="sums"):
@@ -239,6 +245,39 @@ def broken_probe(output_dir):
     FederatedTrainer(tiny_mixture(), tiny_args(output_dir, **SETTINGS), tiny_federation(), BrokenProbe()).train()
 
 
+class UnsoundServer(FedAvg):
+    def update(self, server, uploads, reserved, round_index, seed):
+        super().update(server, uploads, reserved, round_index, seed)
+        server.bank_SP[0, 0] = float("nan")
+        return {}
+
+
+def unsound_server(output_dir):
+    FederatedTrainer(tiny_expert(), tiny_args(output_dir, **SETTINGS), tiny_federation(), UnsoundServer()).train()
+
+
+class UnsoundEnd(FedAvg):
+    def finish(self, server, reserved, seed):
+        server.tensors["best"] = torch.tensor(float("inf"))
+
+
+def unsound_end(output_dir):
+    FederatedTrainer(tiny_expert(), tiny_args(output_dir, rounds=1), tiny_federation(), UnsoundEnd()).train()
+
+
+class UnwrittenRow(FedAvg):
+    """Of the client that the second process trains."""
+
+    def train_client(self, local, task):
+        if index_of_this_process() == 0:
+            return super().train_client(local, task)
+        return Payload(task.out_P, {}, 1, {"loss": 1.0}), {}
+
+
+def unwritten_row(output_dir):
+    FederatedTrainer(tiny_expert(), tiny_args(output_dir, **SETTINGS), tiny_federation(), UnwrittenRow()).train()
+
+
 def work_that_breaks_in(server, reserved, index):
     if index_of_this_process() == index:
         raise MemoryError("no room")
@@ -297,6 +336,9 @@ ERRORS = {
     "no_place_for_kept": no_place_for_kept,
     "broken_server": broken_server,
     "broken_probe": broken_probe,
+    "unsound_server": unsound_server,
+    "unsound_end": unsound_end,
+    "unwritten_row": unwritten_row,
     "broken_share_of_the_main": functools.partial(broken_share, 0),
     "broken_share_of_another": functools.partial(broken_share, 1),
     "broken_after_sharing": functools.partial(broken_share, PROCESSES),
@@ -463,6 +505,20 @@ def test_a_trial_that_fails_in_one_process_ends_all(quick):
     told = [(quick / f"broken_collator-{index}.txt").read_text() for index in range(PROCESSES)]
     fault = "ValueError: `train_data_collator` can make no batch of row 0 of client 0"
     assert told[0].startswith(f"RuntimeError: Process 1 failed: {fault}") and told[1].startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks", "error"),
+    [
+        ("unsound_server", 0, "RuntimeError: The server is not sound after its step of round 1, in which the client"),
+        ("unsound_end", 0, "RuntimeError: The server is not sound after what 'fedavg' does last: `server.tensors"),
+        ("unwritten_row", 1, "BrokenPromiseError: The strategy 'fedavg' (UnwrittenRow) does not keep"),
+    ],
+)
+def test_what_is_unsound_in_one_process_ends_all(quick, name, breaks, error):
+    for index in range(PROCESSES):
+        message = (quick / f"{name}-{index}.txt").read_text()
+        assert message.startswith(error if index == breaks else f"RuntimeError: Process {breaks} failed: {error}")
 
 
 def test_processes_with_different_data_are_refused(quick):

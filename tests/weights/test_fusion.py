@@ -135,3 +135,21 @@ def test_integer_buffers_are_taken_from_the_heaviest_upload():
     uploads = [{"steps": torch.tensor(3)}, {"steps": torch.tensor(8)}, {"steps": torch.tensor(5)}]
     taken = fuse_integers(uploads, torch.tensor([0.2, 0.3, 0.5]))["steps"]
     assert taken.item() == 5 and taken is not uploads[2]["steps"]
+
+
+def test_rounding_brings_no_variance_below_zero():
+    layout = StateLayout.of(nn.BatchNorm1d(64))
+    rows_mP = torch.zeros(3, layout.size)
+    for seed, row_P in enumerate(rows_mP):
+        layout.views(row_P)["running_mean"].copy_(1000 * torch.rand(64, generator=torch.Generator().manual_seed(0)))
+        layout.views(row_P)["running_mean"].add_(1e-3 * seed)
+    mean, variance = layout.batchnorm[0]
+    weights_m = torch.full((3,), 1 / 3)
+    fused_1P, sum_P = torch.zeros(1, layout.size), torch.zeros(layout.size)
+    fuse_(fused_1P, rows_mP, weights_m[None], torch.zeros(1), layout.batchnorm)
+    for row_P in rows_mP.clone():
+        add_to_sum_(sum_P, row_P, 1.0, layout.batchnorm)
+    unclamped_F = (sum_P / 3)[variance.start : variance.stop] - (sum_P / 3)[mean.start : mean.stop].square()
+    mean_of_sum_(sum_P, 3.0, layout.batchnorm)
+    assert unclamped_F.min() < 0
+    assert all(row_P[variance.start : variance.stop].min() >= 0 for row_P in (fused_1P[0], sum_P))

@@ -81,3 +81,21 @@ def test_difference_names_the_tensor():
     assert "torch.float64" in layout.difference(StateLayout.of(nn.Linear(3, 4).double()))
     assert "`bias`" in layout.difference(StateLayout.of(nn.Linear(3, 4, bias=False)))
     assert "(4, 3)" in layout.difference(StateLayout.of(nn.Linear(2, 4)))
+
+
+def test_what_nobody_has_written_is_named():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    layout = StateLayout.of(module)
+    row_P = torch.rand(layout.size)
+    layout.blank_(row_P)
+    assert layout.blanks(row_P) == [slot.name for slot in layout.slots]
+    padding = torch.ones(layout.size, dtype=torch.bool)
+    for slot in layout.slots:
+        padding[slot.start : slot.stop] = False
+    assert not row_P[padding].any()
+    layout.views(row_P)["0.weight"].zero_()
+    assert "0.weight" not in layout.blanks(row_P) and "0.bias" in layout.blanks(row_P)
+    layout.read(module, out=row_P)
+    assert layout.blanks(row_P) == []
+    row_P.fill_(float("nan"))  # what a model that has diverged is
+    assert layout.blanks(row_P) == []

@@ -123,6 +123,11 @@ class EnsemblePreTrainedModel(PreTrainedModel):
                 f"backbone to draw anew: equal models would stay equal, pass {count}=1."
             )
         ensemble = cls(cls.config_class(expert_config=classifier.config, num_models=num_models)).to(classifier.dtype)
+        # In half precision shares of a third would not add up to one.
+        shares_M = torch.full(
+            (num_models,), 1 / num_models, dtype=torch.promote_types(classifier.dtype, torch.float32)
+        )
+        ensemble.mixture_M = shares_M
         generator = torch.Generator().manual_seed(seed)
         for index, model in enumerate(ensemble.models):
             state = classifier.state_dict()

@@ -1,0 +1,45 @@
+"""What is trained and fused is float32; what is frozen under adapters stays as it is stored."""
+
+from collections.abc import Iterator
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..models.adapters_fedmoe import ids_of_adapters
+from ..models.precision_fedmoe import HALF_PRECISION, cast_where_types_meet, to_float32_
+
+
+logger = logging.get_logger(__name__)
+
+
+def train_in_float32(model: nn.Module, log: bool = True) -> None:
+    """
+    Makes a model that was loaded in half precision float32, in place, and says so once. Transformers loads models as
+    they are stored, and averages, optimizers and running statistics need the digits. Only the frozen base under
+    adapters keeps its type; a whole model is raised with its frozen parts, since its layers must agree.
+
+    Args:
+        model (`nn.Module`): What a run trains, a `PeftModel` or a mixture of adapters included.
+        log (`bool`, *optional*, defaults to `True`): Whether this process is the one that says so.
+    """
+    tensors = list(_trained(model))
+    stored = sorted({str(tensor.dtype) for tensor in tensors if tensor.dtype in HALF_PRECISION})
+    added = to_float32_(tensors)
+    if added and log:
+        logger.warning(
+            f"The model is stored in {' and '.join(stored)} and becomes torch.float32, which takes {added / 1e6:.1f} "
+            "MB more: what is trained and fused needs the digits. For faster training set `bf16=True`; load the "
+            "result with `dtype=torch.bfloat16` to use it in half precision."
+        )
+
+
+def _trained(model: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers but those of frozen bases under adapters."""
+    bases: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            cast_where_types_meet(module)
+            own = ids_of_adapters(module, list(module.peft_config))
+            bases |= {id(tensor) for tensor in [*module.parameters(), *module.buffers()]} - own
+    yield from (tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in bases)
