@@ -108,7 +108,9 @@ def _check_peft_config(values: dict[str, Any]) -> None:
         )
 
 
-def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str]) -> "PeftModel":
+def with_adapters(
+    base: PreTrainedModel, config: dict[str, Any], names: list[str], kind: "type[PeftModel] | None" = None
+) -> "PeftModel":
     """
     Puts one adapter for each name into `base`, all with the same start, each with a classification head of its own.
 
@@ -116,6 +118,7 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
         base (`PreTrainedModel`): A classifier; frozen and changed in place.
         config (`dict[str, Any]`): From [`peft_config_dict`].
         names (`list[str]`): Of the adapters.
+        kind (`type[PeftModel]`, *optional*, defaults to `PeftModel`): Of the result.
 
     Raises:
         `ValueError`: If the base keeps running statistics, or has none of the configuration's `target_modules`.
@@ -140,7 +143,7 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
     _check_target_modules(base, config.get("target_modules"))
     config = {**config, "modules_to_save": sorted({*(config.get("modules_to_save") or []), *heads})}
     # The plain class passes every input on; those for tasks know texts only.
-    peft_model = PeftModel(base, get_peft_config(config), names[0])
+    peft_model = (kind or PeftModel)(base, get_peft_config(config), names[0])
     if "fan_in_fan_out" in config:  # PEFT corrects it for `Conv1D`, in the first adapter's configuration only
         config["fan_in_fan_out"] = peft_model.peft_config[names[0]].fan_in_fan_out
     start = adapter_tensors(peft_model, names[0])
@@ -317,19 +320,17 @@ def as_expert(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_base(auto_class: type, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
-    """The base that a mixture's configuration names. Its own head, which may be missing or another, is never used."""
-    source = {"revision": config.peft_config["revision"]} if config.peft_config.get("revision") else {}
+def load_base(auto_class: type, name: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+    """Loads the base of that name or folder. Its own head, which may be missing or another, is never used."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of the head that it lacks
     try:
         return auto_class.from_pretrained(
-            config.peft_config["base_model_name_or_path"],
-            config=config.expert_config,
+            name,
+            config=config,
             ignore_mismatched_sizes=True,
             use_safetensors=True,
-            **source,
-            **arguments,
+            **{key: value for key, value in arguments.items() if value is not None},
         )
     finally:
         logging.set_verbosity(verbosity)

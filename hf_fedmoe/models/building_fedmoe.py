@@ -85,7 +85,8 @@ class FedMoEBuilding:
         if peft_config is not None:
             peft_config = peft_config_dict(peft_config)
         if isinstance(expert, (str, os.PathLike)):
-            count = {"num_labels": max(sizes.values())} if sizes else {}
+            # Asked for another number of classes than the checkpoint has, the head is drawn anew, as where it is missing.
+            count = {"num_labels": max(sizes.values()), "ignore_mismatched_sizes": True} if sizes else {}
             name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count)
             if peft_config is not None and not peft_config.get("base_model_name_or_path"):
                 commit = getattr(expert.config, "_commit_hash", None)
@@ -269,8 +270,12 @@ class FedMoEBuilding:
         """
         if self.config.peft_config is None:
             raise ValueError("`peft_config` is None: the experts are whole models, save them with `save_pretrained`.")
+        from .modeling_adapted import save_base_configs  # which needs PEFT, and mixtures of whole models do not
+
         names = [expert.name for expert in self.experts]
         self.base.save_pretrained(save_directory, selected_adapters=names)
+        if self.config.peft_config.get("base_model_name_or_path"):
+            save_base_configs(self.base, save_directory, names, self.config.expert_config)
 
     def merge_adapters(self) -> Self:
         """
@@ -328,7 +333,8 @@ class FedMoEBuilding:
             )
         for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
         for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
-        base = load_base(cls.expert_auto_class, config, **for_base)
+        named, revision = config.peft_config["base_model_name_or_path"], config.peft_config.get("revision")
+        base = load_base(cls.expert_auto_class, named, config.expert_config, revision=revision, **for_base)
         model = cls._around(config, base)
         result = model.load_state_dict(load_file(file), strict=False)
         missing = sorted(set(result.missing_keys) - model._keys_to_ignore_on_save)

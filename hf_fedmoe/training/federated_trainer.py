@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
@@ -53,6 +53,7 @@ from ..federation import (
     take_step,
 )
 from ..models import AdapterExpert, FedMoEPreTrainedModel
+from ..models.modeling_adapted import save_base_configs
 from ..reporting import ClientScore, write_model_card
 from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
@@ -423,6 +424,8 @@ class FederatedTrainer(ClientEvaluation, SeveralProcesses, Trainer):
         output_dir = Path(output_dir or self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(output_dir, state_dict=state_dict)
+        if isinstance(self.model, PeftModel):
+            save_base_configs(self.model, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         (output_dir / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")

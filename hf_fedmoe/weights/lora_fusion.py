@@ -171,6 +171,31 @@ def in_basis_of(fused: LoraFactors, old: LoraFactors) -> LoraFactors:
     return LoraFactors(A_ri, B_or, fused.scaling)
 
 
+@torch.no_grad()
+def mean_start(adapters: Sequence[LoraFactors], weights_J: Tensor, old: LoraFactors) -> LoraFactors:
+    """
+    What [`in_basis_of`] should go on from when adapters were trained: the weighted mean of their A, each rotated to the
+    old one (orthogonal Procrustes), so that A grows and shrinks as it did at those who trained it.
+
+    Args:
+        adapters (`Sequence[LoraFactors]`): The J adapters of one layer, of one rank.
+        weights_J (`Tensor` of shape `[J]`): What the sum takes of each.
+        old ([`LoraFactors`]): The factors before.
+
+    Returns:
+        [`LoraFactors`]: The mean, with the old B; the old factors if the weights sum to nothing.
+    """
+    taken_J = weights_J != 0
+    total = weights_J.sum()
+    if not total.abs() > 0:
+        return old
+    dtype = torch.promote_types(old.A_ri.dtype, torch.float32)
+    A_Jri = torch.stack([adapter.A_ri.to(dtype) for adapter, w in zip(adapters, taken_J.tolist(), strict=True) if w])
+    U_Jrr, _, Vt_Jrr = torch.linalg.svd(old.A_ri.to(dtype) @ A_Jri.mT)
+    A_ri = torch.einsum("j,jrs,jsi->ri", (weights_J[taken_J] / total).to(A_Jri), U_Jrr @ Vt_Jrr, A_Jri)
+    return LoraFactors(A_ri, old.B_or, old.scaling)
+
+
 def _stack(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """A_Ri, B_oR and the weights [S, R] between them, scalings included."""
     scaled_SJ = _scaled(adapters, weights_SJ, scaling)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fusion import fuse_
 from .layout import Slot, StateLayout
-from .lora_fusion import LoraFactors, fuse_lora_svd, in_basis_of
+from .lora_fusion import LoraFactors, fuse_lora_svd, in_basis_of, mean_start
 
 
 # A direction of the rank space with this share of the largest of A and of B gets (next to) no gradient.
@@ -46,7 +46,8 @@ def fuse_models_(
         energy_S = torch.stack([result.A_ri.square().sum(1).square().sum() for result in results])
         kept_S += energy_S
         lost_S += energy_S * share_S / (1 - share_S)
-        fused.append([in_basis_of(*pair) for pair in zip(results, adapters, strict=False)])
+        starts = [mean_start(adapters, *row) for row in zip(weights_SJ, adapters, strict=False)]
+        fused.append([in_basis_of(*pair) for pair in zip(results, starts, strict=True)])
     fuse_(bank_SP, uploads_mP, weights_Sm, keep_S, layout.batchnorm)
     for slots, results in zip(layout.lora, fused, strict=True):
         for row_P, result in zip(bank_SP, results, strict=True):
