@@ -50,6 +50,8 @@ BASE_ARGUMENTS = (
 )
 
 PEFT_TYPES = ("LORA", "IA3")
+# More than the width of the layers of any model: adapters are built in memory before weights are read.
+MAX_RANK = 2**16
 # Facts about where an adapter came from.
 ADAPTERS_MAY_DIFFER = frozenset(
     {"peft_version", "inference_mode", "task_type", "lora_dropout", "auto_mapping", "revision"}
@@ -65,6 +67,8 @@ def peft_config_dict(config: "dict[str, Any] | PeftConfig") -> dict[str, Any]:
     Raises:
         `ValueError`: If experts cannot be adapters of this kind; names the field, its value and the remedy.
     """
+    if not isinstance(config, (dict, PeftConfig)):
+        raise ValueError(f"`peft_config` is {config!r}: pass a `LoraConfig`, an `IA3Config`, or one as a `dict`.")
     values = dict(config) if isinstance(config, dict) else config.to_dict()
     for name, value in values.items():
         if isinstance(value, enum.Enum):
@@ -82,6 +86,9 @@ def _check_peft_config(values: dict[str, Any]) -> None:
             f"`peft_config.peft_type` is {kind!r}: experts can be adapters of the types {', '.join(PEFT_TYPES)}, pass "
             "a `LoraConfig` or an `IA3Config`."
         )
+    targets = values.get("target_modules")
+    if targets is not None and not isinstance(targets, (str, list)):
+        raise ValueError(f"`peft_config.target_modules` is {targets!r}: pass a list of names of layers.")
     if kind == "IA3":
         return
     if values.get("use_dora"):
@@ -94,8 +101,8 @@ def _check_peft_config(values: dict[str, Any]) -> None:
         **{f"rank_pattern[{k!r}]": v for k, v in (values.get("rank_pattern") or {}).items()},
     }
     for name, rank in ranks.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`peft_config.{name}` is {rank!r}: pass a rank of at least 1.")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"`peft_config.{name}` is {rank!r}: pass a rank of at least 1 and at most {MAX_RANK}.")
     if values.get("bias", "none") != "none":
         raise ValueError(
             f"`peft_config.bias` is {values['bias']!r}: it would train the base's biases, which all experts share. "

@@ -4,13 +4,17 @@ travels to the Hub as it is.
 """
 
 import copy
+import difflib
+import json
 import os
+import re
 from typing import Any, Self
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .adapters_fedmoe import (
     BASE_ARGUMENTS,
@@ -37,6 +41,10 @@ KEPT_WHEN_MERGED = (
     "entropy_weight",
     "balance_weight",
 )
+
+
+# Arguments of a mixture besides the fields of its configuration; `dtype` is every model's.
+_FURTHER_ARGUMENTS = ("id2label", "label2id", "num_labels", "problem_type", "dtype")
 
 
 class FedMoEBuilding:
@@ -73,7 +81,9 @@ class FedMoEBuilding:
             The model, in evaluation mode, nothing frozen but a base of adapters.
 
         Raises:
-            `ValueError`: If the expert is no classifier, or its labels or vocabulary contradict the other arguments.
+            `ValueError`:
+                If the expert is no classifier, its labels or vocabulary contradict the other arguments, or an argument
+                is unknown.
         """
         names = {key: config_kwargs[key] for key in ("id2label", "label2id") if config_kwargs.get(key)}
         sizes = {key: len(value) for key, value in names.items()}
@@ -85,7 +95,7 @@ class FedMoEBuilding:
         if peft_config is not None:
             peft_config = peft_config_dict(peft_config)
         if isinstance(expert, (str, os.PathLike)):
-            # Asked for another number of classes than the checkpoint has, the head is drawn anew, as where it is missing.
+            # Where the checkpoint has another number of classes the head is drawn anew, as where it has none.
             count = {"num_labels": max(sizes.values()), "ignore_mismatched_sizes": True} if sizes else {}
             name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count)
             if peft_config is not None and not peft_config.get("base_model_name_or_path"):
@@ -167,6 +177,7 @@ class FedMoEBuilding:
                     f"load it with `num_labels={num_routed_experts}`."
                 )
             fields.update(gate="model", gate_config=gate.config)
+        check_arguments(fields)
         config = FedMoEConfig(expert_config=expert.config, num_routed_experts=num_routed_experts, **fields)
         if config.num_labels != expert.config.num_labels:
             raise ValueError(
@@ -317,6 +328,7 @@ class FedMoEBuilding:
             probed = cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
         else:
             probed = config
+        check_number_of_experts(probed, pretrained_model_name_or_path, source)
         if not (probed.peft_config or {}).get("base_model_name_or_path"):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -344,3 +356,39 @@ class FedMoEBuilding:
                 f"{missing[:3]}, not expected {result.unexpected_keys[:3]}. Has the base changed since?"
             )
         return model
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raises a `ValueError` that names an argument which no mixture has: a configuration would keep it unread."""
+    known = [name for name in FedMoEConfig.__annotations__ if not name.startswith("_")]
+    known += [name for name in _FURTHER_ARGUMENTS if name not in known]
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"`{name}` is no argument of a mixture: {f'did you mean `{near[0]}`?' if near else 'leave it out.'}"
+            )
+
+
+def check_number_of_experts(config: FedMoEConfig, place: str | os.PathLike, source: dict[str, Any]) -> None:
+    """
+    Raises a `ValueError` when the weights at `place` are not those of as many routed experts as the configuration asks
+    for, all of which would be built before a weight is read.
+    """
+    if place is None:  # with weights from elsewhere
+        return
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    names: list[str] = []
+    if index := cached_file(place, SAFE_WEIGHTS_INDEX_NAME, **optional, **source):
+        with open(index, encoding="utf-8") as file:
+            names = list(json.load(file)["weight_map"])
+    elif weights := cached_file(place, SAFE_WEIGHTS_NAME, **optional, **source):
+        with safe_open(weights, "pt") as file:
+            names = list(file.keys())
+    # `routed_experts.3.bert...`, and of adapters `base...lora_A.routed_3.weight`.
+    found = {int(k) for name in names for k in re.findall(r"(?:^routed_experts\.|\.routed_)(\d+)\.", name)}
+    if found and len(found) != config.num_routed_experts:
+        raise ValueError(
+            f"`num_routed_experts` is {config.num_routed_experts}, but the weights in {str(place)!r} are those of "
+            f"{len(found)} routed experts: correct it in `config.json`."
+        )

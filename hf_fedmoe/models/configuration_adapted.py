@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_checks import check_classifier_config, check_labels
+
 
 # Facts about where a configuration came from, and what a training step writes.
 _FACTS = frozenset(
@@ -42,11 +44,15 @@ class AdaptedConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_labels(kwargs.get("num_labels"), self.id2label, self.label2id)
+        check_classifier_config("base_config", self.base_config)
         self.base_config = copy.deepcopy(self.base_config)
         given = self.id2label is not None or kwargs.get("num_labels") is not None
         super().__post_init__(**kwargs)
         if not given:
-            self.id2label, self.label2id = dict(self.base_config.id2label), dict(self.base_config.label2id)
+            self.id2label, self.label2id = dict(self.base_config.id2label), self.base_config.label2id
+        if self.label2id is None:
+            self.label2id = {label: index for index, label in self.id2label.items()}
         self.pad_token_id = getattr(self.base_config.get_text_config(), "pad_token_id", None)
 
 

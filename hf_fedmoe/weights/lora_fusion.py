@@ -174,8 +174,8 @@ def in_basis_of(fused: LoraFactors, old: LoraFactors) -> LoraFactors:
 @torch.no_grad()
 def mean_start(adapters: Sequence[LoraFactors], weights_J: Tensor, old: LoraFactors) -> LoraFactors:
     """
-    What [`in_basis_of`] should go on from when adapters were trained: the weighted mean of their A, each rotated to the
-    old one (orthogonal Procrustes), so that A grows and shrinks as it did at those who trained it.
+    Averages what [`in_basis_of`] should go on from when adapters were trained: the weighted mean of their A, each
+    rotated to the old one (orthogonal Procrustes), so that A grows and shrinks as it did at those who trained it.
 
     Args:
         adapters (`Sequence[LoraFactors]`): The J adapters of one layer, of one rank.
