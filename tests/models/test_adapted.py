@@ -82,6 +82,11 @@ def test_names_and_size_of_the_head_are_kept(tmp_path, family, num_labels):
     # Another name for a class is a matter of the caller's.
     other = auto_class.from_pretrained(tmp_path / "saved", id2label={0: "a", 1: "b", 2: "c"})
     assert other.config.id2label[2] == "c" and torch.equal(logits(other, family), logits(model, family))
+    # As `transformers` calls it for an adapter on the Hub that is given with its configuration: by the base's name.
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    given = {"config": config, "adapter_kwargs": {"_adapter_model_path": str(tmp_path / "saved")}}
+    named = auto_class._model_mapping[type(config)].from_pretrained(str(tmp_path / "base"), **given)
+    assert named.config.id2label == NAMES and torch.equal(logits(named, family), logits(model, family))
     # Plain PEFT sees a plain adapter.
     base = named_base(family, tmp_path / "base", num_labels)
     plain = PeftModel.from_pretrained(base, tmp_path / "saved").eval()
