@@ -26,6 +26,7 @@ from ..weights import (
     fit_rank_,
     keep_private_,
     mean_of_sum_,
+    widen_rank_,
 )
 from . import soundness
 from .client_choice import CLIENT_CHOICES
@@ -431,6 +432,9 @@ class Federation:
                 raise ValueError(f"`{name}`, which it would keep, holds values that are not finite")
         if self.keep_optimizer:
             stays |= self.local_trainer.optimizer_tensors()
+        if self.client_ranks is not None:
+            start_P = self.strategy.download(self.server, task.client, task.kept.get("row_P")).to(task.out_P.device)
+            widen_rank_(task.out_P, start_P, self.server.layout, self._rank(task.client))
         if shared is not None:
             known = Payload(self.server.bank_SP[0], self.server.integers[0])
             keep_private_(payload, known, self.server.layout, shared)
@@ -467,8 +471,8 @@ class Federation:
         received_P = soundness.download_of(self.strategy, self.server, client, kept.get("row_P")).to(out_P.device)
         if self.server.layout.lora:
             received_P = received_P.clone()
-            seed = seed_of(self.seed, Stream.ADAPTER_START, round_index, client)
-            fit_rank_(received_P, self.server.layout, self._rank(client), seed)
+            # One start for all: averages need it, and so does what a client remembers of its entries.
+            fit_rank_(received_P, self.server.layout, self._rank(client), seed_of(self.seed, Stream.ADAPTER_START))
         shared = self.strategy.shared(self.server, round_index)
         sent = Payload(received_P, self.server.integers[0], row_bytes=self._row_bytes(client, shared))
         optimizer = {name: kept.pop(name) for name in list(kept) if name.startswith(OPTIMIZER_PREFIX)}

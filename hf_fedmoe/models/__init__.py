@@ -10,6 +10,7 @@ from transformers import (
 from .adapters_fedmoe import AdapterExpert, as_expert
 from .char_lstm import CharLSTMConfig, CharLSTMForSequenceClassification, CharLSTMModel
 from .classification_head import classification_head
+from .configuration_adapted import AdaptedConfig
 from .configuration_fedmoe import FedMoEConfig
 from .configuration_paired_experts import PairedExpertsConfig
 from .ensemble import (
@@ -25,6 +26,7 @@ from .ensemble import (
 from .image_processing_small_image import SmallImageProcessor
 from .linear import LinearConfig, LinearForClassification
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
+from .modeling_adapted import AdaptedClassifier, AdaptedForImageClassification, AdaptedForSequenceClassification
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
 from .modeling_fedmoe_vision import FedMoEForImageClassification
 from .modeling_paired_experts import (
@@ -38,6 +40,9 @@ from .small_image_resnet import SmallImageResNetConfig, SmallImageResNetForImage
 
 
 # `exist_ok`: the same classes may have been registered as remote code of a downloaded checkpoint before.
+AutoConfig.register(AdaptedConfig.model_type, AdaptedConfig, exist_ok=True)
+AutoModelForImageClassification.register(AdaptedConfig, AdaptedForImageClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(AdaptedConfig, AdaptedForSequenceClassification, exist_ok=True)
 AutoConfig.register(FedMoEConfig.model_type, FedMoEConfig, exist_ok=True)
 AutoModelForImageClassification.register(FedMoEConfig, FedMoEForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(FedMoEConfig, FedMoEForSequenceClassification, exist_ok=True)
@@ -47,6 +52,9 @@ AutoModelForSequenceClassification.register(PairedExpertsConfig, PairedExpertsFo
 # Found by its name, whatever model lies beside it.
 AutoImageProcessor.register(SmallCNNConfig, image_processor_classes={"pil": SmallImageProcessor}, exist_ok=True)
 # Puts the source files beside saved weights, so that they load where this package is not installed.
+AdaptedConfig.register_for_auto_class()
+AdaptedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+AdaptedForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 FedMoEConfig.register_for_auto_class()
 FedMoEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
@@ -56,6 +64,10 @@ PairedExpertsForSequenceClassification.register_for_auto_class("AutoModelForSequ
 SmallImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "AdaptedClassifier",
+    "AdaptedConfig",
+    "AdaptedForImageClassification",
+    "AdaptedForSequenceClassification",
     "AdapterExpert",
     "CharLSTMConfig",
     "CharLSTMForSequenceClassification",

@@ -52,6 +52,8 @@ BASE_ARGUMENTS = (
 )
 
 PEFT_TYPES = ("LORA", "IA3")
+# More than the width of the layers of any model: adapters are built in memory before weights are read.
+MAX_RANK = 2**16
 # Facts about where an adapter came from.
 ADAPTERS_MAY_DIFFER = frozenset(
     {"peft_version", "inference_mode", "task_type", "lora_dropout", "auto_mapping", "revision"}
@@ -67,6 +69,8 @@ def peft_config_dict(config: "dict[str, Any] | PeftConfig") -> dict[str, Any]:
     Raises:
         `ValueError`: If experts cannot be adapters of this kind; names the field, its value and the remedy.
     """
+    if not isinstance(config, (dict, PeftConfig)):
+        raise ValueError(f"`peft_config` is {config!r}: pass a `LoraConfig`, an `IA3Config`, or one as a `dict`.")
     values = dict(config) if isinstance(config, dict) else config.to_dict()
     for name, value in values.items():
         if isinstance(value, enum.Enum):
@@ -84,6 +88,9 @@ def _check_peft_config(values: dict[str, Any]) -> None:
             f"`peft_config.peft_type` is {kind!r}: experts can be adapters of the types {', '.join(PEFT_TYPES)}, pass "
             "a `LoraConfig` or an `IA3Config`."
         )
+    targets = values.get("target_modules")
+    if targets is not None and not isinstance(targets, (str, list)):
+        raise ValueError(f"`peft_config.target_modules` is {targets!r}: pass a list of names of layers.")
     if kind == "IA3":
         return
     if values.get("use_dora"):
@@ -96,8 +103,8 @@ def _check_peft_config(values: dict[str, Any]) -> None:
         **{f"rank_pattern[{k!r}]": v for k, v in (values.get("rank_pattern") or {}).items()},
     }
     for name, rank in ranks.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`peft_config.{name}` is {rank!r}: pass a rank of at least 1.")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"`peft_config.{name}` is {rank!r}: pass a rank of at least 1 and at most {MAX_RANK}.")
     if values.get("bias", "none") != "none":
         raise ValueError(
             f"`peft_config.bias` is {values['bias']!r}: it would train the base's biases, which all experts share. "
@@ -110,7 +117,9 @@ def _check_peft_config(values: dict[str, Any]) -> None:
         )
 
 
-def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str]) -> "PeftModel":
+def with_adapters(
+    base: PreTrainedModel, config: dict[str, Any], names: list[str], kind: "type[PeftModel] | None" = None
+) -> "PeftModel":
     """
     Puts one adapter for each name into `base`, all with the same start, each with a classification head of its own.
     They are float32, the base stays of its type.
@@ -119,6 +128,7 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
         base (`PreTrainedModel`): A classifier; frozen and changed in place.
         config (`dict[str, Any]`): From [`peft_config_dict`].
         names (`list[str]`): Of the adapters.
+        kind (`type[PeftModel]`, *optional*, defaults to `PeftModel`): Of the result.
 
     Raises:
         `ValueError`: If the base keeps running statistics, or has none of the configuration's `target_modules`.
@@ -143,7 +153,7 @@ def with_adapters(base: PreTrainedModel, config: dict[str, Any], names: list[str
     _check_target_modules(base, config.get("target_modules"))
     config = {**config, "modules_to_save": sorted({*(config.get("modules_to_save") or []), *heads})}
     # The plain class passes every input on; those for tasks know texts only.
-    peft_model = PeftModel(base, get_peft_config(config), names[0])
+    peft_model = (kind or PeftModel)(base, get_peft_config(config), names[0])
     if "fan_in_fan_out" in config:  # PEFT corrects it for `Conv1D`, in the first adapter's configuration only
         config["fan_in_fan_out"] = peft_model.peft_config[names[0]].fan_in_fan_out
     start = adapter_tensors(peft_model, names[0])
@@ -323,19 +333,17 @@ def as_expert(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_base(auto_class: type, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
-    """The base that a mixture's configuration names. Its own head, which may be missing or another, is never used."""
-    source = {"revision": config.peft_config["revision"]} if config.peft_config.get("revision") else {}
+def load_base(auto_class: type, name: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+    """Loads the base of that name or folder. Its own head, which may be missing or another, is never used."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of the head that it lacks
     try:
         return auto_class.from_pretrained(
-            config.peft_config["base_model_name_or_path"],
-            config=config.expert_config,
+            name,
+            config=config,
             ignore_mismatched_sizes=True,
             use_safetensors=True,
-            **source,
-            **arguments,
+            **{key: value for key, value in arguments.items() if value is not None},
         )
     finally:
         logging.set_verbosity(verbosity)

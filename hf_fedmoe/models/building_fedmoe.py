@@ -4,14 +4,17 @@ travels to the Hub as it is.
 """
 
 import copy
-import dataclasses
+import difflib
+import json
 import os
+import re
 from typing import Any, Self
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .adapters_fedmoe import (
     BASE_ARGUMENTS,
@@ -40,6 +43,10 @@ KEPT_WHEN_MERGED = (
     "entropy_weight",
     "balance_weight",
 )
+
+
+# Arguments of a mixture besides the fields of its own configuration.
+_FURTHER_ARGUMENTS = ("id2label", "label2id", "num_labels", "problem_type")
 
 
 class FedMoEBuilding:
@@ -77,8 +84,9 @@ class FedMoEBuilding:
             The model, in evaluation mode, nothing frozen but a base of adapters.
 
         Raises:
-            `ValueError`: If the expert is no classifier, its labels or vocabulary contradict the other arguments, or
-                one of those is unknown.
+            `ValueError`:
+                If the expert is no classifier, its labels or vocabulary contradict the other arguments, or an argument
+                is unknown.
         """
         loading = {name: config_kwargs.pop(name) for name in LOADING_ARGUMENTS if name in config_kwargs}
         names = {key: config_kwargs[key] for key in ("id2label", "label2id") if config_kwargs.get(key)}
@@ -91,7 +99,8 @@ class FedMoEBuilding:
         if peft_config is not None:
             peft_config = peft_config_dict(peft_config)
         if isinstance(expert, (str, os.PathLike)):
-            count = {"num_labels": max(sizes.values())} if sizes else {}
+            # Where the checkpoint has another number of classes the head is drawn anew, as where it has none.
+            count = {"num_labels": max(sizes.values()), "ignore_mismatched_sizes": True} if sizes else {}
             name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count, **loading)
             if peft_config is not None and not peft_config.get("base_model_name_or_path"):
                 revision = loading.get("revision") or getattr(expert.config, "_commit_hash", None)
@@ -165,13 +174,6 @@ class FedMoEBuilding:
         cls, gate: str | os.PathLike | PreTrainedModel, expert: PreTrainedModel, num_routed_experts: int, **fields: Any
     ) -> tuple[str | PreTrainedModel, FedMoEConfig]:
         """The gate, loaded if it was a name, and the configuration of a mixture of such experts."""
-        # A configuration would keep any name; of its fields `dtype` alone changes nothing.
-        known = {field.name for field in dataclasses.fields(FedMoEConfig)} | {"num_labels"}
-        if unknown := fields.keys() - (known - {"dtype"}):
-            raise ValueError(
-                f"`{min(unknown)}` is nothing that a mixture can be built with: leave it out, or look for its name "
-                "among the fields of `FedMoEConfig`."
-            )
         if isinstance(gate, (str, os.PathLike)) and gate not in ("main_features", "adapter"):
             gate = cls.expert_auto_class.from_pretrained(gate, num_labels=num_routed_experts)
         if isinstance(gate, str):
@@ -184,6 +186,7 @@ class FedMoEBuilding:
                     f"load it with `num_labels={num_routed_experts}`."
                 )
             fields.update(gate="model", gate_config=gate.config)
+        check_arguments(fields)
         config = FedMoEConfig(expert_config=expert.config, num_routed_experts=num_routed_experts, **fields)
         if config.num_labels != expert.config.num_labels:
             raise ValueError(
@@ -288,8 +291,12 @@ class FedMoEBuilding:
         """
         if self.config.peft_config is None:
             raise ValueError("`peft_config` is None: the experts are whole models, save them with `save_pretrained`.")
+        from .modeling_adapted import save_base_configs  # which needs PEFT, and mixtures of whole models do not
+
         names = [expert.name for expert in self.experts]
         self.base.save_pretrained(save_directory, selected_adapters=names)
+        if self.config.peft_config.get("base_model_name_or_path"):
+            save_base_configs(self.base, save_directory, names, self.config.expert_config)
 
     def merge_adapters(self) -> Self:
         """
@@ -331,6 +338,7 @@ class FedMoEBuilding:
             probed = cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
         else:
             probed = config
+        check_number_of_experts(probed, pretrained_model_name_or_path, source)
         if not (probed.peft_config or {}).get("base_model_name_or_path"):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -347,7 +355,8 @@ class FedMoEBuilding:
             )
         for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
         for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
-        base = load_base(cls.expert_auto_class, config, **for_base)
+        named, revision = config.peft_config["base_model_name_or_path"], config.peft_config.get("revision")
+        base = load_base(cls.expert_auto_class, named, config.expert_config, revision=revision, **for_base)
         model = cls._around(config, base)
         result = model.load_state_dict(load_file(file), strict=False)
         missing = sorted(set(result.missing_keys) - model._keys_to_ignore_on_save)
@@ -357,3 +366,39 @@ class FedMoEBuilding:
                 f"{missing[:3]}, not expected {result.unexpected_keys[:3]}. Has the base changed since?"
             )
         return model
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raises a `ValueError` that names an argument which no mixture has: a configuration would keep it unread."""
+    known = [name for name in FedMoEConfig.__annotations__ if not name.startswith("_")]
+    known += [name for name in _FURTHER_ARGUMENTS if name not in known]
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"`{name}` is no argument of a mixture: {f'did you mean `{near[0]}`?' if near else 'leave it out.'}"
+            )
+
+
+def check_number_of_experts(config: FedMoEConfig, place: str | os.PathLike, source: dict[str, Any]) -> None:
+    """
+    Raises a `ValueError` when the weights at `place` are not those of as many routed experts as the configuration asks
+    for, all of which would be built before a weight is read.
+    """
+    if place is None:  # with weights from elsewhere
+        return
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    names: list[str] = []
+    if index := cached_file(place, SAFE_WEIGHTS_INDEX_NAME, **optional, **source):
+        with open(index, encoding="utf-8") as file:
+            names = list(json.load(file)["weight_map"])
+    elif weights := cached_file(place, SAFE_WEIGHTS_NAME, **optional, **source):
+        with safe_open(weights, "pt") as file:
+            names = list(file.keys())
+    # `routed_experts.3.bert...`, and of adapters `base...lora_A.routed_3.weight`.
+    found = {int(k) for name in names for k in re.findall(r"(?:^routed_experts\.|\.routed_)(\d+)\.", name)}
+    if found and len(found) != config.num_routed_experts:
+        raise ValueError(
+            f"`num_routed_experts` is {config.num_routed_experts}, but the weights in {str(place)!r} are those of "
+            f"{len(found)} routed experts: correct it in `config.json`."
+        )

@@ -11,6 +11,14 @@ from transformers.dynamic_module_utils import custom_object_save, get_class_from
 from transformers.utils import logging
 
 from .adapters_fedmoe import SOURCE_ARGUMENTS, peft_config_dict
+from .configuration_checks import (
+    MAX_MODULES,
+    check_choice,
+    check_classifier_config,
+    check_integer,
+    check_labels,
+    check_number,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -48,7 +56,7 @@ class FedMoEConfig(PreTrainedConfig):
             features of the first main expert, `"adapter"` for one on the features of the base with an adapter of the
             gate's own (only with `peft_config`).
         num_routed_experts (`int`, *optional*, defaults to 3):
-            Number K of routed experts.
+            Number K of routed experts, at most 1024: each is a model, or an adapter, in memory.
         num_main_experts (`int`, *optional*, defaults to 1):
             Number of main experts, 0 to 3. Without one, the model is the routed part alone.
         top_l (`int`, *optional*, defaults to 1):
@@ -108,6 +116,9 @@ class FedMoEConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_labels(kwargs.get("num_labels"), self.id2label, self.label2id)
+        for field in ("expert_config", "gate_config"):
+            check_classifier_config(field, vars(self)[field])
         # One object given twice (expert and gate), or kept by the caller, must not be changed from here.
         self.expert_config = copy.deepcopy(self.expert_config)
         self.gate_config = copy.deepcopy(self.gate_config)
@@ -119,7 +130,7 @@ class FedMoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not given_labels:
             self.id2label = dict(self.expert_config.id2label)
-        if self.label2id is None or {int(index) for index in self.label2id.values()} != set(self.id2label):
+        if self.label2id is None or {int(index): label for label, index in self.label2id.items()} != self.id2label:
             self.label2id = {label: index for index, label in self.id2label.items()}
         self.validate()
         self._synchronize()
@@ -214,9 +225,7 @@ class FedMoEConfig(PreTrainedConfig):
         """
         super().validate()
         for field, low in (("num_routed_experts", 1), ("num_main_experts", 0), ("top_l", 1)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"`{field}` is {value!r}: pass an integer of at least {low}.")
+            check_integer(field, getattr(self, field), low, MAX_MODULES)
         if self.num_main_experts > 3:
             raise ValueError(f"`num_main_experts` is {self.num_main_experts}: pass 0, 1, 2 or 3.")
         if self.top_l > self.num_routed_experts:
@@ -225,9 +234,9 @@ class FedMoEConfig(PreTrainedConfig):
                 "or raise `num_routed_experts`."
             )
         for field, allowed in (("gate", GATES), ("top_l_weighting", TOP_L_WEIGHTINGS), ("mix", MIXES)):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise ValueError(f"`{field}` is {value!r}: pass one of {', '.join(map(repr, allowed))}.")
+            check_choice(field, getattr(self, field), allowed)
+        for field in ("initial_alpha", "entropy_weight", "balance_weight"):
+            check_number(field, getattr(self, field))
         if not 0 < self.initial_alpha < 1:
             raise ValueError(
                 f"`initial_alpha` is {self.initial_alpha!r}: pass a number between 0 and 1, both excluded "
@@ -240,6 +249,14 @@ class FedMoEConfig(PreTrainedConfig):
         self._validate_sub_configs()
 
     def _validate_sub_configs(self) -> None:
+        size = vocabulary_size(self.expert_config)
+        if self.pad_token_id is not None:
+            check_integer("pad_token_id", self.pad_token_id, -1)
+        if self.pad_token_id is not None and size is not None and self.pad_token_id >= size:
+            raise ValueError(
+                f"`pad_token_id` is {self.pad_token_id}, but the experts' tokens are 0 to {size - 1} (`vocab_size`): "
+                "pass the tokenizer's `pad_token_id`."
+            )
         if self.gate == "main_features" and self.num_main_experts == 0:
             raise ValueError(
                 "`gate` is 'main_features', which reads a main expert, but `num_main_experts` is 0: pass "

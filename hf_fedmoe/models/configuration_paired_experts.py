@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_checks import check_classifier_config, check_integer
+
 
 class PairedExpertsConfig(PreTrainedConfig):
     r"""
@@ -54,6 +56,8 @@ class PairedExpertsConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for field in ("shared_config", "own_config"):
+            check_classifier_config(field, vars(self)[field])
         self.shared_config, self.own_config = copy.deepcopy(self.shared_config), copy.deepcopy(self.own_config)
         names = self.id2label
         super().__post_init__(**kwargs)
@@ -67,9 +71,9 @@ class PairedExpertsConfig(PreTrainedConfig):
         if self.gate_input_size is None and shared.get("image_size") is not None:
             size = shared["image_size"]
             self.gate_input_size = shared["num_channels"] * (size**2 if isinstance(size, int) else math.prod(size))
-        for field, value in (("gate_hidden_size", self.gate_hidden_size), ("gate_input_size", self.gate_input_size)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{field}` is {value!r}: pass an integer of at least 1.")
+        check_integer("gate_hidden_size", self.gate_hidden_size)
+        if self.gate_input_size is not None:
+            check_integer("gate_input_size", self.gate_input_size)
         self._check_pair(shared, own)
         self.label2id = {name: label for label, name in self.id2label.items()}
         for config in (self.shared_config, self.own_config):

@@ -131,7 +131,7 @@ def plot_clients(tables: dict[str, Sequence[ClientScore]], path: str | os.PathLi
             accuracies = sorted(row.accuracy for row in table if row.unseen == unseen)
             share = (np.arange(len(accuracies)) + 0.5) / max(1, len(accuracies))
             style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
-            axes.plot(share, accuracies, marker=".", markersize=3, label=name, **style)
+            axes.plot(share, accuracies, marker=".", markersize=3, label=name.replace("$", r"\$"), **style)
         axes.axvline(0.1, color="0.8", linewidth=0.8)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)

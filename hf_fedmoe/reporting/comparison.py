@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .markdown import plain
+
 
 # Metrics that are no shares of 1.
 PLAIN_UNITS = {"megabytes_up": "MB up in a round", "megabytes_down": "MB down in a round", "seconds": "s in a round"}
@@ -72,7 +74,7 @@ def comparison_table(
     """
     headings = [HEADINGS.get(name, name.replace("_", " ")) for name in columns]
     if reference is not None:
-        headings.append(f"{reference} above, of seeds")
+        headings.append(plain(f"{reference} above, of seeds"))
     if published:
         headings.append("published")
     lines = [f"| | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
@@ -81,8 +83,8 @@ def comparison_table(
         if reference is not None:
             cells.append("" if row == reference else _wins(results[reference], runs, columns[0]))
         if published:
-            cells.append(str(published.get(row, "")))
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+            cells.append(plain(published.get(row, "")))
+        lines.append(f"| {plain(row)} | {' | '.join(cells)} |")
         for part in parts or []:
             names = [f"{part}_{name}" for name in columns]
             if not any(name in run.metrics for name in names for run in runs):
@@ -131,7 +133,9 @@ def plot_learning_curves(results: dict[str, list[RunResult]], path: str | os.Pat
         megabytes = np.mean([run.metrics["megabytes_up"] + run.metrics["megabytes_down"] for run in runs])
         mean_N = accuracies_RN.mean(0)
         spread_N = accuracies_RN.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(rounds_N))
-        style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--", label=row)
+        style = dict(
+            color=f"C{number % 10}", linestyle="-" if number < 10 else "--", label=row.replace("$", r"\$")
+        )  # no formula
         for axes, x_N in ((by_round, rounds_N), (by_megabytes, rounds_N * megabytes)):
             axes.plot(x_N, mean_N, **style)
             axes.fill_between(x_N, mean_N - spread_N, mean_N + spread_N, color=style["color"], alpha=0.12, linewidth=0)

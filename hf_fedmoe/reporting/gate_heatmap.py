@@ -23,7 +23,7 @@ def plot_gate(share_KC: np.ndarray, label_names: list[str], path: str | os.PathL
     figure = Figure(figsize=(1.6 + 0.9 * num_classes, 1.4 + 0.5 * num_experts), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(share_KC, cmap="viridis", vmin=0, vmax=max(1 / num_experts, share_KC.max()), aspect="auto")
-    axes.set_xticks(range(num_classes), label_names, rotation=30, ha="right")
+    axes.set_xticks(range(num_classes), label_names, rotation=30, ha="right", parse_math=False)
     axes.set_yticks(range(num_experts), [f"expert {k}" for k in range(num_experts)])
     for k in range(num_experts):
         for c in range(num_classes):

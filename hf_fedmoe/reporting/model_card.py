@@ -3,6 +3,7 @@
 Shape suffixes: S experts (main ones first), K routed experts, M clients, C classes.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..models import AdapterExpert, FedMoEPreTrainedModel
+from .markdown import Markup, code, plain, table
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -197,19 +199,20 @@ def write_model_card(
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        title=model_name,
-        model_id=model_id or f"<user>/{model_name}",
+        title=plain(model_name),
+        model_id=_quoted(model_id or f"<user>/{model_name}"),
         run=run,
         is_mixture=is_mixture,
         own_code=is_mixture or config.is_remote_code(),
         kind=kind,
         usage=usage,
         needs_peft=is_mixture and config.peft_config is not None,
-        dataset_text=dataset or dataset_id,
-        labels=label_names,
-        mixture=_table(_mixture_rows(model), ["", ""]) if is_mixture else "",
-        training=_table(_training_rows(run), ["", ""]) if run else "",
-        settings=_table(list(run.settings.items()), ["setting", "value"]) if run and run.settings else "",
+        method=code(run.method if run else "see hf_fedmoe/strategies"),
+        dataset_text=plain(dataset or dataset_id or ""),
+        labels=[plain(name) for name in label_names],
+        mixture=table(_mixture_rows(model), ["", ""]) if is_mixture else "",
+        training=table(_training_rows(run), ["", ""]) if run else "",
+        settings=table(list(run.settings.items()), ["setting", "value"]) if run and run.settings else "",
         results=_metrics_table({SPLITS.get(name, name): found for name, found in evaluations.items()}),
         comparison=_metrics_table(comparison or {}),
         gate=_gate_table(gate_share_KC, expert_names, label_names) if gate_share_KC is not None else "",
@@ -230,15 +233,26 @@ def _kind(main_input_name: str, model_type: str) -> str:
 def _adapter_usage(model: PeftModel, kind: str) -> Usage:
     """An adapter does not know the labels of its head: the base has to be told."""
     auto_class = "AutoModelForImageClassification" if kind == "image" else "AutoModelForSequenceClassification"
-    base = _hub_id(model.config) or "<base>"
+    base = _quoted(_hub_id(model.config) or "<base>")
     return Usage(
         USAGES[kind].task,
         f"from peft import PeftModel\nfrom transformers import {auto_class}",
-        f'base = {auto_class}.from_pretrained("{base}", id2label={model.config.id2label})\n'
+        f"base = {auto_class}.from_pretrained(\n"
+        f"    {base}, id2label={_without_fence(repr(model.config.id2label))}, ignore_mismatched_sizes=True\n)\n"
         "model = PeftModel.from_pretrained(base, ",
         "model",
         "print(model)",
     )
+
+
+def _quoted(text: str) -> str:
+    """Writes a string of Python."""
+    return _without_fence(json.dumps(text, ensure_ascii=False))
+
+
+def _without_fence(literal: str) -> str:
+    """Writes backticks, which could end the block of code, otherwise."""
+    return literal.replace("`", "\\x60")
 
 
 def _hub_id(config: Any) -> str | None:
@@ -307,12 +321,12 @@ def _training_rows(run: RunFacts) -> list[tuple[str, Any]]:
     kept = f", the model of round {run.chosen_round} kept" if run.chosen_round else ""
     counted = "" if run.counted_rounds == run.rounds else f" in {run.counted_rounds} of {run.rounds} rounds"
     return [
-        ("Method", f"`{run.method}`"),
+        ("Method", code(run.method)),
         ("Rounds", f"{run.rounds}{kept}"),
         ("Clients", f"{len(sizes_M)}, {run.clients_per_round} in each round"),
         ("Examples of a client", examples),
         ("Reserved set of the server", f"{run.reserved_size} labelled examples" if run.reserved_size else "none used"),
-        *((f"`{name}` of a client", value) for name, value in run.local.items()),
+        *((Markup(f"{code(name)} of a client"), value) for name, value in run.local.items()),
         ("Clients to server", f"{run.bytes_up / 1e6:,.1f} MB{counted}"),
         ("Server to clients", f"{run.bytes_down / 1e6:,.1f} MB{counted}"),
         ("Uploads refused", f"{run.refused}{counted}"),
@@ -325,7 +339,7 @@ def _participations(run: RunFacts) -> str:
         return (
             f"{(rounds_M > 0).sum()} of {len(rounds_M)} clients took part, {rounds_M.min()} to {rounds_M.max()} times."
         )
-    return _table(
+    return table(
         list(zip(run.client_names, run.client_sizes_M, rounds_M, strict=True)),
         ["client", "examples", "rounds"],
     )
@@ -341,7 +355,7 @@ def _contributions(run: RunFacts, expert_names: list[str]) -> str:
 def _metrics_table(found: dict[str, dict[str, float]]) -> str:
     names = [name for name in METRICS if any(name in metrics for metrics in found.values())]
     rows = [(row, *(f"{found[row][name]:.4f}" if name in found[row] else "" for name in names)) for row in found]
-    return _table(rows, ["", *(METRICS[name][0] for name in names)]) if names else ""
+    return table(rows, ["", *(METRICS[name][0] for name in names)]) if names else ""
 
 
 def _gate_table(share_KC: np.ndarray, expert_names: list[str], label_names: list[str]) -> str:
@@ -351,14 +365,7 @@ def _gate_table(share_KC: np.ndarray, expert_names: list[str], label_names: list
 
 def _array_table(values: np.ndarray, rows: list[str], columns: list[str]) -> str:
     cells = [(name, *(f"{value:.2f}" for value in line)) for name, line in zip(rows, values, strict=True)]
-    return _table(cells, ["", *columns])
-
-
-def _table(rows: list[tuple], head: list[str]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|").strip() for cell in line) + " |" for line in lines
-    )
+    return table(cells, ["", *columns])
 
 
 def _check_shape(name: str, array: np.ndarray | None, shape: tuple[int, int]) -> None:

@@ -72,8 +72,10 @@ class Decentralised(Strategy):
 
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
         linked_mm = server.tensors["linked_MM"][uploads.clients][:, uploads.clients].cpu()
-        rows_mP = torch.zeros_like(uploads.rows_mP)
-        mix_(server, rows_mP, uploads.rows_mP, metropolis_weights(linked_mm), torch.zeros(len(rows_mP)))
+        weights_mm = metropolis_weights(linked_mm)
+        own_m = weights_mm.diag()
+        rows_mP = uploads.rows_mP.clone()
+        mix_(server, rows_mP, uploads.rows_mP, weights_mm - own_m.diag(), own_m)
         return dict(zip(uploads.clients, rows_mP, strict=True))
 
     def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:

@@ -97,6 +97,7 @@ class FedAvgMovingAverage(Strategy):
         self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
     ) -> dict[str, float]:
         average_SP = server.bank_SP.clone()
+        server.bank_SP[0].copy_(server.tensors["mean_P"])  # the mean goes on from what the clients received
         report = average_into_(server, uploads)
         server.tensors["mean_P"].copy_(server.bank_SP[0])
         rate_1 = torch.full((1,), warmed_up(self.rate, round_index), device=average_SP.device)

@@ -50,9 +50,10 @@ class QFFL(Strategy):
         # A loss of 0 to a negative power would be infinite.
         F_m = torch.tensor(losses, dtype=torch.float64).clamp_min(1e-10)
         moved_mU = parameter_rows(server, uploads.rows_mP) - parameter_rows(server, server.bank_SP[:1])
-        square_m = moved_mU.square().sum(1).double().cpu() / eta**2
-        h_m = self.q * F_m ** (self.q - 1) * square_m + F_m**self.q / eta
+        square_m = moved_mU.square().sum(1).double().cpu()
+        # All times eta: at a learning rate of 0 nobody moves, and the second term alone is left.
+        h_m = F_m**self.q + (self.q * F_m ** (self.q - 1) * square_m / eta if eta else 0)
         # A weighted mean of w and the w_c: the weights of the w_c sum to at most 1.
-        weights_m = F_m**self.q / eta / h_m.sum()
+        weights_m = F_m**self.q / h_m.sum()
         move_global_(server, uploads, weights_m.to(server.bank_SP))
         return {"qffl_step": weights_m.sum().item(), "worst_start_loss": F_m.max().item()}

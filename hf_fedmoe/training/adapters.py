@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import AdapterExpert, FedMoEPreTrainedModel
+from ..models import AdaptedClassifier, AdapterExpert, FedMoEPreTrainedModel
 from ..models.adapters_fedmoe import peft_config_dict, with_adapters
 from .federated_arguments import FederatedTrainingArguments
 
@@ -28,7 +28,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         raise ValueError("`model` is a `PeftModel`, which has its adapter: leave `peft_config` out.")
     config = peft_config_dict(peft_config)
     config["base_model_name_or_path"] = config.get("base_model_name_or_path") or model.name_or_path or None
-    return with_adapters(model, config, ["default"])
+    return with_adapters(model, config, ["default"], AdaptedClassifier)
 
 
 def check_adapters(experts: list[nn.Module], args: FederatedTrainingArguments) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -30,6 +31,7 @@ from ..federation import (
     save_federation,
     write_manifest,
 )
+from ..models.modeling_adapted import save_base_configs
 from .adapters import base_fingerprint
 from .resuming import CLIENTS_FOLDER, choose_checkpoint, in_words, numbered_checkpoints
 from .run_identity import check_identity, run_identity
@@ -295,6 +297,8 @@ class Checkpointing:
         output_dir = Path(output_dir or self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(output_dir, state_dict=state_dict)
+        if isinstance(self.model, PeftModel):
+            save_base_configs(self.model, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         (output_dir / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")

@@ -15,6 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+# What is this many roundings of the largest singular value, or less, is rounding: fusions of equal adapters leave 20.
+_ROUNDINGS = 64
+# An old A that has less than this share of what balanced factors have in a direction is no basis there.
+_THIN = 1e-2
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """
@@ -108,6 +114,86 @@ def fuse_lora_svd(
         total = energy.sum()
         discarded.append(torch.where(total > 0, energy[rank:].sum() / total, 0.0))
     return fused, torch.stack(discarded)
+
+
+@torch.no_grad()
+def in_basis_of(fused: LoraFactors, old: LoraFactors) -> LoraFactors:
+    """
+    Gives the update of a fused adapter the factors that go on from old ones, so that entries mean what they meant.
+
+    Of one update there are as many factors as there are bases of the rank space, and an SVD picks one anew each time:
+    momentum, moments and residuals of the entries would point elsewhere. Here A is the old A, whose row space turns
+    into that of the update by the least rotation (orthogonal Procrustes between the two), and B follows. The update of
+    the old factors gives the old factors, an update within the old row space the old A. Directions that the update
+    does not use keep the old A and have zeros in B, as at PEFT's start.
+
+    Args:
+        fused ([`LoraFactors`]): From [`fuse_lora_svd`], at most of the old rank.
+        old ([`LoraFactors`]):
+            The factors to go on from. Where their A has (next to) nothing, the new ones are balanced.
+
+    Returns:
+        [`LoraFactors`]: Of the old rank, with the scaling of `fused`.
+    """
+    A_ri, B_or = old.A_ri.to(fused.A_ri), old.B_or.to(fused.B_or)
+    sigma_r = fused.A_ri.square().sum(1)
+    noise = _ROUNDINGS * torch.finfo(sigma_r.dtype).eps * sigma_r.max()
+    live_r = sigma_r > noise
+    # The update is U_op sigma_p V_pi, the old A is its U s_k V_ki; k = min(r, i), p <= k.
+    sigma_p1 = sigma_r[live_r, None]
+    V_pi, U_op = fused.A_ri[live_r] / sigma_p1.sqrt(), fused.B_or[:, live_r] / sigma_p1[:, 0].sqrt()
+    U_rk, s_k, V_ki = torch.linalg.svd(A_ri, full_matrices=False)
+    # Of the update's rows outside of the old row space only the q directions that are more than rounding are followed.
+    inside_pk = V_pi @ V_ki.T
+    outside_pi = V_pi - inside_pk @ V_ki
+    _, strength_p, new_pi = torch.linalg.svd(sigma_p1 * outside_pi, full_matrices=False)
+    basis_Ki = torch.cat([V_ki, new_pi[strength_p > noise]])  # K = k + q
+    rows_pK = torch.cat([inside_pk, outside_pi @ basis_Ki[len(V_ki) :].T], 1)
+    turn_pp, sigma_p, rows_pK = torch.linalg.svd(sigma_p1 * rows_pK, full_matrices=False)
+    live_p = sigma_p > noise
+    rows_pK = rows_pK[live_p]
+    # The rotation of the rank space under which these rows are nearest to the old ones.
+    Y_kp, _, Zt_pp = torch.linalg.svd(rows_pK[:, : len(V_ki)].T, full_matrices=False)
+    nearest_kp = Y_kp @ Zt_pp
+    frame_ki = V_ki
+    if len(basis_Ki) > len(V_ki):
+        old_pK = pad(nearest_kp.T, (0, len(basis_Ki) - len(V_ki)))
+        frame_ki = V_ki + nearest_kp @ (rows_pK - old_pK) @ basis_Ki
+    W_ok = U_op @ (turn_pp * sigma_p)[:, live_p] @ nearest_kp.T
+    balanced_k = W_ok.norm(dim=0).sqrt()
+    balanced_k[balanced_k.square() <= noise] = 0
+    size_k = torch.where(s_k < _THIN * balanced_k, balanced_k, s_k)
+    used_k = size_k > torch.finfo(size_k.dtype).eps * size_k.max()
+    A_ri = A_ri + U_rk @ (size_k[:, None] * frame_ki - s_k[:, None] * V_ki)
+    U_rk = U_rk[:, used_k]
+    # What A does not see of B is no part of the update, and stays.
+    B_or = W_ok[:, used_k] / size_k[used_k] @ U_rk.T + (B_or - B_or @ U_rk @ U_rk.T)
+    return LoraFactors(A_ri, B_or, fused.scaling)
+
+
+@torch.no_grad()
+def mean_start(adapters: Sequence[LoraFactors], weights_J: Tensor, old: LoraFactors) -> LoraFactors:
+    """
+    Averages what [`in_basis_of`] should go on from when adapters were trained: the weighted mean of their A, each
+    rotated to the old one (orthogonal Procrustes), so that A grows and shrinks as it did at those who trained it.
+
+    Args:
+        adapters (`Sequence[LoraFactors]`): The J adapters of one layer, of one rank.
+        weights_J (`Tensor` of shape `[J]`): What the sum takes of each.
+        old ([`LoraFactors`]): The factors before.
+
+    Returns:
+        [`LoraFactors`]: The mean, with the old B; the old factors if the weights sum to nothing.
+    """
+    taken_J = weights_J != 0
+    total = weights_J.sum()
+    if not total.abs() > 0:
+        return old
+    dtype = torch.promote_types(old.A_ri.dtype, torch.float32)
+    A_Jri = torch.stack([adapter.A_ri.to(dtype) for adapter, w in zip(adapters, taken_J.tolist(), strict=True) if w])
+    U_Jrr, _, Vt_Jrr = torch.linalg.svd(old.A_ri.to(dtype) @ A_Jri.mT)
+    A_ri = torch.einsum("j,jrs,jsi->ri", (weights_J[taken_J] / total).to(A_Jri), U_Jrr @ Vt_Jrr, A_Jri)
+    return LoraFactors(A_ri, old.B_or, old.scaling)
 
 
 def _stack(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

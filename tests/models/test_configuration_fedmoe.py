@@ -1,4 +1,5 @@
 import copy
+import json
 import logging
 
 import pytest
@@ -119,6 +120,43 @@ def test_end_of_sequence_pads_a_decoder_and_says_so(caplog):
         ({"gate_config": BertConfig()}, "`gate_config` is a bert configuration"),
         ({"gate": "model"}, "`gate_config` is None"),
         ({"gate": "model", "gate_config": BertConfig(vocab_size=7)}, "`gate_config.vocab_size` is 7"),
+        # What a mistaken or hostile `config.json` may say.
+        ({"num_routed_experts": 10**9}, "`num_routed_experts` is 1000000000: pass an integer of at most 1024"),
+        ({"num_routed_experts": "3"}, "`num_routed_experts` is '3'"),
+        ({"num_routed_experts": True}, "`num_routed_experts` is True"),
+        ({"num_main_experts": 10**9}, "`num_main_experts` is 1000000000"),
+        ({"top_l": None}, "`top_l` is None"),
+        ({"gate": ["model"]}, "`gate` is ['model']: pass one of"),
+        ({"initial_alpha": "0.5"}, "`initial_alpha` is '0.5': pass a number"),
+        ({"initial_alpha": float("nan")}, "`initial_alpha` is nan"),
+        ({"entropy_weight": None}, "`entropy_weight` is None: pass a number"),
+        ({"balance_weight": [1]}, "`balance_weight` is [1]: pass a number"),
+        ({"num_labels": 10**9}, "`num_labels` is 1000000000: pass an integer of at most 1000000"),
+        ({"id2label": ["a", "b"]}, "`id2label` is ['a', 'b']: pass a `dict`"),
+        ({"id2label": {0: "a", 5: "b"}}, "`id2label` names the classes [0, 5]: pass names for 0 to 1, all of them"),
+        ({"id2label": {"x": "a", "y": "b"}}, "classes are numbers, invalid literal for int() with base 10: 'x'"),
+        (
+            {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 1, "b": 0}},
+            "`label2id` says that 'a' is class 1, but `id2label` calls that 'b'",
+        ),
+        ({"pad_token_id": 10**6}, "`pad_token_id` is 1000000, but the experts' tokens are 0 to 30521"),
+        ({"pad_token_id": -5}, "`pad_token_id` is -5"),
+        ({"peft_config": "lora"}, "`peft_config` is 'lora': pass a `LoraConfig`"),
+        (
+            {"peft_config": {"peft_type": "LORA", "r": 10**9}},
+            "`peft_config.r` is 1000000000: pass a rank of at least 1",
+        ),
+        ({"peft_config": {"peft_type": "LORA", "target_modules": 3}}, "`peft_config.target_modules` is 3"),
+        ({"expert_config": "bert"}, "`expert_config` is 'bert': pass the configuration of a classifier"),
+        ({"expert_config": {"hidden_size": 16}}, "`expert_config` has no `model_type`"),
+        (
+            {"expert_config": {"model_type": "bert", "num_hidden_layers": 10**9}},
+            "`expert_config.num_hidden_layers` is",
+        ),
+        ({"expert_config": {"model_type": "bert", "num_labels": 10**9}}, "`expert_config.num_labels` is 1000000000"),
+        ({"expert_config": {"model_type": "bert", "hidden_size": -3}}, "`expert_config.hidden_size` is -3"),
+        ({"expert_config": FedMoEConfig()}, "`expert_config` is that of a 'fedmoe', which consists of classifiers"),
+        ({"gate": "model", "gate_config": {"model_type": "classifier_ensemble"}}, "`gate_config` is that of a 'class"),
     ],
 )
 def test_errors_name_field_value_and_remedy(arguments, message):
@@ -132,3 +170,27 @@ def test_invalid_values_set_later_are_not_saved(tmp_path):
     config.top_l = 9
     with pytest.raises(ValueError, match="`top_l` is 9"):
         config.save_pretrained(tmp_path)
+
+
+def test_mixtures_of_mixtures_are_refused_however_deep(tmp_path):
+    """Before anything is built: at 200 the interpreter would run out of stack."""
+    nested = {"model_type": "bert"}
+    for _ in range(200):
+        nested = {"model_type": "fedmoe", "expert_config": nested}
+    for model_type, field in (
+        ("fedmoe", "expert_config"),
+        ("classifier_ensemble", "expert_config"),
+        ("multi_head_classifier", "expert_config"),
+        ("paired_experts", "shared_config"),
+        ("adapted_classifier", "base_config"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, field: nested}))
+        with pytest.raises(ValueError, match=f"`{field}` is that of a 'fedmoe', which consists of classifiers itself"):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+def test_names_without_their_other_map_are_completed():
+    names = {0: "bad", 1: "good"}
+    expert = bert(id2label=names, label2id={"LABEL_0": 0, "LABEL_1": 1})
+    for config in (FedMoEConfig(expert_config=expert), FedMoEConfig(id2label=names, label2id=expert.label2id)):
+        assert config.id2label == names and config.label2id == {"bad": 0, "good": 1}

@@ -1,7 +1,10 @@
 """Mixtures built from one expert, from several, and from a configuration."""
 
+import json
+
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import GPT2LMHeadModel
 
 from hf_fedmoe.models import FedMoEConfig, FedMoEForSequenceClassification
@@ -106,3 +109,49 @@ def test_from_experts_refuses_a_changed_module():
 def test_from_expert_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         FedMoEForSequenceClassification.from_expert(**{"expert": tiny_bert()} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"topl": 2}, "`topl` is no argument of a mixture: did you mean `top_l`"),
+        ({"num_main_expert": 2}, "did you mean `num_main_experts`"),
+        ({"zzz": 2}, "`zzz` is no argument of a mixture: leave it out"),
+    ],
+)
+def test_unknown_arguments_are_refused_by_name(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FedMoEForSequenceClassification.from_expert(tiny_bert(), **arguments)
+    with pytest.raises(ValueError, match=message):
+        FedMoEForSequenceClassification.from_expert(tiny_bert(), peft_config=LoraConfig(), **arguments)
+    with pytest.raises(ValueError, match=message):
+        FedMoEForSequenceClassification.from_experts([tiny_bert()], [tiny_bert()], **arguments)
+    mixture = FedMoEForSequenceClassification.from_expert(tiny_bert(), peft_config=LoraConfig(r=2))
+    mixture.save_adapters(tmp_path)
+    folders = [tmp_path / name for name in ("main_0", "routed_0")]
+    with pytest.raises(ValueError, match=message):
+        FedMoEForSequenceClassification.from_adapters(folders[:1], folders[1:], base=tiny_bert(), **arguments)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)])
+@pytest.mark.parametrize("count", [2, 4, 1000])
+def test_a_count_that_the_weights_do_not_have_is_refused_before_anything_is_built(tmp_path, count, peft_config):
+    tiny_bert().save_pretrained(tmp_path / "base")
+    base = tmp_path / "base" if peft_config else tiny_bert()
+    model = FedMoEForSequenceClassification.from_expert(base, num_routed_experts=3, peft_config=peft_config)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size=20_000)
+    model.save_pretrained(tmp_path / "whole")
+    for folder in (tmp_path / "whole", tmp_path / "sharded"):
+        config = json.loads((folder / "config.json").read_text()) | {"num_routed_experts": count}
+        (folder / "config.json").write_text(json.dumps(config))
+        message = f"`num_routed_experts` is {count}, but the weights in .* are those of 3 routed experts"
+        with pytest.raises(ValueError, match=message):
+            FedMoEForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)])
+def test_from_expert_by_name_with_another_number_of_classes(tmp_path, peft_config):
+    tiny_bert(num_labels=2).save_pretrained(tmp_path)
+    names = {0: "bad", 1: "fair", 2: "good"}
+    model = FedMoEForSequenceClassification.from_expert(tmp_path, id2label=names, peft_config=peft_config)
+    assert model.config.id2label == names and model(**text_batch()).logits.shape == (6, 3)

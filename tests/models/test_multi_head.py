@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BertForSequenceClassification,
     MobileNetV2Config,
 )
 
@@ -120,13 +121,14 @@ def test_sizes_of_the_paper(config, size):
     assert sum(math.prod(slot.shape) for slot in StateLayout.of(model).slots) == size + statistics + 3
 
 
-def test_bad_input():
+def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="`num_heads` is 0"):
         MultiHeadConfig(num_heads=0)
     with pytest.raises(ValueError, match="`classifier` is a SmallCNNForImageClassification"):
         MultiHeadForSequenceClassification.from_classifier(tiny_cnn())
     ensemble = EnsembleForSequenceClassification.from_classifier(tiny_bert(), 2)
-    with pytest.raises(
-        ValueError, match="that of EnsembleForSequenceClassification, which has no backbone of its own"
-    ):
+    with pytest.raises(ValueError, match="that of a 'classifier_ensemble', which consists of classifiers itself"):
         MultiHeadForSequenceClassification.from_classifier(ensemble)
+    monkeypatch.setattr(BertForSequenceClassification, "base_model_prefix", "")
+    with pytest.raises(ValueError, match="that of BertForSequenceClassification, which has no backbone of its own"):
+        MultiHeadForSequenceClassification.from_classifier(tiny_bert())

@@ -32,6 +32,17 @@ def test_what_is_missing_is_empty():
     assert comparison_table(one, ["accuracy", "auc"]).split("\n")[2:] == ["| a | 50.0 |  |", "| b |  |  |"]
 
 
+def test_names_of_rows_stay_in_their_cell():
+    rows = {"a | b": [RunResult(0, {"accuracy": 0.5})], "<b>\nc": [RunResult(0, {"accuracy": 0.25})]}
+    table = comparison_table(rows, ["accuracy"], reference="a | b", published={"a | b": "5|6"})
+    assert table.split("\n") == [
+        "| | accuracy | a &#124; b above, of seeds | published |",
+        "|---|---|---|---|",
+        "| a &#124; b | 50.0 |  | 5&#124;6 |",
+        "| &#60;b&#62; c | 25.0 | 1 / 1 |  |",
+    ]
+
+
 def test_every_run_is_a_line_of_the_csv(tmp_path):
     write_comparison(RESULTS, tmp_path / "results.csv")
     assert (tmp_path / "results.csv").read_text().split("\n")[:4] == [
@@ -40,6 +51,12 @@ def test_every_run_is_a_line_of_the_csv(tmp_path):
         "FedAvg,1,0.7,1.5,",
         "Fed-MoE,0,0.6,3.0,0.4",
     ]
+
+
+def test_money_is_no_formula(tmp_path):
+    results = {"$5 and $\\frac": [RunResult(0, {"megabytes_up": 1.5, "megabytes_down": 1.5}, [(1, 0.25), (2, 0.5)])]}
+    plot_learning_curves(results, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size > 10_000
 
 
 def test_curves_are_drawn_for_those_that_have_one(tmp_path):

@@ -49,9 +49,9 @@ def test_weight_average_of_equal_experts_is_the_expert(prepare):
 
 def test_heat_map_leaves_out_classes_without_examples(tmp_path):
     share_KC = np.array([[0.9, 0.1, 0.3], [0.1, 0.9, 0.7]])
-    plot_gate(share_KC[:, :2], ["bad", "good"], tmp_path / "two.png")
+    plot_gate(share_KC[:, :2], ["bad $5, $\\frac", "good"], tmp_path / "two.png")
     share_KC[:, 2] = np.nan
-    plot_gate(share_KC, ["bad", "good", "never seen"], tmp_path / "three.png")
+    plot_gate(share_KC, ["bad $5, $\\frac", "good", "never seen"], tmp_path / "three.png")
     assert (tmp_path / "three.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 

@@ -1,3 +1,4 @@
+import html
 import re
 from importlib.resources import files
 
@@ -298,3 +299,85 @@ def test_the_card_of_an_adapter_tells_its_base_the_labels(tmp_path):
     names = {}
     exec(code.replace("<base>", str(tmp_path / "base")).replace(f"<user>/{tmp_path.name}", str(tmp_path)), names)
     assert names["model"].config.id2label[1] == "fair"
+
+
+NASTY = [
+    "<script>alert(1)</script>",
+    "<!-- hidden",
+    "a | b",
+    "two\nlines\n---\nlicense: mit",
+    "---",
+    "key: value # comment",
+    "`code` ```",
+    "*bold* _it_ ~~gone~~ a_b",
+    "[link](http://x.y) ![image](x)",
+    "{{ jinja }} {% if %}",
+    "\"double\" 'single' \\",
+    "# heading",
+    "- item & more; $x$ $$y$$",
+    "ünï \u202e",
+]
+
+
+def shown(text: str) -> str:
+    """What a reader sees of a piece of the card: numbers of characters as these."""
+    return html.unescape(text).strip()
+
+
+def one_line(name: str) -> str:
+    return " ".join(name.split())
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_of_any_kind_stay_text(tmp_path, name):
+    """Of labels, methods, settings, data sets and models; and the metadata comes back as it was."""
+    labels = {0: name, 1: "plain", 2: f"{name} again"}
+    model = tiny_mixture(num_routed_experts=2, id2label=labels)
+    write_model_card(
+        tmp_path,
+        model,
+        facts(method=name, settings={name: name}, local={name: name}),
+        model_name=name,
+        model_id=f"user/{name}",
+        dataset=name,
+        tags=name,
+        comparison={name: {"accuracy": 0.5}},
+        gate_share_KC=np.full((2, 3), 0.5),
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.model_name == name and card.data.tags[-1] == name
+    assert {result.dataset_name for result in card.data.eval_results} == {name}
+    assert card.data.license is None and card.data.library_name == "transformers"
+    outside = re.sub(r"```.*?\n```", "", card.text, flags=re.DOTALL)
+    assert not re.search(r"<(?!user>)|\]\(|\*\*|~~|\$", outside)
+    lines = [line for line in card.text.splitlines() if line]
+    assert shown(lines[0]) == f"# {one_line(name)}"
+    assert shown(next(line for line in lines if line.startswith("Labels: "))).startswith(
+        f"Labels: {one_line(name)}, plain, {one_line(name)} again. Data: {one_line(name)}."
+    )
+    tables = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    cells = [[shown(cell) for cell in row] for row in tables]
+    assert ["", one_line(name), "plain", f"{one_line(name)} again"] in cells  # the classes of the gate
+    assert [one_line(name), one_line(name)] in cells and [one_line(name), "0.5000"] in cells
+    blocks = code_blocks(card)
+    assert len(blocks) == 2 and re.search(r"^classify = pipeline\(.*model=(\".*\"), trust", blocks[1], re.MULTILINE)
+    for block in blocks:
+        compile(block, "card", "exec")
+    [model_id] = re.findall(r'model=("(?:[^"\\]|\\.)*")\)$', blocks[0], re.MULTILINE)
+    assert eval(model_id) == f"user/{name}"
+
+
+def test_names_that_mean_nothing_to_markdown_are_written_as_they_are(tmp_path):
+    labels = {0: "very_good", 1: "5 stars", 2: "so-so (3.5)"}
+    card = write_model_card(tmp_path, tiny_mixture(id2label=labels), facts(method="my_method"))
+    assert "Labels: very_good, 5 stars, so-so (3.5)." in card.text
+    assert row(card, "Method") == ["`my_method`"]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_code_for_adapters_names_their_labels(tmp_path, name):
+    model = add_adapter(tiny_expert(id2label={0: name, 1: "b", 2: "c"}), LoraConfig(r=2))
+    card = write_model_card(tmp_path, model, model_name="plain")
+    [code] = code_blocks(card)
+    [literal] = re.findall(r"id2label=(\{.*\}), ignore_mismatched_sizes=True$", code, re.MULTILINE)
+    assert eval(literal) == {0: name, 1: "b", 2: "c"}

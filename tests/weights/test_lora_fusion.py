@@ -10,6 +10,7 @@ from hf_fedmoe.weights.lora_fusion import (
     LoraFactors,
     fuse_lora_stack,
     fuse_lora_svd,
+    in_basis_of,
 )
 
 
@@ -145,6 +146,98 @@ def test_shorter_types_are_computed_in_float32(dtype, atol):
     assert_deltas(fused, [truncated(delta_oi, 3)[0].float() for delta_oi in sums], atol)
     shares = torch.stack([truncated(delta_oi, 3)[1] for delta_oi in sums])
     torch.testing.assert_close(discarded_S, shares.float(), atol=atol, rtol=0)
+
+
+def factors(seed=0, **features):
+    """Random factors of rank 4 without a scaling."""
+    [drawn] = random_adapters([4], seed, **features)
+    return LoraFactors(drawn.A_ri, drawn.B_or)
+
+
+def fused_in_basis(adapters, weights_J, old):
+    """One sum of adapters, cut to the rank of `old` and in its basis."""
+    [fused], _ = fuse_lora_svd(adapters, weights_J[None].to(old.A_ri), old.A_ri.shape[0])
+    return in_basis_of(fused, old)
+
+
+def assert_factors(found, A_ri, B_or, atol):
+    torch.testing.assert_close((found.A_ri, found.B_or), (A_ri, B_or), atol=atol, rtol=0)
+
+
+@QUICK
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    in_features=st.integers(1, 9),
+    out_features=st.integers(1, 9),
+    dead=st.integers(0, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_in_any_basis_the_update_is_the_same(ranks, in_features, out_features, dead, seed):
+    old, *adapters = random_adapters([4, *ranks], seed, in_features, out_features)
+    old.A_ri[4 - dead :] = 0
+    weights_SJ = random_weights(1, len(ranks), seed=seed)
+    [fused], _ = fuse_lora_svd(adapters, weights_SJ, 4)
+    found = in_basis_of(fused, old)
+    assert_deltas([found], [dense(fused)], atol=1e-10 * max(1, dense(fused).abs().max()))
+    assert found.A_ri.shape == old.A_ri.shape and found.B_or.shape == old.B_or.shape
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 0.0])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_the_same_update_again_has_the_same_factors(dtype, atol, smallest):
+    """However small some of its directions are, and however unlike A and B."""
+    drawn = factors(in_features=40, out_features=30)
+    B_or = drawn.B_or * torch.tensor([1.0, smallest**0.5, smallest, smallest])
+    for scale in (0.05, 50.0):
+        old = LoraFactors((drawn.A_ri / 7).to(dtype), (B_or * scale).to(dtype))
+        found = fused_in_basis([old] * 7, torch.arange(1.0, 8).double() / 28, old)
+        assert torch.equal(found.A_ri, old.A_ri)
+        size = scale * 3  # in float32 what is smaller than 1e-5 of the largest singular value may become 0
+        torch.testing.assert_close(found.B_or, old.B_or, atol=size * (10 * atol), rtol=0)
+
+
+def test_nothing_leaves_the_start_of_peft_as_it_is():
+    drawn = factors()
+    start = LoraFactors(drawn.A_ri, torch.zeros_like(drawn.B_or))
+    found = fused_in_basis([start, start], float64([0.25, 0.75]), start)
+    assert torch.equal(found.A_ri, start.A_ri) and not found.B_or.any()
+
+
+def test_updates_in_the_old_row_space_change_b_alone():
+    """So that where nobody trains A the factors are those of FFA-LoRA, from PEFT's start on."""
+    drawn = factors()
+    others = [factors(seed=5), factors(seed=6)]
+    uploads = [LoraFactors(drawn.A_ri, other.B_or) for other in others]
+    for old in (drawn, LoraFactors(drawn.A_ri, torch.zeros_like(drawn.B_or))):
+        found = fused_in_basis(uploads, float64([0.25, 0.75]), old)
+        assert_factors(found, drawn.A_ri, 0.25 * others[0].B_or + 0.75 * others[1].B_or, atol=1e-12)
+
+
+def test_a_small_step_of_the_update_is_a_small_step_of_the_factors():
+    old, step = factors(), factors(seed=3)
+    moved = []
+    for size in (1e-2, 1e-4, 1e-6):
+        upload = LoraFactors(old.A_ri + size * step.A_ri, old.B_or + size * step.B_or)
+        found = fused_in_basis([upload, old], float64([0.5, 0.5]), old)
+        moved.append(max((found.A_ri - old.A_ri).abs().max(), (found.B_or - old.B_or).abs().max()).item() / size)
+    assert moved[2] == pytest.approx(moved[1], rel=0.01) and max(moved) < 10
+
+
+def test_directions_that_the_update_does_not_use_keep_the_old_a():
+    old = factors()
+    thin = LoraFactors(old.A_ri[:1], torch.ones(7, 1).double())
+    found = fused_in_basis([thin], torch.ones(1), old)
+    assert_deltas([found], [dense(thin)])
+    assert_factors(found, old.A_ri, torch.ones(7, 1).double() @ torch.eye(4).double()[:1], atol=1e-12)
+
+
+def test_where_the_old_a_has_nothing_the_new_factors_are_balanced():
+    upload = factors()
+    found = fused_in_basis(
+        [upload], torch.ones(1), LoraFactors(torch.zeros(4, 9).double(), torch.zeros(7, 4).double())
+    )
+    torch.testing.assert_close(found.A_ri.norm(dim=1), found.B_or.norm(dim=0), atol=1e-10, rtol=0)
+    assert_deltas([found], [dense(upload)])
 
 
 def test_factors_that_do_not_fit_are_refused():

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from hf_fedmoe.models import AdapterExpert
 from hf_fedmoe.models.adapters_fedmoe import peft_config_dict, with_adapters
-from hf_fedmoe.weights import StateLayout, bytes_at_rank, collapse, fit_rank_, fuse_models_, mix_rows
+from hf_fedmoe.weights import StateLayout, bytes_at_rank, collapse, fit_rank_, fuse_models_, mix_rows, widen_rank_
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
 
@@ -162,6 +162,66 @@ def test_a_smaller_rank_starts_from_the_best_approximation_and_never_leaves_its_
         optimizer.zero_grad()
     for found, start in zip(deltas(layout, bank_NP[1]), deltas(layout, received_P), strict=True):
         assert torch.linalg.matrix_rank(found) == rank and not torch.allclose(found, start)
+
+
+def test_a_smaller_rank_starts_in_the_basis_of_the_first_directions():
+    """So that a small step of the server's row is a small step of what a narrow client starts from."""
+    layout, bank_NP = bank_of(adapters())
+    steps = []
+    for size in (0.0, 1e-3, 1e-6):
+        row_P = bank_NP[0] + size * bank_NP[1]
+        fit_rank_(row_P, layout, 2, seed=3)
+        steps.append(row_P)
+    assert (steps[1] - steps[0]).norm() < 1e-2 * bank_NP[1].norm()
+    assert (steps[2] - steps[0]).norm() == pytest.approx(((steps[1] - steps[0]).norm() / 1e3).item(), rel=0.05)
+    # PEFT's start of a smaller rank is the first part of that of the whole one.
+    start_P = bank_NP[0].clone()
+    for _, B in layout.lora:
+        layout.views(start_P)[B.name].zero_()
+    narrow_P = start_P.clone()
+    fit_rank_(narrow_P, layout, 2, seed=3)
+    for A, _ in layout.lora:
+        assert torch.equal(layout.views(narrow_P)[A.name][:2], layout.views(start_P)[A.name][:2])
+        assert not layout.views(narrow_P)[A.name][2:].any()
+
+
+def test_what_a_narrow_client_sends_compares_with_the_servers_row():
+    layout, bank_NP = bank_of(adapters())
+    start_P = bank_NP[0]
+    whole_P = start_P.clone()
+    for _, B in layout.lora:  # a model that the rank of 2 holds whole
+        layout.views(whole_P)[B.name][:, 2] = 0
+    for row_P in (start_P, whole_P):
+        upload_P = row_P.clone()
+        fit_rank_(upload_P, layout, 2, seed=3)
+        before = deltas(layout, upload_P)
+        widen_rank_(upload_P, row_P, layout, 2)
+        torch.testing.assert_close(deltas(layout, upload_P), before, atol=1e-10, rtol=0)
+        left_out = sum((d - b).square().sum() for d, b in zip(deltas(layout, row_P), before, strict=True))
+        moved = (upload_P - row_P).abs().max()
+        assert moved < 1e-10 if left_out < 1e-10 else moved > 1e-3
+    untouched_P = start_P.clone()
+    widen_rank_(untouched_P, bank_NP[1], layout, RANK)
+    assert torch.equal(untouched_P, start_P)
+
+
+def test_rows_keep_their_basis():
+    """Fused with themselves, and mixed in the basis of the first of them."""
+    layout, bank_NP = bank_of(adapters())
+    row_P = bank_NP[0]
+    fused_SP = row_P[None].clone()
+    fuse_models_(fused_SP, row_P.repeat(3, 1), torch.tensor([[0.1, 0.2, 0.4]], dtype=torch.float64), KEEP[:1], layout)
+    torch.testing.assert_close(fused_SP[0], row_P, atol=1e-10, rtol=0)
+    [mixed_P] = mix_rows(row_P.repeat(2, 1), torch.tensor([[0.75, 0.25]]).double(), layout)
+    torch.testing.assert_close(mixed_P, row_P, atol=1e-10, rtol=0)
+    # One client's upload is what the server has then, A and B as they were trained, but for a rotation.
+    upload_P = row_P + 1e-4 * bank_NP[1]
+    fuse_models_(fused_SP, upload_P[None], torch.ones(1, 1).double(), torch.zeros(1).double(), layout)
+    for A, B in layout.lora:
+        for name in (A.name, B.name):
+            fused, sent = (layout.views(P)[name] for P in (fused_SP[0], upload_P))
+            torch.testing.assert_close(fused, sent, atol=2e-3, rtol=0)
+            assert fused.norm().item() == pytest.approx(sent.norm().item(), rel=1e-6) or name == B.name
 
 
 def test_unused_directions_start_anew_without_changing_the_model():

@@ -5,6 +5,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 
+# Beyond these a model is built, or its memory taken, for longer than anybody waits.
+HIGHEST = {"vocab_size": 2**24, "embedding_size": 2**24, "hidden_size": 2**24, "num_hidden_layers": 1024}
+
+
 class CharLSTMConfig(PreTrainedConfig):
     r"""
     Configuration of a [`CharLSTMForSequenceClassification`]: an embedding, LSTM layers and a linear head that reads
@@ -48,6 +52,7 @@ class CharLSTMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_sizes()
         if self.pad_token_id is None:
             self.pad_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)
@@ -61,12 +66,18 @@ class CharLSTMConfig(PreTrainedConfig):
             `ValueError`: Naming the field, its value and the remedy.
         """
         super().validate()
-        for field in ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers"):
+        self._check_sizes()
+        pad = self.pad_token_id
+        if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` is {pad!r}, but the characters are 0 to {self.vocab_size - 1} "
+                "(`vocab_size`): pass one of them, or leave it out."
+            )
+
+    def _check_sizes(self) -> None:
+        for field, highest in HIGHEST.items():
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{field}` is {value!r}: pass an integer of at least 1.")
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"`pad_token_id` is {self.pad_token_id}, but the characters are 0 to {self.vocab_size - 1} "
-                "(`vocab_size`): pass one of them, or leave it out."
-            )
+            if value > highest:
+                raise ValueError(f"`{field}` is {value}: pass an integer of at most {highest}.")

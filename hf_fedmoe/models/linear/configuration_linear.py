@@ -5,6 +5,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 
+# No layer is wider.
+MAX_WIDTH = 2**24
+
+
 class LinearConfig(PreTrainedConfig):
     r"""
     Configuration of a [`LinearForClassification`]; the defaults fit the synthetic mixture of FedEM and pFedMM.
@@ -45,5 +49,7 @@ class LinearConfig(PreTrainedConfig):
         value = self.num_features
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`num_features` is {value!r}: pass an integer of at least 1.")
+        if value > MAX_WIDTH:
+            raise ValueError(f"`num_features` is {value}: pass an integer of at most {MAX_WIDTH}.")
         if self.num_labels < 2:
             raise ValueError(f"`num_labels` is {self.num_labels}: pass at least 2 classes.")

@@ -5,6 +5,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 
+# No layer is wider, no kernel larger.
+MAX_WIDTH = 2**24
+
+
 class SmallCNNConfig(PreTrainedConfig):
     r"""
     Configuration of a [`SmallCNNForImageClassification`]: blocks of convolution, ReLU and 2x2 max-pooling, then
@@ -60,16 +64,16 @@ class SmallCNNConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # JSON knows lists only; experts are compared by their configurations.
-        self.channels = tuple(self.channels)
-        if not isinstance(self.hidden_size, int):
-            self.hidden_size = tuple(self.hidden_size)
+        for field in ("channels", "hidden_size"):
+            if isinstance(getattr(self, field), list):
+                setattr(self, field, tuple(getattr(self, field)))
         super().__post_init__(**kwargs)
         self.validate()
 
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
         """Widths of the fully connected layers, in order."""
-        return (self.hidden_size,) if isinstance(self.hidden_size, int) else tuple(self.hidden_size)
+        return self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,)
 
     @property
     def feature_size(self) -> int:
@@ -96,12 +100,21 @@ class SmallCNNConfig(PreTrainedConfig):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"`{field}` is {value!r}: pass an integer of at least {low}.")
+            if value > MAX_WIDTH:
+                raise ValueError(f"`{field}` is {value}: pass an integer of at most {MAX_WIDTH}.")
         for field, values in (("channels", self.channels), ("hidden_size", self.hidden_sizes)):
-            if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-                raise ValueError(f"`{field}` is {getattr(self, field)!r}: pass positive integers, one for each layer.")
+            if not isinstance(values, tuple) or not values or not all(map(_is_width, values)):
+                raise ValueError(
+                    f"`{field}` is {getattr(self, field)!r}: pass positive integers, one for each layer, of at most "
+                    f"{MAX_WIDTH}."
+                )
         if self.feature_size < 1:
             raise ValueError(
                 f"`image_size` is {self.image_size}, of which {len(self.channels)} convolutions with `kernel_size` = "
                 f"{self.kernel_size} and `padding` = {self.padding}, each halved by pooling, leave nothing: pass "
                 "larger images, a smaller kernel or more padding."
             )
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WIDTH
