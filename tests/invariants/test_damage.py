@@ -19,7 +19,8 @@ from tests.tiny_models import PAD_TOKEN_ID, VOCAB_SIZE
 
 CODE = (
     *("adapters_fedmoe.py", "building_fedmoe.py", "classification_head.py", "configuration_fedmoe.py"),
-    *("mixture_fedmoe.py", "modeling_fedmoe.py"),
+    *("configuration_adapted.py", "configuration_checks.py", "mixture_fedmoe.py", "modeling_adapted.py"),
+    *("modeling_fedmoe.py", "precision_fedmoe.py"),
 )
 FILES = (
     *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "training_args.json"),

@@ -1,6 +1,7 @@
 """Equalities between personalised methods and simpler ones at the settings where they coincide."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ from tests.tiny_federation import (
 
 
 def run(output_dir, strategy, data=None, **changes):
+    # A run whose clients keep something has its folder for as long as its trainer lives.
+    output_dir = Path(output_dir, type(strategy).__name__)
     trainer = FederatedTrainer(
         tiny_expert(), tiny_args(output_dir, **changes), data or tiny_federation(), strategy=strategy
     )
