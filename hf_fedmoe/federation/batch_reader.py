@@ -38,7 +38,7 @@ class BatchReader:
     many a client's training. What is random in a batch follows from the batch's own seed, whichever worker reads it,
     and however often.
 
-    A worker that dies takes nobody's batches with it: they are read again, and the one that it was at by a worker
+    A worker that dies takes nobody's batches with it: they are read again, and the one that it was at by a new worker
     that has nothing else to do. If that dies too, this batch, and no other, raises.
 
     Args:
@@ -136,22 +136,30 @@ class BatchReader:
     def _ask(self) -> None:
         """Asks workers for what waits, in order, each time the one that has least to do."""
         while self._waiting and self._ahead < self._most_ahead:
-            batch = self._waiting[0]
-            # One at which a worker has died is read by a worker that has nothing else to do, before or after it.
-            free = [worker for worker in self._workers if not any(asked.deaths for asked in worker.asked)]
-            worker = min(free, key=lambda worker: len(worker.asked), default=None)
-            if (worker is None or worker.asked) and len(self._workers) < self._num_workers:
-                worker = BatchWorker(self.pool, self.collate)
-                self._workers.append(worker)
-            if worker is None or (batch.deaths and worker.asked):
+            worker = self._worker_for(self._waiting[0])
+            if worker is None:
                 return
+            batch = self._waiting.popleft()
             batch.worker = worker
-            self._waiting.popleft()
             self._ahead += 1
             try:
                 worker.ask(batch, batch.wanted)
             except OSError:
                 self._lose(worker)
+
+    def _worker_for(self, batch: _Batch) -> BatchWorker | None:
+        """
+        A worker that may be asked for a batch now. One at which a worker has died gets a new one to itself: any other
+        may have died as well, of something else, and nobody has noticed.
+        """
+        idle = [worker for worker in self._workers if not worker.asked]
+        if idle and batch.deaths and len(self._workers) == self._num_workers:
+            self._end(idle[:1])
+        if len(self._workers) < self._num_workers and (batch.deaths or not idle):
+            self._workers.append(BatchWorker(self.pool, self.collate))
+            return self._workers[-1]
+        free = [worker for worker in self._workers if not any(asked.deaths for asked in worker.asked)]
+        return None if batch.deaths else min(free, key=lambda worker: len(worker.asked), default=None)
 
     def _hear(self, check: Callable[[], None]) -> None:
         """Waits for answers, and for the end of workers."""

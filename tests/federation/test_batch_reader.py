@@ -174,16 +174,15 @@ def test_workers_that_die_take_nobody_elses_batches_with_them(num_workers, reade
         assert torch.equal(noise_of(batches.read(wanted)), noise_of(undisturbed.read(wanted)))
 
 
-def test_a_worker_that_is_killed_is_replaced_and_nobody_hears_of_it(reader):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_that_are_killed_once_are_replaced_and_nobody_hears_of_it(number, reader):
     batches, undisturbed = reader(), reader(1)
     batches.expect([FIRST, SECOND])
     first = batches.read(FIRST)
     read = [next(first)]
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGKILL)
+        os.kill(worker.pid, number)
     assert torch.equal(noise_of([*read, *first]), noise_of(undisturbed.read(FIRST)))
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGTERM)
     assert torch.equal(noise_of(batches.read(SECOND)), noise_of(undisturbed.read(SECOND)))
 
 
