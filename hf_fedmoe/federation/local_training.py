@@ -184,7 +184,7 @@ class LocalTrainer:
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             if has_own_loss(self.strategy):
-                return self.objective(model, batch) + held_near(model, received, self.strategy.pull)
+                return self.objective(model, batch) + held_near(model, received, self.strategy.proximal_weight)
             return self.strategy.loss(model, batch, received)
 
         return loss

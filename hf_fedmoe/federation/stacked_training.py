@@ -31,7 +31,7 @@ NO_LABEL = -100
 class StackedTrainer(LocalTrainer):
     """
     A [`LocalTrainer`] that can also train several clients at once, by the model's own loss and
-    [`~strategies.Strategy.pull`], with an optimizer that treats each weight by itself.
+    [`~strategies.Strategy.proximal_weight`], with an optimizer that treats each weight by itself.
 
     Each client sees its examples in the order in which it would alone. What is random besides, dropout and
     augmentation, is drawn for all of them together.
@@ -103,7 +103,11 @@ class StackedTrainer(LocalTrainer):
         twin._reset_optimizer(None)
         twin.optimizer.zero_grad()  # a client may have failed between two batches of a step
         scheduler = self.make_scheduler(twin.optimizer, len(plans[0]))
-        received = {name: weight_n.detach().clone() for name, weight_n in stack.weights.items() if self.strategy.pull}
+        received = {
+            name: weight_n.detach().clone()
+            for name, weight_n in stack.weights.items()
+            if self.strategy.proximal_weight
+        }
         dataset, places, seed = self.reading([(task.dataset, task.seed) for task in tasks])
         self._seed(seed)
         batches = self._batches(dataset, places, seed)
@@ -114,7 +118,7 @@ class StackedTrainer(LocalTrainer):
             for rows in zip(*steps, strict=True):
                 batch = by_client(next(batches), [len(own) for own in rows])
                 total_n[:n] += self._backward_n(batch, len(steps[0]))
-            total_n[:n] += pull_(stack.weights, received, self.strategy.pull)
+            total_n[:n] += pull_(stack.weights, received, self.strategy.proximal_weight)
             if self.args.max_grad_norm:
                 clip_each_(stack.weights.values(), self.args.max_grad_norm)
             twin.optimizer.step()

@@ -20,7 +20,7 @@ from .zero_engine import ZeroEngine
 class ZeroTrainer(LocalTrainer):
     """
     A [`LocalTrainer`] whose clients are trained by one DeepSpeed engine, which becomes the model of each in turn, with
-    a fresh optimizer. It trains by the model's own loss and [`~strategies.Strategy.pull`]. Of an [`AdapterExpert`] the
+    a fresh optimizer. It trains by the model's own loss and [`~strategies.Strategy.proximal_weight`]. Of an [`AdapterExpert`] the
     engine has the adapter; the frozen base stays whole, the server's, and bf16 is that of autocast.
 
     Only while processes train together: alone, a client is trained in the worker as ever.
@@ -47,7 +47,7 @@ class ZeroTrainer(LocalTrainer):
                 deepspeed.zero.register_external_parameter(module, parameter)
         self._scale = 1.0
         self._pulled = torch.zeros((), device=self.accelerator.device)
-        if self.strategy.pull:
+        if self.strategy.proximal_weight:
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(lambda grad, p=parameter, n=name: self._pull(grad, p, n))
@@ -108,8 +108,8 @@ class ZeroTrainer(LocalTrainer):
         """Adds that of mu / 2 ||w - w_received||^2 to a parameter's gradient; called while the parameter is whole."""
         with torch.no_grad():
             moved = parameter.detach() - self._received[name]
-            self._pulled += self._scale * self.strategy.pull / 2 * moved.float().square().sum()
-            return grad + self._scale * self.strategy.pull * moved.to(grad)
+            self._pulled += self._scale * self.strategy.proximal_weight / 2 * moved.float().square().sum()
+            return grad + self._scale * self.strategy.proximal_weight * moved.to(grad)
 
     def payload(self, out_P: Tensor, num_examples: int, total_loss: Tensor, num_steps: int) -> Payload:
         if not self.team.at_work:

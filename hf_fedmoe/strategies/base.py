@@ -236,13 +236,13 @@ class Strategy:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], received: dict[str, Tensor]) -> Tensor:
         """
-        The local objective on one batch: the model's own loss and [`Strategy.pull`]. `received` holds the downloaded
+        The local objective on one batch: the model's own loss and [`Strategy.proximal_weight`]. `received` holds the downloaded
         parameters by name.
         """
-        return own_loss(model, batch) + held_near(model, received, self.pull)
+        return own_loss(model, batch) + held_near(model, received, self.proximal_weight)
 
     @property
-    def pull(self) -> float:
+    def proximal_weight(self) -> float:
         """mu of the term mu / 2 ||w - w_received||^2 of the loss."""
         return 0.0
 
@@ -315,12 +315,12 @@ def held_near(model: nn.Module, received: dict[str, Tensor], mu: float) -> Tenso
 
 
 def has_own_loss(strategy: Strategy) -> bool:
-    """Whether clients train by the model's own loss and [`Strategy.pull`], whoever computes them."""
+    """Whether clients train by the model's own loss and [`Strategy.proximal_weight`], whoever computes them."""
     return type(strategy).loss is Strategy.loss and "loss" not in vars(strategy)
 
 
 def has_plain_clients(strategy: Strategy) -> bool:
-    """Tells whether clients only train, by the model's own loss and [`Strategy.pull`]: whoever computes them may."""
+    """Tells whether clients only train, by the model's own loss and [`Strategy.proximal_weight`]: whoever computes them may."""
     return type(strategy).train_client is Strategy.train_client and has_own_loss(strategy)
 
 

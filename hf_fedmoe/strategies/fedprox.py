@@ -23,5 +23,5 @@ class FedProx(Strategy):
             raise ValueError(f"`mu` is {self.mu}: the proximal term needs mu >= 0 (0 is FedAvg).")
 
     @property
-    def pull(self) -> float:
+    def proximal_weight(self) -> float:
         return self.mu

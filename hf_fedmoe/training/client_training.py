@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.utils import logging
 
-from ..federation import Federation, Loss, local_steps, never_accepted, reasons, scale_learning_rates
+from ..federation import Federation, Loss, check_start, local_steps, never_accepted, reasons, scale_learning_rates
 from ..models import AdapterExpert
 from ..strategies import own_loss
 from ..weights import release
@@ -177,6 +177,7 @@ class ClientTraining:
 
     def _try_out(self, federation: Federation, readers: list[Reader]) -> None:
         """Tries out what the first round is about to do, see [`Trial`]."""
+        check_start(self.strategy, federation.server)
         self._check_schedule()
         Trial(federation, readers, loss_name(self)).run()
 

@@ -186,7 +186,7 @@ def test_empty_blocks_are_as_if_left_out(tmp_path):
         (("[digits]", "[nosuch]"), "FedAvg, seed 0: None of the data sets could be loaded. No dataset 'nosuch'"),
         (("[small_cnn]", "[small_cn]"), "FedAvg, seed 0: There is no model 'small_cn': .* is it small_cnn"),
         (("channels:", "chanels:"), "`model_config` has 'chanels', which the .*'small_cnn' has not: is it channels"),
-        (("[2]", "2"), "`model_config` is .*, with which a 'small_cnn' cannot be built: TypeError"),
+        (("[2]", "2"), "`model_config` is .*, with which a 'small_cnn' cannot be built: ValueError: `channels` is 2"),
         (
             ("partition: dirichlet", "partition: natural"),
             "seed 0: `client_column` is 'writer_id', but the data",
