@@ -236,8 +236,8 @@ class Strategy:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], received: dict[str, Tensor]) -> Tensor:
         """
-        The local objective on one batch: the model's own loss and [`Strategy.proximal_weight`]. `received` holds the downloaded
-        parameters by name.
+        The local objective on one batch: the model's own loss and [`Strategy.proximal_weight`] times half the
+        squared distance from `received`, the downloaded parameters by name.
         """
         return own_loss(model, batch) + held_near(model, received, self.proximal_weight)
 
@@ -320,7 +320,7 @@ def has_own_loss(strategy: Strategy) -> bool:
 
 
 def has_plain_clients(strategy: Strategy) -> bool:
-    """Tells whether clients only train, by the model's own loss and [`Strategy.proximal_weight`]: whoever computes them may."""
+    """Tells whether clients only train, by a loss of which [`has_own_loss`] is true: whoever computes it may."""
     return type(strategy).train_client is Strategy.train_client and has_own_loss(strategy)
 
 

@@ -154,8 +154,9 @@ def test_clients_with_fewer_steps_leave_their_group(name, tmp_path, sizes_of_gro
     found = trained(tmp_path / "at_once", AT_ONCE, **UNEQUAL_STEPS[name])
     assert sizes_of_groups == [3, 3] * 2  # all six clients, in each round
     expected = trained(tmp_path / "one_by_one", 1, **UNEQUAL_STEPS[name])
-    # Adagrad divides gradients that are 0 but for rounding by themselves: its steps are 1e-2.
-    assert_alike(found, expected, {"rtol": 1e-4, "atol": 1e-3} if name == "adagrad" else TOLERANCE)
+    # These divide gradients that are 0 but for rounding by themselves: steps of Adagrad are 1e-2 then.
+    tolerances = {"adagrad": {"rtol": 1e-4, "atol": 1e-3}, "rmsprop": {"rtol": 1e-4, "atol": 1e-5}}
+    assert_alike(found, expected, tolerances.get(name, TOLERANCE))
 
 
 @pytest.mark.parametrize("name", METHODS)
