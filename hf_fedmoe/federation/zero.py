@@ -21,7 +21,8 @@ class ZeroTrainer(LocalTrainer):
     """
     A [`LocalTrainer`] whose clients are trained by one DeepSpeed engine, which becomes the model of each in turn, with
     a fresh optimizer. It trains by the model's own loss and [`~strategies.Strategy.proximal_weight`]. Of an
-    [`AdapterExpert`] the engine has the adapter; the frozen base stays whole, the server's, and bf16 is that of autocast.
+    [`AdapterExpert`] the engine has the adapter; the frozen base stays whole, the server's, and bf16 is that
+    of autocast.
 
     Only while processes train together: alone, a client is trained in the worker as ever.
 
