@@ -91,3 +91,11 @@ def text_batch(size: int = 6, length: int = 8, pad_token_id: int | None = PAD_TO
             mask[row, length - row % 4 :] = 0
         input_ids = input_ids.masked_fill(mask == 0, pad_token_id)
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+# Files that travel with every mixture, for machines without this package.
+CODE_OF_A_MIXTURE = {
+    *("adapters_fedmoe.py", "building_fedmoe.py", "classification_head.py", "configuration_adapted.py"),
+    *("configuration_checks.py", "configuration_fedmoe.py", "mixture_fedmoe.py", "modeling_adapted.py"),
+    *("modeling_fedmoe.py", "precision_fedmoe.py"),
+}

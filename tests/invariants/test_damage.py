@@ -14,17 +14,12 @@ from hf_fedmoe.federation import find_faults
 from hf_fedmoe.training import FedMoETrainer
 from hf_fedmoe.training.resuming import CLIENTS_FOLDER, choose_checkpoint
 from tests.tiny_federation import tiny_args, tiny_federation, tiny_mixture
-from tests.tiny_models import PAD_TOKEN_ID, VOCAB_SIZE
+from tests.tiny_models import CODE_OF_A_MIXTURE, PAD_TOKEN_ID, VOCAB_SIZE
 
 
-CODE = (
-    *("adapters_fedmoe.py", "building_fedmoe.py", "classification_head.py", "configuration_fedmoe.py"),
-    *("configuration_adapted.py", "configuration_checks.py", "mixture_fedmoe.py", "modeling_adapted.py"),
-    *("modeling_fedmoe.py", "precision_fedmoe.py"),
-)
 FILES = (
     *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "training_args.json"),
-    *("trainer_state.json", "federation.json", "federation.safetensors", "manifest.json", *CODE),
+    *("trainer_state.json", "federation.json", "federation.safetensors", "manifest.json", *sorted(CODE_OF_A_MIXTURE)),
 )
 # Of one client that took part in both rounds, and is not the only one.
 CLIENT = "a client's file"

@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_fedmoe.training import FedMoETrainer
 from tests.tiny_federation import tiny_args, tiny_federation, tiny_mixture
+from tests.tiny_models import CODE_OF_A_MIXTURE
 
 data = tiny_federation()
 args = tiny_args(sys.argv[1], rounds=1, hub_model_id="user/model", **json.loads(sys.argv[2]))
@@ -70,15 +71,7 @@ def push_and_load(tmp_path, **arguments):
 
 def test_push_sends_model_code_and_card_and_comes_back_bit_equal(tmp_path):
     files = push_and_load(tmp_path)
-    code = {
-        "adapters_fedmoe.py",
-        "building_fedmoe.py",
-        "classification_head.py",
-        "configuration_fedmoe.py",
-        "mixture_fedmoe.py",
-        "modeling_fedmoe.py",
-    }
-    assert code | {"config.json", "model.safetensors", "README.md", "training_args.json"} <= files.keys()
+    assert CODE_OF_A_MIXTURE | {"config.json", "model.safetensors", "README.md", "training_args.json"} <= files.keys()
     assert_nothing_private(files)
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "transformers" and card.data.license == "cc0-1.0"
