@@ -83,7 +83,7 @@ DAMAGES = {
     "of another client": exchange("own", "checkpoint-2", client=1),
 }
 # These files say the same in both rounds and in all runs of one kind of model: exchanged, they are what was written.
-ALIKE_IN_RUNS = ("config.json", "tokenizer.json", "tokenizer_config.json", *CODE)
+ALIKE_IN_RUNS = ("config.json", "tokenizer.json", "tokenizer_config.json", *CODE_OF_A_MIXTURE)
 ALIKE_IN_ROUNDS = (*ALIKE_IN_RUNS, "training_args.json")
 
 

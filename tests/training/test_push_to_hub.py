@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from tests.loopback_hub import loopback_hub
+from tests.tiny_models import CODE_OF_A_MIXTURE
 
 
 # In a process of its own, because the address of the Hub is read when huggingface_hub is imported.
@@ -23,7 +24,6 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_fedmoe.training import FedMoETrainer
 from tests.tiny_federation import tiny_args, tiny_federation, tiny_mixture
-from tests.tiny_models import CODE_OF_A_MIXTURE
 
 data = tiny_federation()
 args = tiny_args(sys.argv[1], rounds=1, hub_model_id="user/model", **json.loads(sys.argv[2]))
