@@ -52,7 +52,7 @@ def _hash_array(array: pa.Array, update: Callable[[bytes | memoryview], None]) -
         return
     if pa.types.is_dictionary(kind):
         _hash_array(array.dictionary_decode(), update)
-    elif _is_file(kind):
+    elif is_file(kind):
         _hash_files(array, update)
     elif pa.types.is_struct(kind):
         for field in kind:
@@ -81,7 +81,7 @@ def _hash_array(array: pa.Array, update: Callable[[bytes | memoryview], None]) -
         update(repr(array.to_pylist()).encode())
 
 
-def _is_file(kind: pa.DataType) -> bool:
+def is_file(kind: pa.DataType) -> bool:
     """Whether this is how `datasets` stores images and sounds."""
     return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
 

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 from datasets import Dataset
+
+from .row_hashes import row_hashes
 
 
 MAX_ROWS_COMPARED = 200_000
@@ -81,7 +81,7 @@ def warn_equal_rows(splits: Mapping[str, Dataset], label_column: str, against: s
     shared = sorted(set.intersection(*(set(dataset.column_names) for dataset in splits.values())) - {label_column})
     if not shared or sum(len(dataset) for dataset in splits.values()) > MAX_ROWS_COMPARED:
         return
-    hashes = {name: _row_hashes(dataset, shared) for name, dataset in splits.items()}
+    hashes = {name: row_hashes(dataset, shared) for name, dataset in splits.items()}
     names = list(splits)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
@@ -125,19 +125,3 @@ def warn_classes(client_labels: np.ndarray, splits: Mapping[str, np.ndarray], la
                 "They cannot be learned; remove them from it, or give clients examples of them.",
                 stacklevel=3,
             )
-
-
-def _row_hashes(dataset: Dataset, columns: list[str]) -> np.ndarray:
-    """uint64 hash of each row, from the stored values: images are not decoded."""
-    table: pa.Table = dataset.select_columns(columns).with_format("arrow")[:]
-    while any(pa.types.is_struct(field.type) for field in table.schema):
-        table = table.flatten()
-    combined = np.zeros(table.num_rows, dtype=np.uint64)
-    for field, column in zip(table.schema, table.columns, strict=True):
-        if pa.types.is_nested(field.type):
-            values = np.array([repr(value) for value in column.to_pylist()], dtype=object)
-        else:
-            values = column.to_pandas().to_numpy()
-        # The odd factor makes the order of columns count; uint64 wraps around, which is wanted.
-        combined = combined * np.uint64(1_000_003) + pd.util.hash_array(values)
-    return combined
