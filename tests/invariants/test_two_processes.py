@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 from hf_fedmoe.strategies import FedAvg, FedMoE, FedMoESettings
 from hf_fedmoe.training import FederatedTrainer
@@ -316,9 +316,15 @@ def _raise(error, *args, **kwargs):
 
 def broken_collator(output_dir):
     run = trainer("fedavg", output_dir, **SETTINGS)
-    if index_of_this_process():
-        run.train_data_collator = functools.partial(_raise, OSError("bad sector"))
+    # One collator, as far as the processes can compare, but the second one's disk is bad.
+    run.train_data_collator = _collate_on_a_good_disk
     run.train()
+
+
+def _collate_on_a_good_disk(rows):
+    if index_of_this_process():
+        raise OSError("bad sector")
+    return default_data_collator(rows)
 
 
 def no_place_for_kept(output_dir):
