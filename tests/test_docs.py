@@ -82,7 +82,7 @@ def test_readme_as_it_stands(newcomer):
 
 def test_readme_names_files_that_exist():
     text = (REPOSITORY / "README.md").read_text()
-    assert "python recipes/yelp_gpt2.py" in text
+    assert "accelerate launch recipes/yelp_gpt2.py" in text
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (REPOSITORY / link).exists(), link
     for folder in re.findall(r"`(hf_fedmoe/\w+)`", text):
