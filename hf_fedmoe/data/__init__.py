@@ -1,5 +1,6 @@
 """Partitions, the federated dataset, and where data comes from."""
 
+from .batches import has_batch_statistics, split_rows
 from .characters import (
     CHARACTER_NAMES,
     CHARACTERS,
@@ -53,6 +54,7 @@ __all__ = [
     "decode_images",
     "dirichlet",
     "encode_characters",
+    "has_batch_statistics",
     "hold_out",
     "hold_out_client_tests",
     "hold_out_ids",
@@ -70,5 +72,6 @@ __all__ = [
     "random_resized_crop",
     "rows_fingerprint",
     "shards",
+    "split_rows",
     "synthetic_mixture",
 ]

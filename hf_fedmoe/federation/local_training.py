@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import TrainingArguments
 
-from ..models import guard_narrow_convolutions
+from ..data import has_batch_statistics, split_rows
+from ..models import AdapterExpert, guard_narrow_convolutions
 from ..strategies import Strategy, has_own_loss, held_near, own_loss
 from ..weights import Payload, StateLayout, copy_module
 from .batch_reader import BatchReader
@@ -29,21 +30,23 @@ Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def local_steps(
-    num_examples: int, args: TrainingArguments, seed: int, epochs: float | None = None
+    num_examples: int, args: TrainingArguments, seed: int, epochs: float | None = None, never_one: bool = False
 ) -> list[list[list[int]]]:
     """
     A client's local training as optimizer steps: each a list of accumulated batches, each a list of indices.
 
     Every epoch has a new random order that follows from `seed`; accumulation does not reach across epochs and a
     fractional last epoch is rounded up to whole steps, as in `Trainer`. `epochs` replaces `args.num_train_epochs`.
+    With `never_one` a last row by itself joins the batch before it, see [`~data.split_rows`].
     """
     epochs = args.num_train_epochs if epochs is None else epochs
     generator = torch.Generator().manual_seed(seed)
     steps: list[list[list[int]]] = []
     for _ in range(math.ceil(epochs)):
-        batches = [b.tolist() for b in torch.randperm(num_examples, generator=generator).split(args.train_batch_size)]
-        if args.dataloader_drop_last and len(batches) > 1 and len(batches[-1]) < args.train_batch_size:
-            batches.pop()
+        order = torch.randperm(num_examples, generator=generator)
+        if args.dataloader_drop_last and num_examples > args.train_batch_size:
+            order = order[: num_examples // args.train_batch_size * args.train_batch_size]
+        batches = [batch.tolist() for batch in split_rows(order, args.train_batch_size, never_one)]
         accumulation = args.gradient_accumulation_steps
         steps += [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
     steps_per_epoch = len(steps) // math.ceil(epochs)
@@ -126,6 +129,8 @@ class LocalTrainer:
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
+        runs = self.worker.base if isinstance(self.worker, AdapterExpert) else self.worker
+        self.has_batch_statistics = has_batch_statistics(runs)
         self._trainable = {name: p.requires_grad for name, p in self.worker.named_parameters()}
         self._only: Collection[str] | None = None
         # Whether the client that began last goes on with the optimizer of its last round.
@@ -191,7 +196,7 @@ class LocalTrainer:
 
     def plan(self, dataset: Dataset, seed: int, epochs: float | None = None) -> list[list[list[int]]]:
         """The client's optimizer steps, see [`local_steps`]."""
-        return local_steps(len(dataset), self.args, seed, epochs)
+        return local_steps(len(dataset), self.args, seed, epochs, self.has_batch_statistics)
 
     def begin(
         self,

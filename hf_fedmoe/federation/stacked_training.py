@@ -59,7 +59,7 @@ class StackedTrainer(LocalTrainer):
         Those with equally many steps, each of equally many batches, and of equally many rows if there is BatchNorm.
         Where nothing depends on that, any: those with the most steps first.
         """
-        plans = [local_steps(size, self.args, seed=0) for size in sizes]
+        plans = [local_steps(size, self.args, seed=0, never_one=self.has_batch_statistics) for size in sizes]
         alike: dict[tuple[int, ...], list[int]] = {}
         for place in sorted(range(len(sizes)), key=lambda place: -len(plans[place])):
             batches = [len(step) for step in plans[place]]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
-from ..data import ReservedSet
+from ..data import ReservedSet, has_batch_statistics, split_rows
 from ..models import FedMoEPreTrainedModel
 from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
 from .base import Server, Track, untracked
@@ -141,11 +141,12 @@ def train_gate(
     generator = torch.Generator().manual_seed(seed)
     config = fit.model.config
     fit.begin(learning_rate, weight_decay)
+    never_one = has_batch_statistics(fit.model.gate)
     total = norm = torch.zeros((), device=reserved.labels_R.device)
     steps = 0
     for _ in track(range(epochs), "Training the gate"):
         total, steps = torch.zeros_like(total), 0
-        for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
+        for indices in split_rows(torch.randperm(len(reserved), generator=generator), batch_size, never_one):
             indices = indices.to(reserved.labels_R.device)
             Q_BK = fit.choices(reserved, cached, indices)
             log_P_BC = dense_mixture(cached.logits_RSC[indices], Q_BK, fit.alpha, config.num_main_experts, config.mix)

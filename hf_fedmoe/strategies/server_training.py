@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
-from ..data import ReservedSet
+from ..data import ReservedSet, has_batch_statistics, split_rows
 from ..models import FedMoEPreTrainedModel
 from ..weights import StateLayout
 from .base import Server, Track, untracked
@@ -44,13 +44,14 @@ def fine_tune(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    num_steps = epochs * -(-len(reserved) // batch_size)
+    never_one = has_batch_statistics(model)
+    num_steps = epochs * len(split_rows(torch.arange(len(reserved)), batch_size, never_one))
     # At a constant rate what comes out depends on the last few batches: up to five points of accuracy on the reviews.
     scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)
     model.train()
     total = torch.zeros((), device=reserved.labels_R.device)
     for _ in track(range(epochs), what):
-        for indices in torch.randperm(len(reserved), generator=generator).split(batch_size):
+        for indices in split_rows(torch.randperm(len(reserved), generator=generator), batch_size, never_one):
             batch = reserved.training_batch(indices)
             if reserved.objective is None:
                 loss = _cross_entropy(model, batch, reserved, None if weights_R is None else weights_R[indices])

@@ -17,6 +17,7 @@ from ..federation import Federation, StackedTrainer, StepBatches
 from ..models import AdapterExpert
 from ..strategies import ClientTask, has_own_loss
 from .readers import Reader
+from .single_rows import check_single_rows
 
 
 class Trial:
@@ -46,6 +47,7 @@ class Trial:
             try:
                 for reader in self.readers:
                     self._try(reader)
+                check_single_rows(self.local, self.readers)
             finally:
                 guard.remove()
             rows = self.readers[0].extremes()

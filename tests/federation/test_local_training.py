@@ -30,3 +30,17 @@ def test_fraction_of_an_epoch_is_rounded_up_to_whole_steps():
 def test_drop_last_never_drops_a_client_that_has_no_full_batch():
     assert [len(step[0]) for step in local_steps(10, arguments(dataloader_drop_last=True), seed=3)] == [4, 4] * 2
     assert [len(step[0]) for step in local_steps(3, arguments(dataloader_drop_last=True), seed=3)] == [3, 3]
+
+
+def test_a_last_row_by_itself_joins_the_batch_before_it():
+    def sizes(count, **changes):
+        return [[len(b) for b in step] for step in local_steps(count, arguments(**changes), 3, 1, never_one=True)]
+
+    assert sizes(9) == [[4], [5]] and sizes(5) == [[5]]
+    assert sizes(10) == [[4], [4], [2]] and sizes(8) == [[4], [4]]
+    assert sizes(1) == [[1]] and sizes(3, train_batch_size=1) == [[1], [1], [1]]
+    assert sizes(9, dataloader_drop_last=True) == [[4], [4]]
+    assert sizes(9, gradient_accumulation_steps=2) == [[4, 5]]
+    # In the order of the others.
+    (joined,), (first, last) = local_steps(5, arguments(), 3, 1, never_one=True), local_steps(5, arguments(), 3, 1)
+    assert joined[0] == first[0] + last[0]
