@@ -15,11 +15,11 @@ from tests.tiny_federation import assert_equal_states, state, tiny_args
 from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
 
 
-def deep_resnet():
+def deep_resnet(num_labels=4):
     """Of 8x8 images its last layers see one pixel."""
     torch.manual_seed(5)
     sizes = dict(embedding_size=4, hidden_sizes=[4, 6, 6], depths=[1, 1, 1])
-    return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", num_labels=4)).eval()
+    return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", num_labels=num_labels)).eval()
 
 
 def clients_of(*sizes, reserved_size=None):
@@ -49,7 +49,7 @@ def test_the_reserved_set_has_no_last_row_by_itself(tmp_path):
     """33 examples in batches of 32 train experts, the gate and a fine-tuned model alike."""
     data = clients_of(6, 6, reserved_size=33)
     trained(tmp_path / "average", data, strategy=FedAvgReserved())
-    mixture = FedMoEForImageClassification.from_expert(deep_resnet(), num_routed_experts=2, gate=deep_resnet)
+    mixture = FedMoEForImageClassification.from_expert(deep_resnet(), num_routed_experts=2, gate=deep_resnet(2))
     trained(tmp_path / "mixture", data, mixture, FedMoETrainer)
 
 
