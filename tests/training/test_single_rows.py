@@ -33,7 +33,7 @@ def clients_of(*sizes, reserved_size=None):
 def trained(output_dir, data, model=None, kind=FederatedTrainer, strategy=None, **changes):
     args = tiny_args(output_dir, **{"rounds": 2, "clients_per_round": data.num_clients} | changes)
     rest = {} if strategy is None else {"strategy": strategy}
-    trainer = kind(model or deep_resnet(), args, data, processing_class=tiny_processor(), **rest)
+    trainer = kind(model or deep_resnet(), args, train_dataset=data, processing_class=tiny_processor(), **rest)
     trainer.train()
     return trainer
 
