@@ -198,7 +198,7 @@ def test_adapters_are_float32_and_the_base_stays_as_it_is_stored(tmp_path, name,
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_end_near_those_on_a_base_in_float32(tmp_path, method, dtype):
-    """The quick version of the figures in docs/strategies.md."""
+    """Losses of a base stored in half precision follow those in float32."""
     found = []
     for name, kind in (("half", dtype), ("whole", torch.float32)):
         base = stored(make_different(tiny_expert(), 0.05), tmp_path / name, dtype).to(kind)
@@ -212,7 +212,7 @@ def test_adapters_end_near_those_on_a_base_in_float32(tmp_path, method, dtype):
             run = trained(tmp_path / f"{name}_run", base, method, args=args, peft_config=LoraConfig(r=4))
         found.append([report.loss for report in run.rounds] + [run.evaluate()["eval_loss"]])
     assert found[1][-2] < found[1][0] - 0.05  # something was learned
-    assert found[0] == pytest.approx(found[1], abs=0.02)
+    assert found[0] == pytest.approx(found[1], abs=0.05)  # bf16 has two to three digits
 
 
 def test_a_head_reads_what_a_half_base_gives_and_scores_in_float32():
