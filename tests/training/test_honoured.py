@@ -220,7 +220,7 @@ def test_a_loss_of_ones_own_is_that_of_training(of_doubled, of_faster, tmp_path)
 
     def run(kind, strategy, rate):
         settings = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": rate, "clients_per_round": 2}
-        trainer = make_trainer(tmp_path, kind, strategy, **settings)
+        trainer = make_trainer(tmp_path / kind.__name__, kind, strategy, **settings)
         trainer.train()
         return trainer
 
@@ -380,7 +380,7 @@ def test_arguments_of_optimizers_that_make_no_difference(tmp_path):
         (name,) = changes
         with pytest.raises(ValueError, match=f"`{name}` is '.*', of which the optimizer 'adamw_torch' takes nothing"):
             make_trainer(tmp_path, optim="adamw_torch", **changes).train()
-    with pytest.raises(ValueError, match=r"`optim` is 'sgd', but .* can make no optimizer. It says: ValueError"):
+    with pytest.raises(ValueError, match="`optim_args` is 'momentum': write name=value"):
         make_trainer(tmp_path, optim="sgd", optim_args="momentum").train()
 
 
