@@ -287,7 +287,7 @@ def test_dtype_and_what_else_concerns_loading(tmp_path):
     for name in ("num_expert", "torch_dtype", "device"):
         with pytest.raises(ValueError, match=f"`{name}` is no argument of a mixture"):
             build(tiny_expert(), **{name: 2})
-    with pytest.raises(ValueError, match="`dtype` is nothing that"):
+    with pytest.raises(ValueError, match="`dtype` is no argument of"):
         FedMoEForSequenceClassification.from_experts([tiny_expert()], [tiny_expert()], dtype="float32")
 
 
