@@ -56,7 +56,6 @@ def own():
         {"num_train_epochs": 0.5},
         {"activation_checkpointing": True},
         {"dataloader_drop_last": True},
-        {"full_determinism": False, "data_seed": 5},
         {"client_draw_seed": 7},
         {"client_choice": "stratified"},
         {"clients_at_once": 2},
