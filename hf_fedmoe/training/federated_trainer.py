@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +324,12 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             ClientClock(args.client_timeout),
             self._objective(),
         )
+        # Collated when they are asked for, after the trial of what the collators make.
+        known_rows = cache(
+            lambda: trial_on_known_rows(
+                self.strategy, data, self._remove_unused_columns, self.data_collator, self.accelerator
+            )
+        )
         store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
         return Federation(
             server,
@@ -344,9 +350,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             processes=self.processes,
             parallelism=args.client_parallelism,
             client_name=self.client_name,
-            computes_finite=trial_on_known_rows(
-                self.strategy, data, self._remove_unused_columns, self.data_collator, self.accelerator
-            ),
+            computes_finite=lambda model: known_rows()(model),
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
