@@ -62,7 +62,8 @@ class SideBySide:
             worker.process.terminate()
         for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
             worker.process.join(GRACE)
-            worker.process.kill()
+            worker.process.kill()  # nothing happens to one that has ended
+            worker.process.join()
             worker.connection.close()
         self._idle, self._busy = [], {}
 
@@ -83,8 +84,8 @@ class SideBySide:
                 self._idle = [worker for worker in self._idle if worker.process.is_alive()]
                 worker = self._idle.pop() if self._idle else _start()
                 task = waiting.pop(0)
+                self._busy[worker.connection] = worker, task  # before the order: an interrupt may come with it
                 worker.connection.send((function, task))
-                self._busy[worker.connection] = worker, task
             for connection in wait(list(self._busy)):
                 worker, task = self._busy[connection]
                 try:

@@ -22,7 +22,15 @@ def task(number: int) -> None:
         signal.pause()
 
 
-def test_what_fails_or_dies_is_told_of_its_own_task_alone_and_an_interrupt_stops_all():
+@pytest.fixture
+def interruptible():
+    """A shell starts what runs in its background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_fails_or_dies_is_told_of_its_own_task_alone_and_an_interrupt_stops_all(interruptible):
     failures, before = {}, len(multiprocessing.active_children())
     with pytest.raises(KeyboardInterrupt), SideBySide(1) as processes:
         failures |= processes.run(task, [0, 1, 2, 3])
