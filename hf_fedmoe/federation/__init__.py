@@ -5,10 +5,24 @@ from .checkpoint import has_federation, load_federation, read_identity, save_fed
 from .client_choice import CLIENT_CHOICES
 from .client_clock import ClientClock
 from .client_store import ClientStore
+from .contract import (
+    ClientTask,
+    JointWork,
+    Server,
+    Strategy,
+    Track,
+    Uploads,
+    Work,
+    average_into_,
+    has_plain_clients,
+    untracked,
+    warmed_up,
+)
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
+from .objective import LocalObjective, has_own_loss, held_near, own_loss
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .refusals import client_number, never_accepted, reasons
@@ -18,7 +32,7 @@ from .soundness import BrokenPromiseError, check_start, computes_finite, sound_f
 from .stacked_training import StackedTrainer
 from .team import Team
 from .zero import ZeroTrainer
-from .zero_gate import ZeroGateFit
+from .zero_engine import ZeroEngine
 
 
 __all__ = [
@@ -27,21 +41,30 @@ __all__ = [
     "BrokenPromiseError",
     "ClientClock",
     "ClientStore",
+    "ClientTask",
     "Federation",
     "FileDigest",
     "FolderLock",
+    "JointWork",
+    "LocalObjective",
     "LocalTrainer",
     "Loss",
     "Processes",
     "RoundReport",
+    "Server",
     "StackedTrainer",
     "StepBatches",
+    "Strategy",
     "Stream",
     "Team",
+    "Track",
     "UnreadableManifestError",
-    "ZeroGateFit",
+    "Uploads",
+    "Work",
+    "ZeroEngine",
     "ZeroTrainer",
     "atomic_directory",
+    "average_into_",
     "balance",
     "check_start",
     "client_number",
@@ -49,10 +72,14 @@ __all__ = [
     "find_faults",
     "has_federation",
     "has_manifest",
+    "has_own_loss",
+    "has_plain_clients",
+    "held_near",
     "leave_group",
     "load_federation",
     "local_steps",
     "never_accepted",
+    "own_loss",
     "read_identity",
     "read_manifest",
     "reasons",
@@ -63,5 +90,7 @@ __all__ = [
     "seed_of",
     "sound_finish",
     "take_step",
+    "untracked",
+    "warmed_up",
     "write_manifest",
 ]

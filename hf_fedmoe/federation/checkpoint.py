@@ -7,8 +7,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..strategies import Server
 from .client_store import ClientStore
+from .contract import Server
 from .manifest import read_manifest
 
 

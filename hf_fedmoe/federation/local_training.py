@@ -16,11 +16,11 @@ from transformers import TrainingArguments
 
 from ..data import has_batch_statistics, split_rows
 from ..models import AdapterExpert, guard_narrow_convolutions
-from ..strategies import Strategy, has_own_loss, held_near, own_loss
 from ..weights import Payload, StateLayout, copy_module
 from .batch_reader import BatchReader
 from .batch_worker import Wanted
 from .client_clock import ClientClock
+from .objective import LocalObjective, has_own_loss, held_near, own_loss
 from .randomness import Stream, seed_of
 from .team import Stage, Team
 
@@ -100,7 +100,7 @@ class LocalTrainer:
     Args:
         worker (`nn.Module`): The client model, on the device.
         layout ([`StateLayout`]): Of `worker`.
-        strategy ([`~strategies.Strategy`]): Gives the loss.
+        strategy ([`LocalObjective`]): The method, which gives the loss.
         args ([`~transformers.TrainingArguments`]): Local epochs, batch size, accumulation, clipping.
         collate (`Callable`): The data collator.
         optimizer (`torch.optim.Optimizer`): Over the worker's parameters, prepared by Accelerate.
@@ -115,7 +115,7 @@ class LocalTrainer:
 
     worker: nn.Module
     layout: StateLayout
-    strategy: Strategy
+    strategy: LocalObjective
     args: TrainingArguments
     collate: Callable
     optimizer: torch.optim.Optimizer
@@ -184,7 +184,7 @@ class LocalTrainer:
         return self.payload(out_P, len(dataset), total, len(plan))
 
     def loss_near(self, received_P: Tensor) -> Loss:
-        """The loss of (model, batch) of a client that received a row: [`~strategies.Strategy.loss`] of `objective`."""
+        """The loss of (model, batch) of a client that received a row: [`LocalObjective.loss`] of `objective`."""
         received = self.layout.views(received_P)
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

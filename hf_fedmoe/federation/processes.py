@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..strategies import Server
-
 
 T = TypeVar("T")
 
@@ -139,29 +137,6 @@ class Processes:
     def broadcast_model_(self, model: nn.Module) -> None:
         """All parameters and buffers become those of the main process."""
         for tensor in [*model.parameters(), *model.buffers()]:
-            self.broadcast_(tensor)
-
-    def broadcast_models_(self, server: Server) -> None:
-        """The bank and whatever else of the server's model is no frozen weight become those of the main process."""
-        self.broadcast_(server.bank_SP)
-        for _, tensor in server.beside_bank():
-            self.broadcast_(tensor)
-
-    def broadcast_server_(self, server: Server) -> None:
-        """The server's state becomes that of the main process."""
-        if self.count == 1:
-            return
-        self.broadcast_models_(server)
-        kinds = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in server.tensors.items()}
-        integers = [{name: tensor.cpu() for name, tensor in taken.items()} for taken in server.integers]
-        kinds, integers = self.tell((kinds, integers))
-        if self.index:
-            server.tensors = {
-                name: torch.empty(shape, dtype=dtype, device="cpu" if device == "cpu" else self.device)
-                for name, (shape, dtype, device) in kinds.items()
-            }
-            server.integers = [{name: t.to(self.device) for name, t in taken.items()} for taken in integers]
-        for tensor in server.tensors.values():
             self.broadcast_(tensor)
 
 

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
-from ..strategies import ClientTask, Server, Strategy, Uploads, has_plain_clients
 from ..weights import (
     Codec,
     Payload,
@@ -31,6 +30,7 @@ from ..weights import (
 from . import soundness
 from .client_choice import CLIENT_CHOICES
 from .client_store import ClientStore
+from .contract import ClientTask, Server, Strategy, Uploads, has_plain_clients
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
 from .processes import Processes, balance
 from .randomness import Stream, seed_of
@@ -96,8 +96,8 @@ class Federation:
     Everything a round works on.
 
     Args:
-        server ([`~strategies.Server`]): Changed by every round.
-        strategy ([`~strategies.Strategy`]): The method.
+        server ([`Server`]): Changed by every round.
+        strategy ([`Strategy`]): The method.
         local_trainer ([`LocalTrainer`]): Trains the clients.
         num_clients (`int`): M.
         client_data (`Callable`): From a client's number to its examples; only participants are asked for theirs.

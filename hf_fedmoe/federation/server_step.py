@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..data import ReservedSet
-from ..strategies import JointWork, Server, Work
 from ..weights import fuse_
+from .contract import JointWork, Server, Work
 from .processes import Processes, unbroken
 
 
@@ -65,7 +65,7 @@ def take_step(step: Callable[[], T], server: Server, reserved: ReservedSet | Non
 
     # Whatever fails in between, all come to this gathering, which raises it.
     result = processes.gather(lead if processes.index == 0 else help_out)[0]
-    processes.broadcast_server_(server)
+    broadcast_server_(server, processes)
     return result
 
 
@@ -73,7 +73,7 @@ def _share(
     work: Work, items: Sequence[Any], server: Server, reserved: ReservedSet | None, processes: Processes
 ) -> list[dict[str, Tensor]]:
     """Each process works on every n-th item, with the main one's models; the main one gets all results."""
-    processes.broadcast_models_(server)
+    broadcast_models_(server, processes)
     owners = [place % processes.count for place in range(len(items))]
     results: dict[int, dict[str, Tensor]] = {}
 
@@ -115,7 +115,7 @@ def _join(
     tensors: dict[str, Tensor] | None = None,
 ) -> Any:
     """All processes do the same work together, with the main one's models and `tensors`."""
-    processes.broadcast_models_(server)
+    broadcast_models_(server, processes)
     if tensors is None:
         device = server.bank_SP.device
         tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in kinds.items()}
@@ -123,3 +123,28 @@ def _join(
         processes.broadcast_(tensor)
     with unbroken("Work of all processes"):
         return work(server, reserved, tensors, settings)
+
+
+def broadcast_models_(server: Server, processes: Processes) -> None:
+    """Copies the bank, and what else of the model is no frozen weight, from the main process to the others."""
+    processes.broadcast_(server.bank_SP)
+    for _, tensor in server.beside_bank():
+        processes.broadcast_(tensor)
+
+
+def broadcast_server_(server: Server, processes: Processes) -> None:
+    """Copies the server's state from the main process to the others."""
+    if processes.count == 1:
+        return
+    broadcast_models_(server, processes)
+    kinds = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in server.tensors.items()}
+    integers = [{name: tensor.cpu() for name, tensor in taken.items()} for taken in server.integers]
+    kinds, integers = processes.tell((kinds, integers))
+    if processes.index:
+        server.tensors = {
+            name: torch.empty(shape, dtype=dtype, device="cpu" if device == "cpu" else processes.device)
+            for name, (shape, dtype, device) in kinds.items()
+        }
+        server.integers = [{name: t.to(processes.device) for name, t in taken.items()} for taken in integers]
+    for tensor in server.tensors.values():
+        processes.broadcast_(tensor)

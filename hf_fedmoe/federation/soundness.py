@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ReservedSet
-from ..strategies import ClientTask, Server, Strategy, Uploads
 from ..weights import Payload, StateLayout, all_finite, negative_variance, payload_fault
+from .contract import ClientTask, Server, Strategy, Uploads
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
 
 
@@ -191,7 +191,7 @@ def sound_update(
     Takes a round's step, and raises `RuntimeError` unless the server is sound after it.
 
     Args:
-        strategy, server, uploads, reserved, round_index, seed: As in [`~strategies.Strategy.update`].
+        strategy, server, uploads, reserved, round_index, seed: As in [`Strategy.update`].
         computes (`Callable`): Tells of a model whether what it computes is finite, see [`computes_finite`].
     """
     try:

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset, Subset
 from transformers import masking_utils
 
 from ..models import AdapterExpert
-from ..strategies import ClientTask
 from ..weights import Payload, StateLayout
+from .contract import ClientTask
 from .local_training import LocalTrainer, local_steps
 
 
@@ -31,7 +31,7 @@ NO_LABEL = -100
 class StackedTrainer(LocalTrainer):
     """
     A [`LocalTrainer`] that can also train several clients at once, by the model's own loss and
-    [`~strategies.Strategy.proximal_weight`], with an optimizer that treats each weight by itself.
+    [`LocalObjective.proximal_weight`], with an optimizer that treats each weight by itself.
 
     Each client sees its examples in the order in which it would alone. What is random besides, dropout and
     augmentation, is drawn for all of them together.

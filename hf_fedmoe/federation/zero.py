@@ -20,7 +20,7 @@ from .zero_engine import ZeroEngine
 class ZeroTrainer(LocalTrainer):
     """
     A [`LocalTrainer`] whose clients are trained by one DeepSpeed engine, which becomes the model of each in turn, with
-    a fresh optimizer. It trains by the model's own loss and [`~strategies.Strategy.proximal_weight`]. Of an
+    a fresh optimizer. It trains by the model's own loss and [`LocalObjective.proximal_weight`]. Of an
     [`AdapterExpert`] the engine has the adapter; the frozen base stays whole, the server's, and bf16 is that
     of autocast.
 

@@ -1,8 +1,6 @@
-"""One file per published method; `base.py` holds the hooks in which they differ."""
+"""One file per published method; [`Strategy`] has the hooks in which they differ."""
 
-from .afl import AFL
-from .apfl import APFL
-from .base import (
+from ..federation import (
     ClientTask,
     JointWork,
     Server,
@@ -14,6 +12,8 @@ from .base import (
     held_near,
     own_loss,
 )
+from .afl import AFL
+from .apfl import APFL
 from .clustered import ClusteredFL
 from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
@@ -33,6 +33,7 @@ from .pfedmm import PFedMM
 from .pfedmoe import PFedMoE, pfedmoe_cnns
 from .qffl import QFFL
 from .relevance import client_mixture, correlate
+from .zero_gate import ZeroGateFit
 
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "Strategy",
     "Uploads",
     "Work",
+    "ZeroGateFit",
     "client_mixture",
     "correlate",
     "freeze_common_expert",

@@ -1,19 +1,14 @@
 """AFL: Mohri, Sivek and Suresh 2019, "Agnostic Federated Learning"."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..weights import Payload
 from .mixing import move_global_
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights import Payload
 
 
 @dataclass
@@ -41,7 +36,7 @@ class AFL(Strategy):
     def setup(self, server: Server, num_clients: int) -> None:
         server.tensors["lambda_M"] = torch.full((num_clients,), 1 / num_clients, dtype=torch.float64)
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         start_loss = local.mean_loss(task.dataset, task.received_P, task.integers, task.seed)
         payload, kept = super().train_client(local, task)
         payload.metrics["start_loss"] = start_loss

@@ -1,19 +1,13 @@
 """APFL: Deng, Kamani and Mahdavi 2020, "Adaptive Personalized Federated Learning", Algorithm 1."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .base import ClientTask, Server, Strategy
+from ..federation import ClientTask, LocalTrainer, Server, StepBatches, Strategy
+from ..weights import Payload
 from .local import kept_or_trained
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..federation.local_training import StepBatches
-    from ..weights import Payload
 
 
 @dataclass
@@ -45,7 +39,7 @@ class APFL(Strategy):
         if self.alpha_rate <= 0:
             raise ValueError(f"`alpha_rate` is {self.alpha_rate}: give more than 0, or set adapt=False.")
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         w, v = local, local.twins(1)[0]
         device = task.received_P.device
         alpha = task.kept.get("alpha", torch.tensor(self.alpha)).to(device)
@@ -60,7 +54,7 @@ class APFL(Strategy):
         payload = w.payload(task.out_P, len(task.dataset), total, len(plan))
         return payload, {"v_P": v.layout.read(v.worker), "alpha": alpha}
 
-    def _step_of_v(self, v: "LocalTrainer", w: "LocalTrainer", alpha: Tensor, batches: "StepBatches") -> Tensor:
+    def _step_of_v(self, v: LocalTrainer, w: LocalTrainer, alpha: Tensor, batches: StepBatches) -> Tensor:
         """v <- v - eta alpha g with g the gradient at v_bar, of which d v_bar / d v = alpha; returns the new alpha."""
         of_w = dict(w.worker.named_parameters())
         of_v = {name: p for name, p in v.worker.named_parameters() if p.requires_grad}
@@ -82,12 +76,12 @@ class APFL(Strategy):
         scaler = v.accelerator.scaler
         return (alpha - self.alpha_rate * slope / (scaler.get_scale() if scaler else 1)).clamp(0, 1)
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         """alpha v + (1 - alpha) w, with today's w."""
         kept = kept_or_trained(self, local, task)
         return local.load(self.mixture(local, kept, task.received_P), task.integers)
 
-    def mixture(self, local: "LocalTrainer", kept: dict[str, Tensor], w_P: Tensor) -> Tensor:
+    def mixture(self, local: LocalTrainer, kept: dict[str, Tensor], w_P: Tensor) -> Tensor:
         """v_bar as a row."""
         v_bar_P = kept["v_P"].to(w_P.device, copy=True)
         of_w, of_v_bar = local.layout.views(w_P), local.layout.views(v_bar_P)

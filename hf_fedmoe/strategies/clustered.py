@@ -5,19 +5,14 @@ Shape suffixes: K clusters, M clients, m participants, P elements of a row, U th
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads, average_into_
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, average_into_
 from .mixing import mix_, parameter_rows
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
 
 
 @dataclass
@@ -77,7 +72,7 @@ class ClusteredFL(Strategy):
         average_into_(server, uploads)
         return {"clusters": float(len(server.tensors["clusters_KP"]))}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         clusters_KP, cluster_M = server.tensors["clusters_KP"], server.tensors["cluster_M"]
         if task.client < len(cluster_M):
             return local.load(clusters_KP[cluster_M[task.client]], task.integers)

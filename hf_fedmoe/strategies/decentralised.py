@@ -7,19 +7,14 @@ Shape suffixes: M clients, m participants, P elements of a row.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
 from .mixing import mix_, move_global_
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
 
 
 MAX_GRAPHS = 1000
@@ -78,7 +73,7 @@ class Decentralised(Strategy):
         mix_(server, rows_mP, uploads.rows_mP, weights_mm - own_m.diag(), own_m)
         return dict(zip(uploads.clients, rows_mP, strict=True))
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         if "row_P" in task.kept:
             return local.load(task.kept["row_P"], task.integers)
         local.train(task.dataset, task.received_P, task.integers, task.out_P, task.seed)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..data import ReservedSet
+from ..federation import Server, Strategy, Uploads, average_into_, warmed_up
 from ..weights import fuse_models_
-from .base import Server, Strategy, Uploads, average_into_, warmed_up
 from .server_training import fine_tune
 
 

@@ -4,15 +4,10 @@ Jiang et al. 2019, "Improving Federated Learning Personalization via Model Agnos
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .base import ClientTask, Server, Strategy
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
+from ..federation import ClientTask, LocalTrainer, Server, Strategy
 
 
 @dataclass
@@ -33,6 +28,6 @@ class FedAvgPlus(Strategy):
                 f"`tuning_epochs` is {self.tuning_epochs}: give more than 0; `FedAvg` is the method without tuning."
             )
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         local.train(task.dataset, task.received_P, task.integers, task.out_P, task.seed, epochs=self.tuning_epochs)
         return local.worker

@@ -4,7 +4,6 @@ Shape suffixes: B batch, N examples of a client, M models.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, average_into_
 from ..models import EnsemblePreTrainedModel
-from .base import ClientTask, Server, Strategy, Uploads, average_into_
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights import Payload
+from ..weights import Payload
 
 
 @dataclass
@@ -64,7 +59,7 @@ class FedEM(Strategy):
     def shared(self, server: Server, round_index: int) -> set[str]:
         return {slot.name for slot in server.layout.slots} - {"mixture_M"} | set(server.layout.integers)
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         q_NM, pi_M = self.expect(local, task)
         places = local.own_rows(local.plan(task.dataset, task.seed))
 
@@ -83,14 +78,14 @@ class FedEM(Strategy):
         mixture_M.copy_(before_M)  # nobody sent one: not even the rounding of a mean may change it
         return {}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         pi_M = task.kept["pi_M"] if "pi_M" in task.kept else self.expect(local, task)[1]
         model = local.load(task.received_P, task.integers)
         model.mixture_M.copy_(pi_M)
         return model
 
     @torch.no_grad()
-    def expect(self, local: "LocalTrainer", task: ClientTask) -> tuple[Tensor, Tensor]:
+    def expect(self, local: LocalTrainer, task: ClientTask) -> tuple[Tensor, Tensor]:
         """q and pi of a client for the received models (the E-step)."""
         model = local.load(task.received_P, task.integers).eval()
         with local.accelerator.autocast():

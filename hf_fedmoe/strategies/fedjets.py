@@ -5,7 +5,6 @@ Shape suffixes: B batch, C classes, N examples of a client, H features, K expert
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,10 @@ from torch.nn.functional import cross_entropy, nll_loss
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
 from ..models import FedMoEPreTrainedModel, dense_mixture
 from ..weights import Payload, StateLayout, fuse_, fuse_integers
-from .base import ClientTask, Server, Strategy, Uploads
 
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
 
 # The sigmoid of this is 1 to the last bit of float32.
 ALPHA_LOGIT_OF_ONE = 40.0
@@ -112,7 +108,7 @@ class FedJETs(Strategy):
     def participants(self, server: Server, drawn: list[int], round_index: int) -> list[int]:
         return sorted({*range(server.model.config.num_routed_experts), *drawn})
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         sent = Payload(task.received_P, task.integers)
         task.received_bytes = sent.num_bytes(local.layout, tensors_of(local.layout, []))
         features_NH, scores_K = self.consult_gate(local, task)
@@ -140,7 +136,7 @@ class FedJETs(Strategy):
         return payload, {}
 
     @torch.no_grad()
-    def consult_gate(self, local: "LocalTrainer", task: ClientTask) -> tuple[Tensor, Tensor]:
+    def consult_gate(self, local: LocalTrainer, task: ClientTask) -> tuple[Tensor, Tensor]:
         """The common expert's features of a client's examples, and the sum over them of each expert's probability."""
         model = local.load(task.received_P, task.integers).eval()
         features = []

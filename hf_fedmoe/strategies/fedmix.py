@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..federation import Strategy
 from ..models import FedMoEPreTrainedModel
-from .base import Strategy
 
 
 class FedMix(Strategy):

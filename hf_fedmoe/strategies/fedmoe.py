@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
+from ..federation import Server, Strategy, Uploads, warmed_up
 from ..models import FedMoEPreTrainedModel, gating_entropy
 from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
-from .base import Server, Strategy, Uploads, warmed_up
 from .gate_training import fit_gate
 from .relevance import CORRELATIONS, client_mixture, correlate
 from .server_training import expert_outputs, fine_tune, fine_tune_experts, gate_probabilities, probe

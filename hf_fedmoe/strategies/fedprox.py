@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .base import Strategy
+from ..federation import Strategy
 
 
 @dataclass

@@ -1,20 +1,15 @@
 """FedRep: Collins et al. 2021, "Exploiting Shared Representations for Personalized Federated Learning"."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..data import ReservedSet
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, average_into_
 from ..models import AdapterExpert
-from .base import ClientTask, Server, Strategy, Uploads, average_into_
+from ..weights import Payload, StateLayout
 from .local import kept_or_trained
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights import Payload, StateLayout
 
 
 @dataclass
@@ -41,7 +36,7 @@ class FedRep(Strategy):
         if self.head_epochs <= 0:
             raise ValueError(f"`head_epochs` is {self.head_epochs}: the head needs more than 0 epochs to learn.")
 
-    def head_names(self, layout: "StateLayout", model: nn.Module) -> set[str]:
+    def head_names(self, layout: StateLayout, model: nn.Module) -> set[str]:
         """The names of the head's tensors; raises `ValueError` when nothing is in it, or everything."""
         names = {slot.name for slot in layout.slots}
         if self.head is None:
@@ -63,7 +58,7 @@ class FedRep(Strategy):
         names = {slot.name for slot in server.layout.slots} | set(server.layout.integers)
         return names - self.head_names(server.layout, server.worker)
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         head = self.head_names(local.layout, local.worker)
         body = {name for name, _ in local.worker.named_parameters()} - head
         row_P, integers = self._with_head(local, task, task.kept), task.integers
@@ -84,11 +79,11 @@ class FedRep(Strategy):
         average_body_into_(server, uploads, self.head_names(server.layout, server.worker))
         return {}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         kept = kept_or_trained(self, local, task)
         return local.load(self._with_head(local, task, kept), task.integers)
 
-    def _with_head(self, local: "LocalTrainer", task: ClientTask, kept: dict[str, Tensor]) -> Tensor:
+    def _with_head(self, local: LocalTrainer, task: ClientTask, kept: dict[str, Tensor]) -> Tensor:
         """The received row with the client's own head, the received one if it has none yet."""
         row_P = task.received_P.clone()
         views = local.layout.views(row_P)

@@ -5,13 +5,13 @@ Learning for Heterogeneous Clients".
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
 from ..models import AdapterExpert
 from ..weights import (
     Payload,
@@ -27,12 +27,7 @@ from ..weights import (
     sub_places,
     take_held,
 )
-from .base import ClientTask, Server, Strategy, Uploads
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights.sub_models import Places
+from ..weights.sub_models import Places
 
 
 @dataclass
@@ -94,7 +89,7 @@ class FedRolex(Strategy):
             self.narrow_layout(server, capacity)
         server.tensors["round"] = torch.tensor(0)
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         sub, places = self.sub_model(local, task.client, task.round_index)
         received_P = take_held(task.received_P, local.layout, sub.layout, places)
         task.received_bytes = Payload(received_P, task.integers).num_bytes(sub.layout)
@@ -121,7 +116,7 @@ class FedRolex(Strategy):
         server.tensors["round"].fill_(round_index)
         return {"held_share": (counts_P > 0).sum().item() / server.layout.num_elements}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         sub, places = self.sub_model(local, task.client, int(server.tensors["round"]))
         model = sub.load(take_held(task.received_P, local.layout, sub.layout, places), task.integers)
         if self.capacity(task.client) == 1:
@@ -133,7 +128,7 @@ class FedRolex(Strategy):
         fold_scales_(model, local.worker)
         return model
 
-    def sub_model(self, local: "LocalTrainer", client: int, round_index: int) -> "tuple[LocalTrainer, Places]":
+    def sub_model(self, local: LocalTrainer, client: int, round_index: int) -> tuple[LocalTrainer, Places]:
         """The trainer of a client's narrower model, and where the model stands in the server's."""
         capacity, model = self.capacity(client), local.worker
         sub = local.of(f"capacity {capacity}", lambda: narrow_model(model, capacity))

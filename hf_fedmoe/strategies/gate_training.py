@@ -4,7 +4,7 @@ Shape suffixes: R reserved examples, B of a batch, b those of them that this pro
 K routed experts, C classes, H features.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from ..data import ReservedSet, has_batch_statistics, split_rows
+from ..federation import Processes, Server, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
-from .base import Server, Track, untracked
 from .server_training import ExpertOutputs
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import Processes
 
 
 def fit_gate(server: Server, cached: ExpertOutputs, reserved: ReservedSet, *settings: Any) -> dict[str, float]:
@@ -48,7 +44,7 @@ class GateFit:
         processes (`Processes`, *optional*): Those that train the gate together; this one alone if left out.
     """
 
-    def __init__(self, model: FedMoEPreTrainedModel, processes: "Processes | None" = None):
+    def __init__(self, model: FedMoEPreTrainedModel, processes: Processes | None = None):
         self.model = model
         self.index, self.count = (processes.index, processes.count) if processes else (0, 1)
         self._processes = processes

@@ -1,20 +1,15 @@
 """L2SGD: Hanzely and Richtárik 2020, "Federated Learning of a Mixture of Global and Local Models", Algorithm 1."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..weights import Payload
 from .mixing import mix_, move_global_
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights import Payload
 
 
 @dataclass
@@ -57,7 +52,7 @@ class L2SGD(Strategy):
     def shared(self, server: Server, round_index: int) -> frozenset[str] | None:
         return None if self.mixes(round_index) else frozenset()
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         if self.mixes(task.round_index):
             # No step, but the optimizer is this client's.
             local.begin(task.received_P, task.integers, 1, task.kept_optimizer)
@@ -81,7 +76,7 @@ class L2SGD(Strategy):
         mix_(server, rows_mP, server.bank_SP[:1], rows_mP.new_full((len(rows_mP), 1), self.pull))
         return dict(zip(uploads.clients, rows_mP, strict=True))
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         if "row_P" in task.kept:
             return local.load(task.kept["row_P"], task.integers)
         # One that never took part starts from the last mean.

@@ -1,16 +1,10 @@
 """Training without a federation: what every personalised method must beat."""
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights import Payload
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..weights import Payload
 
 
 class Local(Strategy):
@@ -24,7 +18,7 @@ class Local(Strategy):
     def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
         return server.bank_SP[0] if kept_P is None else kept_P
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         payload, _ = super().train_client(local, task)
         return payload, {"row_P": payload.row_P.clone()}
 
@@ -36,10 +30,10 @@ class Local(Strategy):
     ) -> dict[str, float]:
         return {}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         return local.load(kept_or_trained(self, local, task)["row_P"], task.integers)
 
 
-def kept_or_trained(strategy: Strategy, local: "LocalTrainer", task: ClientTask) -> dict[str, Tensor]:
+def kept_or_trained(strategy: Strategy, local: LocalTrainer, task: ClientTask) -> dict[str, Tensor]:
     """What a client keeps; one that keeps nothing, an unseen one say, does the training of one round first."""
     return task.kept or strategy.train_client(local, task)[1]

@@ -6,8 +6,8 @@ Shape suffixes: S rows that change, m rows that they take from, P elements of a 
 import torch
 from torch import Tensor
 
+from ..federation import Server, Uploads
 from ..weights import fuse_integers, fuse_models_
-from .base import Server, Uploads
 
 
 def mix_(server: Server, rows_SP: Tensor, others_mP: Tensor, weights_Sm: Tensor, keep_S: Tensor | None = None) -> None:

@@ -1,20 +1,15 @@
 """pFedMe: Dinh, Tran and Nguyen 2020, "Personalized Federated Learning with Moreau Envelopes", Algorithm 1."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads, held_near
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, held_near
+from ..weights import Payload
 from .local import kept_or_trained
 from .mixing import move_global_
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights import Payload
 
 
 @dataclass
@@ -55,7 +50,7 @@ class PFedMe(Strategy):
         if not 0 < self.beta <= 1:
             raise ValueError(f"`beta` is {self.beta}: give a share in (0, 1], 1 takes the clients' mean.")
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         w_P = task.received_P.clone()
         w = local.layout.views(w_P)
 
@@ -84,5 +79,5 @@ class PFedMe(Strategy):
         move_global_(server, uploads, torch.full_like(uploads.weights_m, share))
         return {}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         return local.load(kept_or_trained(self, local, task)["theta_P"], task.integers)

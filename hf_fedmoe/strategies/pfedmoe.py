@@ -5,13 +5,14 @@ Personalized Federated Learning".
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data import ReservedSet
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
 from ..models import (
     PairedExpertsConfig,
     PairedExpertsForImageClassification,
@@ -21,13 +22,8 @@ from ..models import (
     classification_head,
 )
 from ..weights import Payload, StateLayout
-from .base import ClientTask, Server, Strategy, Uploads
 from .fedrep import average_body_into_
 from .local import kept_or_trained
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
 
 
 @dataclass
@@ -123,7 +119,7 @@ class PFedMoE(Strategy):
         rates = {"shared": self.shared_rate, "gate": self.gate_rate}
         return {name: rates.get(name.split(".")[0], 1.0) for name, _ in model.named_parameters()}
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         pair, row_P, integers = self._pair(local, task, task.kept)
         trained = pair.train(task.dataset, row_P, integers, row_P, task.seed)
         state = pair.layout.views(row_P) | trained.integers
@@ -144,13 +140,13 @@ class PFedMoE(Strategy):
         average_body_into_(server, uploads, names - self.shared(server, round_index))
         return {}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         pair, row_P, integers = self._pair(local, task, kept_or_trained(self, local, task))
         return pair.load(row_P, integers)
 
     def _pair(
-        self, local: "LocalTrainer", task: ClientTask, kept: dict[str, Tensor]
-    ) -> "tuple[LocalTrainer, Tensor, dict[str, Tensor]]":
+        self, local: LocalTrainer, task: ClientTask, kept: dict[str, Tensor]
+    ) -> tuple[LocalTrainer, Tensor, dict[str, Tensor]]:
         """The client's trainer, and its model with the received G as a row and integers."""
         index = task.client % len(self.client_models)
 

@@ -1,19 +1,14 @@
 """q-FFL: Li et al. 2020, "Fair Resource Allocation in Federated Learning", Algorithm 2 (q-FedAvg)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data import ReservedSet
-from .base import ClientTask, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..weights import Payload
 from .mixing import move_global_, parameter_rows
-
-
-if TYPE_CHECKING:  # a room above this one
-    from ..federation import LocalTrainer
-    from ..weights import Payload
 
 
 @dataclass
@@ -36,7 +31,7 @@ class QFFL(Strategy):
         if self.q < 0:
             raise ValueError(f"`q` is {self.q}: give 0 (the mean of the clients) or more.")
 
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         start_loss = local.mean_loss(task.dataset, task.received_P, task.integers, task.seed)
         payload, kept = super().train_client(local, task)
         payload.metrics |= {"start_loss": start_loss, "learning_rate": local.args.learning_rate}

@@ -13,9 +13,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from ..data import ReservedSet, has_batch_statistics, split_rows
+from ..federation import Server, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..weights import StateLayout
-from .base import Server, Track, untracked
 
 
 def fine_tune(

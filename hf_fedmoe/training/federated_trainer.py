@@ -37,7 +37,6 @@ from ..federation import (
     StackedTrainer,
     Stream,
     Team,
-    ZeroGateFit,
     ZeroTrainer,
     check_start,
     load_federation,
@@ -47,7 +46,7 @@ from ..federation import (
 )
 from ..models import FedMoEPreTrainedModel, guard_narrow_convolutions
 from ..reporting import ClientScore, write_model_card
-from ..strategies import FedAvg, GateFit, Server, Strategy
+from ..strategies import FedAvg, GateFit, Server, Strategy, ZeroGateFit
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters, freeze_lora_a
 from .checkpointing import Checkpointing

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fedmoe.federation import Federation
+from hf_fedmoe.federation import Federation, average_into_
 from hf_fedmoe.federation.local_training import OPTIMIZER_PREFIX
 from hf_fedmoe.strategies import (
     APFL,
@@ -24,7 +24,6 @@ from hf_fedmoe.strategies import (
     Strategy,
     Uploads,
 )
-from hf_fedmoe.strategies.base import average_into_
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.training.adapters import add_adapter
 from hf_fedmoe.weights import COMPRESSIONS, StateLayout

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from hf_fedmoe.federation import ZeroGateFit
+from hf_fedmoe.strategies import ZeroGateFit
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import METHODS, trainer
 from tests.invariants.test_shared_batches import (

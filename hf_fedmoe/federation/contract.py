@@ -5,7 +5,7 @@ Shape suffixes: m participants of a round, P elements of a model's row, S rows o
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,9 @@ from transformers import PreTrainedModel
 
 from ..data import ReservedSet
 from ..models import as_expert
-from ..weights import StateLayout, fuse_integers, fuse_models_
-
-
-if TYPE_CHECKING:  # a room above this one, and what needs this file
-    from ..federation import LocalTrainer
-    from ..weights import Payload
-    from .gate_training import GateFit
+from ..weights import Payload, StateLayout, fuse_integers, fuse_models_
+from .local_training import LocalTrainer
+from .objective import LocalObjective, has_own_loss
 
 
 # From the server, its reserved set and an item to named tensors, see [`Server.share`].
@@ -55,7 +51,7 @@ class Server:
             trained: those of this one, and their places among all.
         hand_out (`Callable`, *optional*): Shares work out while several processes take the server's step.
         fuse_held (`Callable`, *optional*): [`Server.fuse_`] of what all processes hold, while they take it.
-        gate_fit ([`GateFit`], *optional*): By what all processes train a gate together, if they do.
+        gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
         join (`Callable`, *optional*): Has them all do one work together, with tensors of this process, while they take
             it.
         track (`Callable`, *optional*): From the items of a loop that takes long, and what it does, to the same items,
@@ -74,7 +70,7 @@ class Server:
     held: tuple[Tensor, list[int]] | None = None
     hand_out: Callable[[Work, Sequence[Any]], list[dict[str, Tensor]]] | None = None
     fuse_held: Callable[[Tensor, Tensor], None] | None = None
-    gate_fit: "GateFit | None" = None
+    gate_fit: Any = None
     join: Callable[[JointWork, dict[str, Tensor], Any], Any] | None = None
     track: Track = untracked
 
@@ -184,7 +180,7 @@ PROMISES = {
 }
 
 
-class Strategy:
+class Strategy(LocalObjective):
     """
     A federated method. This base class is plain federated averaging; a method overrides the hooks in which it differs.
 
@@ -234,23 +230,7 @@ class Strategy:
         """
         return server.bank_SP[0]
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], received: dict[str, Tensor]) -> Tensor:
-        """
-        The local objective on one batch: the model's own loss and [`Strategy.proximal_weight`] times half the
-        squared distance from `received`, the downloaded parameters by name.
-        """
-        return own_loss(model, batch) + held_near(model, received, self.proximal_weight)
-
-    @property
-    def proximal_weight(self) -> float:
-        """mu of the term mu / 2 ||w - w_received||^2 of the loss."""
-        return 0.0
-
-    def learning_rate_factors(self, model: nn.Module) -> dict[str, float]:
-        """By what the learning rate of a client's parameters is multiplied, by their names; 1 for those left out."""
-        return {}
-
-    def train_client(self, local: "LocalTrainer", task: ClientTask) -> "tuple[Payload, dict[str, Tensor]]":
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         """
         What a participant does: its upload, and tensors that stay with it until its next round. They are kept only if
         the upload is accepted.
@@ -289,7 +269,7 @@ class Strategy:
         """Rows `[P]` that stay with the participants until their next round; by default nothing stays."""
         return {}
 
-    def personal_model(self, server: Server, local: "LocalTrainer", task: ClientTask) -> nn.Module:
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         """
         The model that is evaluated for a client, in no round: by default the server's. `task.received_P` is row 0 of
         the bank and `task.kept` empty for a client that never took part, as are all that are kept unseen.
@@ -299,24 +279,6 @@ class Strategy:
     def needs_reserved_set(self) -> bool:
         """Whether [`Strategy.probe`], [`Strategy.update`] or [`Strategy.finish`] reads the reserved set."""
         return False
-
-
-def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the model's own loss on a batch."""
-    return model(**batch).loss
-
-
-def held_near(model: nn.Module, received: dict[str, Tensor], mu: float) -> Tensor | float:
-    """Returns mu / 2 ||w - w_received||^2 over the parameters that learn."""
-    if not mu:
-        return 0.0
-    learning = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return mu / 2 * sum((parameter - received[name]).square().sum() for name, parameter in learning)
-
-
-def has_own_loss(strategy: Strategy) -> bool:
-    """Whether clients train by the model's own loss and [`Strategy.proximal_weight`], whoever computes them."""
-    return type(strategy).loss is Strategy.loss and "loss" not in vars(strategy)
 
 
 def has_plain_clients(strategy: Strategy) -> bool:

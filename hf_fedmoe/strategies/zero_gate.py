@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from ..federation import Processes, ZeroEngine
 from ..models import FedMoEPreTrainedModel
-from ..strategies import GateFit
 from ..weights import StateLayout, copy_module
-from .processes import Processes
-from .zero_engine import ZeroEngine
+from .gate_training import GateFit
 
 
 class GateAndAlpha(nn.Module):
