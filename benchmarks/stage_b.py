@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.models import FedMoEForSequenceClassification, gating_entropy
-from hf_fedmoe.strategies import Server
+from hf_fedmoe.strategies import Server, ServerStep
 from hf_fedmoe.strategies.gate_training import GateFit, train_gate
 from hf_fedmoe.strategies.server_training import expert_outputs
 from hf_fedmoe.weights import StateLayout, collapse, fuse_, fusion
@@ -158,7 +158,7 @@ def gate_without_cache(server: Server, reserved: ReservedSet, epochs: int) -> No
 
 
 def gate_with_cache(server: Server, reserved: ReservedSet, epochs: int) -> None:
-    cached = expert_outputs(server, reserved)
+    cached = expert_outputs(ServerStep(server, reserved, 0, 0))
     train_gate(GateFit(server.model), cached, reserved, epochs, 1e-3, 0.0, 32, 1e-3, 0.0, seed=0)
 
 

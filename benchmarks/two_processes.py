@@ -22,19 +22,19 @@ from round import BATCH_SIZE, TOKENS, VOCAB_SIZE, random_clients
 from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
 from transformers.utils import logging
 
-from hf_fedmoe.federation import Federation, round
+from hf_fedmoe.federation import EachItsOwn, Federation, Together
 from hf_fedmoe.models import FedMoEForSequenceClassification
 from hf_fedmoe.strategies import FedAvg, FedMoE
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, federated_trainer
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
 
 
 METHODS = ("FedAvg", "Fed-MoE")
 STAGES = [
-    (Federation, "_train_clients", "clients"),
-    (Federation, "_train_together", "clients"),
-    (round, "take_step", "server"),
-    (Federation, "_synchronise", "synchronise"),
-    (federated_trainer, "take_step", "end"),
+    (EachItsOwn, "fit", "clients"),
+    (Together, "fit", "clients"),
+    (Federation, "server_step", "server"),
+    (Federation, "synchronise", "synchronise"),
+    (Federation, "finish", "end"),
 ]
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 FEW, MANY, WIDE = 4, 20, 512

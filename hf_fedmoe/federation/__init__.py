@@ -9,15 +9,16 @@ from .contract import (
     ClientTask,
     JointWork,
     Server,
+    ServerStep,
     Strategy,
     Track,
     Uploads,
     Work,
-    average_into_,
     has_plain_clients,
     untracked,
     warmed_up,
 )
+from .engines import EachItsOwn, Together
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
@@ -42,6 +43,7 @@ __all__ = [
     "ClientClock",
     "ClientStore",
     "ClientTask",
+    "EachItsOwn",
     "Federation",
     "FileDigest",
     "FolderLock",
@@ -52,11 +54,13 @@ __all__ = [
     "Processes",
     "RoundReport",
     "Server",
+    "ServerStep",
     "StackedTrainer",
     "StepBatches",
     "Strategy",
     "Stream",
     "Team",
+    "Together",
     "Track",
     "UnreadableManifestError",
     "Uploads",
@@ -64,7 +68,6 @@ __all__ = [
     "ZeroEngine",
     "ZeroTrainer",
     "atomic_directory",
-    "average_into_",
     "balance",
     "check_start",
     "client_number",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -19,16 +18,16 @@ from .local_training import LocalTrainer
 from .objective import LocalObjective, has_own_loss
 
 
-# From the server, its reserved set and an item to named tensors, see [`Server.share`].
-Work = Callable[["Server", ReservedSet | None, Any], dict[str, Tensor]]
-# From the server, its reserved set, tensors of the main process and settings to what that process wants to know.
-JointWork = Callable[["Server", ReservedSet | None, dict[str, Tensor], Any], Any]
-# From the items of a loop and what it does to these items, see [`Server.track`].
+# From the step and an item to named tensors, see [`ServerStep.share`].
+Work = Callable[["ServerStep", Any], dict[str, Tensor]]
+# From the step, tensors of the main process and settings to what that process wants to know.
+JointWork = Callable[["ServerStep", dict[str, Tensor], Any], Any]
+# From the items of a loop and what it does to these items, see [`ServerStep`].
 Track = Callable[[Collection, str], Iterable]
 
 
 def untracked(items: Collection, what: str) -> Iterable:
-    """The items of a loop that nobody watches."""
+    """Returns the items of a loop that nobody watches."""
     return items
 
 
@@ -47,15 +46,6 @@ class Server:
         weight_decay (`float`): Of every optimizer that runs on the server, as on the clients.
         num_examples (`int`): Training examples of all clients together.
         cache (`dict[str, Any]`): What the strategy can compute again; gone after a resume.
-        held (`tuple[Tensor, list[int]]`, *optional*): Where processes keep the uploads of the clients that they have
-            trained: those of this one, and their places among all.
-        hand_out (`Callable`, *optional*): Shares work out while several processes take the server's step.
-        fuse_held (`Callable`, *optional*): [`Server.fuse_`] of what all processes hold, while they take it.
-        gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
-        join (`Callable`, *optional*): Has them all do one work together, with tensors of this process, while they take
-            it.
-        track (`Callable`, *optional*): From the items of a loop that takes long, and what it does, to the same items,
-            for a bar of progress: `for batch in server.track(batches, "Training the gate")`.
     """
 
     model: PreTrainedModel
@@ -67,27 +57,6 @@ class Server:
     weight_decay: float = 0.0
     num_examples: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
-    held: tuple[Tensor, list[int]] | None = None
-    hand_out: Callable[[Work, Sequence[Any]], list[dict[str, Tensor]]] | None = None
-    fuse_held: Callable[[Tensor, Tensor], None] | None = None
-    gate_fit: Any = None
-    join: Callable[[JointWork, dict[str, Tensor], Any], Any] | None = None
-    track: Track = untracked
-
-    def share(self, work: Work, reserved: ReservedSet | None, items: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """
-        What `work(server, reserved, item)` returns for each item. When [`Strategy.update`] or [`Strategy.finish`] asks
-        for it, each process of a launch works on some of the items. It finds the models of the main process, which
-        takes the step, and nothing else of it; what it changes reaches that process in the returned tensors only.
-
-        Args:
-            work (`Callable`): A function of a module, so that all processes find it by its name.
-            reserved ([`~data.ReservedSet`], *optional*): Each process gives its own.
-            items (`Sequence`): What to do: small, and on the CPU.
-        """
-        if self.hand_out is None:
-            return [work(self, reserved, item) for item in items]
-        return self.hand_out(work, items)
 
     def beside_bank(self) -> Iterator[tuple[str, Tensor]]:
         """Gives what of the model's state is not in the bank and no frozen weight, with its names."""
@@ -99,43 +68,110 @@ class Server:
                 seen.add(memory)
                 yield name, tensor
 
-    def fuse_(self, uploads: "Uploads", weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
-        """bank <- keep * bank + weights @ uploads, wherever they are; returns what [`fuse_models_`] does."""
-        if self.fuse_held is None:
-            rows_mP = uploads.rows_mP if self.held is None else self.held[0]
-            return fuse_models_(self.bank_SP, rows_mP, weights_Sm, keep_S, self.layout)
-        self.fuse_held(weights_Sm, keep_S)
-        return torch.zeros(len(self.bank_SP))
-
 
 @dataclass
+class ServerStep:
+    """
+    What the server's step works with, besides what was uploaded. With several processes the main one takes the step,
+    and has the others help by [`ServerStep.share`] and [`ServerStep.join`].
+
+    Args:
+        server ([`Server`]): Changed by the step.
+        reserved ([`~data.ReservedSet`], *optional*): Each process has its own.
+        round_index (`int`): The round, from 0; after the last one, how many there were.
+        seed (`int`): Of everything random in it.
+        track (`Callable`, *optional*): From the items of a loop that takes long, and what it does, to the same items,
+            for a bar of progress: `for batch in step.track(batches, "Training the gate")`.
+        gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
+    """
+
+    server: Server
+    reserved: ReservedSet | None
+    round_index: int
+    seed: int
+    track: Track = untracked
+    gate_fit: Any = None
+
+    def share(self, work: Work, items: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """
+        Returns `work(step, item)` for each item, of which each process does some. It finds the models of the main
+        process, and nothing else of the step; what it changes reaches that process in the returned tensors only.
+
+        Args:
+            work (`Callable`): A function of a module, so that all processes find it by its name.
+            items (`Sequence`): What to do: small, and on the CPU.
+        """
+        return [work(self, item) for item in items]
+
+    def join(self, work: JointWork, tensors: dict[str, Tensor], settings: Any) -> Any:
+        """Returns `work(step, tensors, settings)`, which all processes do together, with the main one's models."""
+        return work(self, tensors, settings)
+
+
 class Uploads:
     """
     The sound uploads of one round.
 
     Args:
         clients (`list[int]`): The participants, in the order of the draw.
-        rows_mP (`Tensor` of shape `[m, P]`, *optional*): Their models; `None` where no process has all of them
-            (`client_parallelism="sums"`), and what there is of them is `mean_1P`, or [`Server.held`].
+        rows_mP (`Tensor` of shape `[m, P]`): Their models.
         integers (`list[dict[str, Tensor]]`): Their integer buffers.
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
         metrics (`list[dict[str, float]]`, *optional*): What they report.
-        mean_1P (`Tensor` of shape `[1, P]`, *optional*): The mean of their models by `weights_m`, instead of them.
         probed (`list[Tensor]`, *optional*): What [`Strategy.probe`] found of each.
     """
 
-    clients: list[int]
-    rows_mP: Tensor | None
-    integers: list[dict[str, Tensor]]
-    num_examples_m: Tensor
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    mean_1P: Tensor | None = None
-    probed: list[Tensor] = field(default_factory=list)
+    def __init__(
+        self,
+        clients: list[int],
+        rows_mP: Tensor | None,
+        integers: list[dict[str, Tensor]],
+        num_examples_m: Tensor,
+        metrics: Sequence[dict[str, float]] = (),
+        probed: Sequence[Tensor] = (),
+    ):
+        self.clients, self._rows_mP, self.integers, self.num_examples_m = clients, rows_mP, integers, num_examples_m
+        self.metrics, self.probed = list(metrics), list(probed)
+
+    @property
+    def rows_mP(self) -> Tensor:
+        """Their models, one in a row; for a method that `needs` "rows"."""
+        return self._rows_mP
+
+    def by_client(self) -> Iterable[tuple[int, Tensor]]:
+        """Gives the rows that are in this process with their clients: to tell who is at fault, not to compute with."""
+        return () if self._rows_mP is None else zip(self.clients, self._rows_mP, strict=True)
 
     @property
     def weights_m(self) -> Tensor:
         """n_c / sum(n)."""
         return self.num_examples_m / self.num_examples_m.sum()
+
+    def fuse_into_(self, server: Server, weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
+        """
+        bank <- keep * bank + weights @ uploads; returns what [`fuse_models_`] does. For a method that `needs` "rows"
+        or "fusion".
+        """
+        return fuse_models_(server.bank_SP, self._rows_mP, weights_Sm, keep_S, server.layout)
+
+    def average_into_(self, server: Server, num_examples: int | None = None) -> dict[str, float]:
+        """
+        bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1); returns what there is to log of it. n is what
+        the participants have, or `num_examples`: what is missing then to a sum of 1 is the weight of bank[0] as it
+        was.
+        """
+        sent = self.num_examples_m.sum()
+        n = sent if num_examples is None else num_examples
+        rows_mP, examples_m = self._summands()
+        lost_S = fuse_models_(
+            server.bank_SP[:1], rows_mP, (examples_m / n)[None], ((n - sent) / n)[None], server.layout
+        )
+        server.integers[0] = fuse_integers(self.integers, self.weights_m)
+        return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
+
+    def _summands(self) -> tuple[Tensor, Tensor]:
+        """The rows of the mean, and how many examples each stands for."""
+        return self._rows_mP, self.num_examples_m
 
 
 @dataclass
@@ -174,10 +210,11 @@ class ClientTask:
 PROMISES = {
     "compressible": ("download",),
     "keeps_optimizer": ("train_client",),
-    "averages": ("update", "synchronise"),
-    "fuses": ("update", "synchronise"),
+    "needs": ("update", "synchronise"),
     "shares_batches": ("train_client", "loss"),
 }
+# What a flag says where nothing is promised.
+NO_PROMISE = {"needs": "rows"}
 
 
 class Strategy(LocalObjective):
@@ -193,10 +230,9 @@ class Strategy(LocalObjective):
     compressible: bool = True
     # Whether a client can go on with the optimizer state of its last round.
     keeps_optimizer: bool = True
-    # Whether the server does nothing with the uploaded rows but average them by examples, [`average_into_`].
-    averages: bool = True
-    # Whether it does nothing with them but `Server.fuse_`, after `probe`.
-    fuses: bool = False
+    # What the server does with the models that were uploaded, after `probe`: "rows" (anything), "fusion" (nothing but
+    # `Uploads.fuse_into_`) or "mean" (nothing but `Uploads.average_into_`).
+    needs: str = "mean"
     # Whether processes may train a client together: the loss of a batch is the mean of those of its rows, but for
     # terms of the parameters, and clients have the server's model or a part of it.
     shares_batches: bool = True
@@ -210,7 +246,7 @@ class Strategy(LocalObjective):
 
         for flag, hooks in PROMISES.items():
             if min(map(place, hooks)) < place(flag):
-                setattr(cls, flag, False)
+                setattr(cls, flag, NO_PROMISE.get(flag, False))
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
@@ -256,13 +292,11 @@ class Strategy(LocalObjective):
         """
         return None
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
-        """The server's step: changes `server` in place and returns what is worth logging."""
-        return average_into_(server, uploads)
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
+        """Takes the server's step: changes `server` in place and returns what is worth logging."""
+        return uploads.average_into_(server)
 
-    def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
+    def finish(self, server: Server, step: ServerStep) -> None:
         """Called once after the last round."""
 
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
@@ -284,22 +318,6 @@ class Strategy(LocalObjective):
 def has_plain_clients(strategy: Strategy) -> bool:
     """Tells whether clients only train, by a loss of which [`has_own_loss`] is true: whoever computes it may."""
     return type(strategy).train_client is Strategy.train_client and has_own_loss(strategy)
-
-
-def average_into_(server: Server, uploads: Uploads, num_examples: int | None = None) -> dict[str, float]:
-    """
-    bank[0] <- sum_c n_c / n M_c (McMahan et al. 2017, Algorithm 1), and what there is to log of it. n is what the
-    participants have, or `num_examples`: what is missing then to a sum of 1 is the weight of bank[0] as it was.
-    """
-    sent = uploads.num_examples_m.sum()
-    n = sent if num_examples is None else num_examples
-    rows_mP, weights_m = uploads.rows_mP, uploads.num_examples_m / n
-    if uploads.mean_1P is not None:
-        rows_mP, weights_m = uploads.mean_1P, (sent / n)[None]
-    keep_S = ((n - sent) / n)[None]
-    lost_S = fuse_models_(server.bank_SP[:1], rows_mP, weights_m[None], keep_S, server.layout)
-    server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
-    return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
 
 
 def warmed_up(rate: float, round_index: int) -> float:

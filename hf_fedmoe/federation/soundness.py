@@ -5,8 +5,8 @@ Shape suffixes: m participants, P elements of a row.
 """
 
 import operator
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..data import ReservedSet
 from ..weights import Payload, StateLayout, all_finite, negative_variance, payload_fault
-from .contract import ClientTask, Server, Strategy, Uploads
+from .contract import ClientTask, Server, ServerStep, Strategy, Uploads
 from .local_training import OPTIMIZER_PREFIX, LocalTrainer
+from .uploads import NotKeptError
 
 
 class BrokenPromiseError(RuntimeError):
@@ -153,7 +154,8 @@ def check_probes(strategy: Strategy, probed: list[Tensor | None]) -> None:
 
 def rows_to_keep(strategy: Strategy, server: Server, uploads: Uploads) -> dict[int, Tensor]:
     """Returns what `synchronise` leaves with participants; raises [`BrokenPromiseError`] unless it is theirs."""
-    rows = strategy.synchronise(server, uploads)
+    with kept_needs(strategy, "synchronise"):
+        rows = strategy.synchronise(server, uploads)
     if not isinstance(rows, dict):
         fault = f"`synchronise` gives a {type(rows).__name__}, where a dict from clients to rows is due"
         raise BrokenPromiseError(strategy, fault)
@@ -179,39 +181,38 @@ def _row(strategy: Strategy, gives: str, row_P: Any, layout: StateLayout) -> Ten
 
 
 def sound_update(
-    strategy: Strategy,
-    server: Server,
-    uploads: Uploads,
-    reserved: ReservedSet | None,
-    round_index: int,
-    seed: int,
-    computes: Callable[[nn.Module], bool],
+    strategy: Strategy, uploads: Uploads, step: ServerStep, computes: Callable[[nn.Module], bool]
 ) -> dict[str, float]:
     """
     Takes a round's step, and raises `RuntimeError` unless the server is sound after it.
 
     Args:
-        strategy, server, uploads, reserved, round_index, seed: As in [`Strategy.update`].
+        strategy, uploads, step: As in [`Strategy.update`].
         computes (`Callable`): Tells of a model whether what it computes is finite, see [`computes_finite`].
     """
-    try:
-        report = strategy.update(server, uploads, reserved, round_index, seed)
-    except (AttributeError, TypeError) as error:
-        if uploads.rows_mP is not None:
-            raise
-        flag, calls = ("averages", "average_into_") if uploads.mean_1P is not None else ("fuses", "Server.fuse_")
-        fault = f"`{flag}` is True, but `update` does more with the uploads than `{calls}`: {error}"
-        raise BrokenPromiseError(strategy, fault) from error
+    server = step.server
+    with kept_needs(strategy, "update"):
+        report = strategy.update(server, uploads, step)
     if fault := _fault_of_numbers(report, "its report"):
         raise BrokenPromiseError(strategy, f"`update` {fault}")
     check_state(strategy, server)
     if (fault := server_fault(server, computes)) is None:
         return report
-    alone = [] if uploads.rows_mP is None else suspects(server, uploads, computes)
+    alone = suspects(server, uploads, computes)
     raise RuntimeError(
-        f"The server is not sound after its step of round {round_index + 1}, in which the clients {uploads.clients} "
-        f"took part: {fault}.{f' So are the models that {alone} sent.' if alone else ''} {REMEDY}"
+        f"The server is not sound after its step of round {step.round_index + 1}, in which the clients "
+        f"{uploads.clients} took part: {fault}.{f' So are the models that {alone} sent.' if alone else ''} {REMEDY}"
     )
+
+
+@contextmanager
+def kept_needs(strategy: Strategy, hook: str) -> Iterator[None]:
+    """Raises [`BrokenPromiseError`] when a hook asks for more of the uploads than its method `needs`."""
+    try:
+        yield
+    except NotKeptError as error:
+        fault = f"`needs` is {strategy.needs!r}, but `{hook}` does more with the uploads: {error}"
+        raise BrokenPromiseError(strategy, fault) from error
 
 
 def check_start(strategy: Strategy, server: Server) -> None:
@@ -221,16 +222,10 @@ def check_start(strategy: Strategy, server: Server) -> None:
         raise ValueError(f"`model` cannot be trained: {fault}. Load another checkpoint of it.")
 
 
-def sound_finish(
-    strategy: Strategy,
-    server: Server,
-    reserved: ReservedSet | None,
-    seed: int,
-    computes: Callable[[nn.Module], bool],
-) -> None:
+def sound_finish(strategy: Strategy, step: ServerStep, computes: Callable[[nn.Module], bool]) -> None:
     """Takes the step after the last round; arguments and errors are those of [`sound_update`]."""
-    strategy.finish(server, reserved, seed)
-    if fault := server_fault(server, computes):
+    strategy.finish(step.server, step)
+    if fault := server_fault(step.server, computes):
         raise RuntimeError(f"The server is not sound after what {strategy.name!r} does last: {fault}. {REMEDY}")
 
 
@@ -280,7 +275,7 @@ def server_fault(server: Server, computes: Callable[[nn.Module], bool]) -> str |
 def suspects(server: Server, uploads: Uploads, computes: Callable[[nn.Module], bool]) -> list[int]:
     """Returns the clients whose models are unsound by themselves."""
     found = []
-    for client, row_P in zip(uploads.clients, uploads.rows_mP, strict=True):
+    for client, row_P in uploads.by_client():
         server.layout.write(row_P, server.worker)
         if not computes(server.worker):
             found.append(client)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
 from .mixing import move_global_
 
@@ -42,9 +41,7 @@ class AFL(Strategy):
         payload.metrics["start_loss"] = start_loss
         return payload, kept
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         lambda_M = server.tensors["lambda_M"]
         lambda_m = lambda_M[uploads.clients]
         # Participants who weigh nothing teach the server nothing.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, average_into_
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from .mixing import mix_, parameter_rows
 
 
@@ -53,9 +52,7 @@ class ClusteredFL(Strategy):
     def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
         return server.tensors["clusters_KP"][server.tensors["cluster_M"][client]]
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         cluster_M = server.tensors["cluster_M"]
         cluster_m = cluster_M[uploads.clients].clone()
         for cluster in cluster_m.unique().tolist():
@@ -69,7 +66,7 @@ class ClusteredFL(Strategy):
                 cluster_M[[uploads.clients[place] for place in part]] = new
                 self._average(server, uploads, new, part)
             self._average(server, uploads, cluster, [place for place in places if place not in part])
-        average_into_(server, uploads)
+        uploads.average_into_(server)
         return {"clusters": float(len(server.tensors["clusters_KP"]))}
 
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:

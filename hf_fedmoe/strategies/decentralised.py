@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from .mixing import mix_, move_global_
 
 
@@ -58,9 +57,7 @@ class Decentralised(Strategy):
     def links(self, server: Server, client: int, participants: list[int]) -> int:
         return int(server.tensors["linked_MM"][client, participants].sum())
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         move_global_(server, uploads, torch.full_like(uploads.weights_m, 1 / len(uploads.clients)))
         distance_m = (uploads.rows_mP - server.bank_SP[:1]).norm(dim=1)
         return {"disagreement": distance_m.mean().item()}

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data import ReservedSet
-from ..federation import Server, Strategy, Uploads, average_into_, warmed_up
+from ..federation import Server, ServerStep, Strategy, Uploads, warmed_up
 from ..weights import fuse_models_
 from .server_training import fine_tune
 
@@ -37,7 +36,7 @@ class FedAvgReserved(Strategy):
     learning_rate: float = 1e-4
     batch_size: int = 32
     name = "fedavg_reserved"
-    averages = True
+    needs = "mean"
 
     def __post_init__(self) -> None:
         if self.when not in ("round", "end"):
@@ -51,22 +50,20 @@ class FedAvgReserved(Strategy):
     def needs_reserved_set(self) -> bool:
         return True
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
-        report = average_into_(server, uploads)
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
+        report = uploads.average_into_(server)
         if self.when == "end":
             return report
-        return report | {"reserved_loss": self.fine_tune(server, reserved, seed)}
+        return report | {"reserved_loss": self.fine_tune(server, step)}
 
-    def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
+    def finish(self, server: Server, step: ServerStep) -> None:
         if self.when == "end":
-            self.fine_tune(server, reserved, seed)
+            self.fine_tune(server, step)
 
-    def fine_tune(self, server: Server, reserved: ReservedSet, seed: int) -> float:
+    def fine_tune(self, server: Server, step: ServerStep) -> float:
         """The server's training by itself; returns its mean loss."""
-        settings = (self.epochs, self.learning_rate, server.weight_decay, self.batch_size, seed)
-        return fine_tune(server.model, reserved, *settings, track=server.track)
+        settings = (self.epochs, self.learning_rate, server.weight_decay, self.batch_size, step.seed)
+        return fine_tune(server.model, step.reserved, *settings, track=step.track)
 
 
 @dataclass
@@ -80,7 +77,7 @@ class FedAvgMovingAverage(Strategy):
 
     rate: float = 0.3
     name = "fedavg_moving_average"
-    averages = True
+    needs = "mean"
     compressible = True
 
     def __post_init__(self) -> None:
@@ -93,14 +90,12 @@ class FedAvgMovingAverage(Strategy):
     def download(self, server: Server, client: int, kept_P: torch.Tensor | None) -> torch.Tensor:
         return server.tensors["mean_P"]
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         average_SP = server.bank_SP.clone()
         server.bank_SP[0].copy_(server.tensors["mean_P"])  # the mean goes on from what the clients received
-        report = average_into_(server, uploads)
+        report = uploads.average_into_(server)
         server.tensors["mean_P"].copy_(server.bank_SP[0])
-        rate_1 = torch.full((1,), warmed_up(self.rate, round_index), device=average_SP.device)
+        rate_1 = torch.full((1,), warmed_up(self.rate, step.round_index), device=average_SP.device)
         fuse_models_(average_SP, server.bank_SP, rate_1[None], 1 - rate_1, server.layout)
         server.bank_SP.copy_(average_SP)
         return report

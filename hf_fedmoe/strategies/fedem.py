@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, average_into_
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import EnsemblePreTrainedModel
 from ..weights import Payload
 
@@ -40,7 +39,7 @@ class FedEM(Strategy):
     num_em_steps: int = 1
     include_absent: bool = False
     name = "fedem"
-    averages = True
+    needs = "mean"
     keeps_optimizer = True
     shares_batches = True
 
@@ -69,12 +68,10 @@ class FedEM(Strategy):
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
         return local.train(*args, loss=loss), {"pi_M": pi_M}
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         mixture_M = server.layout.views(server.bank_SP[0])["mixture_M"]
         before_M = mixture_M.clone()
-        average_into_(server, uploads, server.num_examples if self.include_absent else None)
+        uploads.average_into_(server, server.num_examples if self.include_absent else None)
         mixture_M.copy_(before_M)  # nobody sent one: not even the rounding of a mean may change it
         return {}
 

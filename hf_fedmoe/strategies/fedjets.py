@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
 from transformers import PreTrainedModel
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import FedMoEPreTrainedModel, dense_mixture
 from ..weights import Payload, StateLayout, fuse_, fuse_integers
 
@@ -147,9 +146,7 @@ class FedJETs(Strategy):
             features_NH = torch.cat(features)
             return features_NH, model.gate_logits(features_NH, {}).softmax(-1).sum(0)
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         average_part_(server, uploads, "gate.", uploads.num_examples_m)
         report = {}
         for k in range(server.model.config.num_routed_experts):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import ReservedSet
-from ..federation import Server, Strategy, Uploads, warmed_up
+from ..federation import Server, ServerStep, Strategy, Uploads, warmed_up
 from ..models import FedMoEPreTrainedModel, gating_entropy
 from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
 from .gate_training import fit_gate
@@ -153,8 +153,8 @@ class FedMoE(Strategy):
         self.settings.resolve_preset()
 
     @property
-    def fuses(self) -> bool:
-        return self.settings.synchronisation in ("download_main", "download_mixture")
+    def needs(self) -> str:
+        return "fusion" if self.settings.synchronisation in ("download_main", "download_mixture") else "rows"
 
     def needs_reserved_set(self) -> bool:
         return True
@@ -190,44 +190,41 @@ class FedMoE(Strategy):
         """P_y of one client, which Eq. 4 correlates with the gate."""
         return probe(server.worker, server.layout, row_P, reserved)
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         """Stage B, and the part of Stage C that the server needs (Eq. 11-12)."""
         settings, model = self.settings, server.model
         if "outputs" not in server.cache:
-            server.cache["outputs"] = expert_outputs(server, reserved)
+            server.cache["outputs"] = expert_outputs(step)
         P_y_mR = torch.stack(uploads.probed)
         report, steps_TSm = {}, []
         # T fusions of the same uploads are one fusion of what was before: LoRA experts are cut to their rank once.
         before_SP = server.bank_SP.clone() if server.layout.lora and not settings.expert_epochs else None
         for iteration in range(settings.server_iterations):
-            Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
+            Q_RK = gate_probabilities(model, server.cache["outputs"], step.reserved)
             W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
-            steps_TSm.append(self._weights(server, uploads, W_Km.softmax(1), round_index))
+            steps_TSm.append(self._weights(server, uploads, W_Km.softmax(1), step.round_index))
             if before_SP is None:
-                report |= self._fuse(server, uploads, steps_TSm[-1:], round_index)
+                report |= self._fuse(server, uploads, steps_TSm[-1:], step.round_index)
             else:
                 server.bank_SP.copy_(before_SP)
-                report |= self._fuse(server, uploads, steps_TSm, round_index)
+                report |= self._fuse(server, uploads, steps_TSm, step.round_index)
             if settings.expert_epochs:
-                report |= self._fine_tune(server, reserved, Q_RK, settings.expert_epochs, seed + iteration)
-            server.cache["outputs"] = expert_outputs(server, reserved)
+                report |= self._fine_tune(step, Q_RK, settings.expert_epochs, step.seed + iteration)
+            server.cache["outputs"] = expert_outputs(step)
             report |= fit_gate(
-                server,
+                step,
                 server.cache["outputs"],
-                reserved,
                 settings.gate_epochs,
                 settings.gate_learning_rate,
                 server.weight_decay,
                 settings.gate_batch_size,
                 settings.entropy_weight,
                 settings.balance_weight,
-                seed + iteration,
+                step.seed + iteration,
             )
         if settings.download_epochs:
-            report |= self._fine_tune_start(server, reserved, seed)
-        Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
+            report |= self._fine_tune_start(server, step)
+        Q_RK = gate_probabilities(model, server.cache["outputs"], step.reserved)
         W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
         server.cache["mixture_Sm"] = client_mixture(W_Km, model.alpha.detach(), model.config.num_main_experts)
         if "mixture_SM" in server.tensors:
@@ -239,10 +236,10 @@ class FedMoE(Strategy):
             **{f"expert_{k}_share": share.item() for k, share in enumerate(share_K)},
         }
 
-    def finish(self, server: Server, reserved: ReservedSet | None, seed: int) -> None:
+    def finish(self, server: Server, step: ServerStep) -> None:
         if self.settings.final_expert_epochs:
-            Q_RK = gate_probabilities(server.model, expert_outputs(server, reserved), reserved)
-            self._fine_tune(server, reserved, Q_RK, self.settings.final_expert_epochs, seed)
+            Q_RK = gate_probabilities(server.model, expert_outputs(step), step.reserved)
+            self._fine_tune(step, Q_RK, self.settings.final_expert_epochs, step.seed)
 
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
         """M_j <- lambda M_j + (1 - lambda) sum_s W^c_sj E_s for the participants (Eq. 13)."""
@@ -285,7 +282,7 @@ class FedMoE(Strategy):
     def _fuse(self, server: Server, uploads: Uploads, steps_TSm: list[Tensor], round_index: int) -> dict[str, float]:
         """E_s <- (1 - lambda_s) E_s + sum_j weights_sj M_j (Eq. 6), for each of the steps in turn."""
         weights_Sm, keep_S = collapse(torch.stack(steps_TSm), 1 - self._rate(server, round_index))
-        lost_S = server.fuse_(uploads, weights_Sm, keep_S)
+        lost_S = uploads.fuse_into_(server, weights_Sm, keep_S)
         server.integers[:] = [fuse_integers(uploads.integers, weights_m) for weights_m in steps_TSm[-1]]
         if not server.layout.lora:
             return {}
@@ -293,32 +290,30 @@ class FedMoE(Strategy):
         names = [f"main_{s}" for s in range(num_main)] + [f"expert_{k}" for k in range(len(lost_S) - num_main)]
         return {f"{name}_discarded_energy": lost.item() for name, lost in zip(names, lost_S, strict=True)}
 
-    def _fine_tune_start(self, server: Server, reserved: ReservedSet, seed: int) -> dict[str, float]:
+    def _fine_tune_start(self, server: Server, step: ServerStep) -> dict[str, float]:
         """A copy of the main expert, trained on the reserved set, for the next round's participants."""
         settings = self.settings
         server.layout.write(self._main(server), server.worker)
         loss = fine_tune(
             server.worker,
-            reserved,
+            step.reserved,
             settings.download_epochs,
             settings.expert_learning_rate,
             server.weight_decay,
             settings.gate_batch_size,
-            seed,
-            track=server.track,
+            step.seed,
+            track=step.track,
             what="Fine-tuning the clients' start",
         )
         server.tensors["start_P"] = server.layout.read(server.worker)
         return {"start_loss": loss}
 
-    def _fine_tune(
-        self, server: Server, reserved: ReservedSet, Q_RK: Tensor, epochs: int, seed: int
-    ) -> dict[str, float]:
+    def _fine_tune(self, step: ServerStep, Q_RK: Tensor, epochs: int, seed: int) -> dict[str, float]:
         """Every expert by itself; in a routed one the examples that the gate sends it weigh more (one on average)."""
-        weights = [None] * server.model.config.num_main_experts
+        weights = [None] * step.server.model.config.num_main_experts
         for own_R in Q_RK.T:
             # Half of its attention is for all examples: on its own ones alone, few as they are, it gets worse.
             weights.append(0.5 + 0.5 * own_R / own_R.mean().clamp_min(1e-6))
         rate, batch_size = self.settings.expert_learning_rate, self.settings.gate_batch_size
-        losses = fine_tune_experts(server, reserved, weights, epochs, rate, batch_size, seed)
+        losses = fine_tune_experts(step, weights, epochs, rate, batch_size, seed)
         return {"expert_loss": sum(losses) / len(losses)}

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, average_into_
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import AdapterExpert
 from ..weights import Payload, StateLayout
 from .local import kept_or_trained
@@ -28,7 +27,7 @@ class FedRep(Strategy):
     head: tuple[str, ...] | None = None
     head_epochs: float = 1.0
     name = "fedrep"
-    averages = True
+    needs = "mean"
     keeps_optimizer = True
     shares_batches = True
 
@@ -73,9 +72,7 @@ class FedRep(Strategy):
         views = local.layout.views(payload.row_P)
         return payload, {name: views[name].clone() for name in head}
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         average_body_into_(server, uploads, self.head_names(server.layout, server.worker))
         return {}
 
@@ -97,7 +94,7 @@ def average_body_into_(server: Server, uploads: Uploads, head: set[str]) -> None
     """As [`average_into_`], for models whose `head`, a set of names, stays with the clients."""
     views = server.layout.views(server.bank_SP[0])
     before = {name: views[name].clone() for name in head}
-    average_into_(server, uploads)
+    uploads.average_into_(server)
     # No client sent one: not even the rounding of a mean of equal values may change the server's.
     for name, tensor in before.items():
         views[name].copy_(tensor)

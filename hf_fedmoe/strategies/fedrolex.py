@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import AdapterExpert
 from ..weights import (
     Payload,
@@ -100,20 +99,18 @@ class FedRolex(Strategy):
         payload.row_P = task.out_P
         return payload, {}
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         statistics = {slot.name for pair in server.layout.batchnorm for slot in pair}
         places_m = []
         for capacity in map(self.capacity, uploads.clients):
-            narrow, shift = self.narrow_layout(server, capacity), self.shift(round_index)
+            narrow, shift = self.narrow_layout(server, capacity), self.shift(step.round_index)
             places = sub_places(server.worker.config, server.layout, narrow, shift, server.bank_SP.device)
             if capacity < max(self.capacities):
                 places = {name: place for name, place in places.items() if name not in statistics}
             places_m.append(places)
         counts_P = average_held_(server.bank_SP[0], uploads.rows_mP, places_m, server.layout)
         server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)
-        server.tensors["round"].fill_(round_index)
+        server.tensors["round"].fill_(step.round_index)
         return {"held_share": (counts_P > 0).sum().item() / server.layout.num_elements}
 
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:

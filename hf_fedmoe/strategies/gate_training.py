@@ -12,24 +12,22 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
 from ..data import ReservedSet, has_batch_statistics, split_rows
-from ..federation import Processes, Server, Track, untracked
+from ..federation import Processes, ServerStep, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
 from .server_training import ExpertOutputs
 
 
-def fit_gate(server: Server, cached: ExpertOutputs, reserved: ReservedSet, *settings: Any) -> dict[str, float]:
+def fit_gate(step: ServerStep, cached: ExpertOutputs, *settings: Any) -> dict[str, float]:
     """[`train_gate`], by all processes if they work together and the gate is more than a layer on features."""
-    if server.join is None or cached.features_RH is not None:
-        return train_gate(GateFit(server.model), cached, reserved, *settings, track=server.track)
-    return server.join(_fit_gate_together, {"logits_RSC": cached.logits_RSC}, settings)
+    if step.gate_fit is None or cached.features_RH is not None:
+        return train_gate(GateFit(step.server.model), cached, step.reserved, *settings, track=step.track)
+    return step.join(_fit_gate_together, {"logits_RSC": cached.logits_RSC}, settings)
 
 
-def _fit_gate_together(
-    server: Server, reserved: ReservedSet, tensors: dict[str, Tensor], settings: tuple[Any, ...]
-) -> dict[str, float]:
+def _fit_gate_together(step: ServerStep, tensors: dict[str, Tensor], settings: tuple[Any, ...]) -> dict[str, float]:
     outputs = ExpertOutputs(tensors["logits_RSC"], None)
-    return train_gate(server.gate_fit, outputs, reserved, *settings, track=server.track)
+    return train_gate(step.gate_fit, outputs, step.reserved, *settings, track=step.track)
 
 
 class GateFit:
@@ -126,8 +124,8 @@ def train_gate(
     """
     Trains the gate and alpha, and nothing else, on the experts' cached outputs (Fed-MoE Eq. 7-9).
 
-    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform). `track` ([`Server.track`])
-    watches the epochs.
+    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform). `track` watches
+    the epochs, see [`ServerStep`].
 
     Returns:
         `dict[str, float]`: The mean `gate_loss` of the last epoch, and `gate_grad_norm`, the mean gradient norm.

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
 from .mixing import mix_, move_global_
 
@@ -61,10 +60,8 @@ class L2SGD(Strategy):
         payload, _ = super().train_client(local, task)
         return payload, {"row_P": payload.row_P.clone()}
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
-        server.cache["mixed"] = self.mixes(round_index)
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
+        server.cache["mixed"] = self.mixes(step.round_index)
         if server.cache["mixed"]:
             move_global_(server, uploads, uploads.weights_m)
         return {"mixed": float(server.cache["mixed"])}

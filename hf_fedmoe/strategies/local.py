@@ -2,8 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
 
 
@@ -25,9 +24,7 @@ class Local(Strategy):
     def shared(self, server: Server, round_index: int) -> frozenset[str]:
         return frozenset()
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         return {}
 
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:

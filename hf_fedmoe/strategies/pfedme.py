@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads, held_near
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads, held_near
 from ..weights import Payload
 from .local import kept_or_trained
 from .mixing import move_global_
@@ -71,9 +70,7 @@ class PFedMe(Strategy):
         payload.row_P.copy_(w_P)
         return payload, {"theta_P": theta_P}
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         """w <- (1 - beta) w + beta / m sum_c w_c."""
         share = self.beta / len(uploads.clients)
         move_global_(server, uploads, torch.full_like(uploads.weights_m, share))

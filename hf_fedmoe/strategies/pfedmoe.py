@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import (
     PairedExpertsConfig,
     PairedExpertsForImageClassification,
@@ -54,7 +53,7 @@ class PFedMoE(Strategy):
     shared_rate: float = 1.0
     gate_rate: float = 1.0
     name = "pfedmoe"
-    averages = True
+    needs = "mean"
 
     def __post_init__(self) -> None:
         if not self.client_models:
@@ -133,11 +132,9 @@ class PFedMoE(Strategy):
         stays = {name: tensor.clone() for name, tensor in state.items() if not name.startswith("shared.")}
         return Payload(task.out_P, counts, trained.num_examples, trained.metrics), stays
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         names = {slot.name for slot in server.layout.slots}
-        average_body_into_(server, uploads, names - self.shared(server, round_index))
+        average_body_into_(server, uploads, names - self.shared(server, step.round_index))
         return {}
 
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data import ReservedSet
-from ..federation import ClientTask, LocalTrainer, Server, Strategy, Uploads
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
 from .mixing import move_global_, parameter_rows
 
@@ -37,9 +36,7 @@ class QFFL(Strategy):
         payload.metrics |= {"start_loss": start_loss, "learning_rate": local.args.learning_rate}
         return payload, kept
 
-    def update(
-        self, server: Server, uploads: Uploads, reserved: ReservedSet | None, round_index: int, seed: int
-    ) -> dict[str, float]:
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         eta = uploads.metrics[0]["learning_rate"]
         losses = [metrics["start_loss"] for metrics in uploads.metrics]
         # A loss of 0 to a negative power would be infinite.

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from ..data import ReservedSet, has_batch_statistics, split_rows
-from ..federation import Server, Track, untracked
+from ..federation import ServerStep, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..weights import StateLayout
 
@@ -80,8 +80,7 @@ def _cross_entropy(
 
 
 def fine_tune_experts(
-    server: Server,
-    reserved: ReservedSet,
+    step: ServerStep,
     weights: list[Tensor | None],
     epochs: int,
     learning_rate: float,
@@ -89,22 +88,24 @@ def fine_tune_experts(
     seed: int,
 ) -> list[float]:
     """[`fine_tune`] of each expert by itself, with its own weights `[R]` of the examples; returns their losses."""
+    server = step.server
     settings = (epochs, learning_rate, server.weight_decay, batch_size, seed)
     items = [(s, *settings, None if weights_R is None else weights_R.cpu()) for s, weights_R in enumerate(weights)]
-    tuned = server.share(_fine_tune_expert, reserved, items)
+    tuned = step.share(_fine_tune_expert, items)
     for row_P, expert, found in zip(server.bank_SP, server.model.experts, tuned, strict=True):
         row_P.copy_(found["row_P"])  # the same memory if it was trained here
         server.layout.write_integers(found, expert)
     return [found["loss"].item() for found in tuned]
 
 
-def _fine_tune_expert(server: Server, reserved: ReservedSet, item: tuple[Any, ...]) -> dict[str, Tensor]:
+def _fine_tune_expert(step: ServerStep, item: tuple[Any, ...]) -> dict[str, Tensor]:
     s, *settings, weights_R = item
+    server, reserved = step.server, step.reserved
     expert = server.model.experts[s]
     if weights_R is not None:
         weights_R = weights_R.to(reserved.labels_R.device)
     what = f"Fine-tuning expert {s + 1}/{len(server.bank_SP)}"
-    loss = fine_tune(expert, reserved, *settings, weights_R, server.track, what)
+    loss = fine_tune(expert, reserved, *settings, weights_R, step.track, what)
     return {**server.layout.read_integers(expert), "row_P": server.bank_SP[s], "loss": torch.tensor(loss)}
 
 
@@ -126,9 +127,9 @@ class ExpertOutputs:
     features_RH: Tensor | None
 
 
-def expert_outputs(server: Server, reserved: ReservedSet) -> ExpertOutputs:
+def expert_outputs(step: ServerStep) -> ExpertOutputs:
     """One dense pass of every expert over the reserved set, batch by batch."""
-    outputs = server.share(_outputs_of_batch, reserved, range(len(reserved.inputs)))
+    outputs = step.share(_outputs_of_batch, range(len(step.reserved.inputs)))
     features = [found["features_BH"] for found in outputs if "features_BH" in found]
     return ExpertOutputs(
         torch.cat([found["logits_BSC"] for found in outputs]), torch.cat(features) if features else None
@@ -136,7 +137,8 @@ def expert_outputs(server: Server, reserved: ReservedSet) -> ExpertOutputs:
 
 
 @torch.no_grad()
-def _outputs_of_batch(server: Server, reserved: ReservedSet, index: int) -> dict[str, Tensor]:
+def _outputs_of_batch(step: ServerStep, index: int) -> dict[str, Tensor]:
+    server, reserved = step.server, step.reserved
     with reserved.autocast():
         logits_BSC, features_BH = server.model.eval().expert_outputs(reserved.inputs[index])
     found = {"logits_BSC": logits_BSC.float()}

@@ -56,10 +56,12 @@ def check_run(
             f"`keep_client_optimizer` is True, but {strategy.name!r} does not promise to go on with an optimizer "
             "(`keeps_optimizer`): leave it out."
         )
-    if args.client_parallelism == "sums" and not strategy.averages and not strategy.fuses:
+    if strategy.needs not in ("rows", "fusion", "mean"):
+        raise ValueError(f'`needs` of {strategy.name!r} is {strategy.needs!r}: say "rows", "fusion" or "mean".')
+    if args.client_parallelism == "sums" and strategy.needs == "rows":
         raise ValueError(
             f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than add them up: choose "
-            '"clients". (One of your own that does not says so by `averages` or `fuses`.)'
+            '"clients". (One of your own that does not says so by `needs`.)'
         )
     if args.deepspeed:
         check_deepspeed(strategy, strategy.server_models(model)[0], args)

@@ -35,14 +35,10 @@ from ..federation import (
     LocalTrainer,
     RoundReport,
     StackedTrainer,
-    Stream,
     Team,
     ZeroTrainer,
     check_start,
     load_federation,
-    seed_of,
-    sound_finish,
-    take_step,
 )
 from ..models import FedMoEPreTrainedModel, guard_narrow_convolutions
 from ..reporting import ClientScore, write_model_card
@@ -206,10 +202,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             # What a strategy does last belongs to the result, and to the time that it took.
             if args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 super()._load_best_model()
-            seed = seed_of(args.seed, Stream.SERVER, rounds)
-            step = (self.strategy, federation.server, federation.reserved, seed, federation.computes_finite)
             with self._watch.telling():
-                take_step(lambda: sound_finish(*step), federation.server, federation.reserved, self.processes)
+                federation.finish(rounds)
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             self._tell_who_was_never_accepted()
             if "contribution_SM" in federation.server.tensors:
@@ -281,7 +275,6 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             [layout.read_integers(module) for module in modules],
             weight_decay=args.weight_decay,
             num_examples=int(data.client_sizes.sum()),
-            track=self._watch,
         )
         pool = self._columns_of_clients()
         check_batch_has_labels(pool, self.train_data_collator, data.label_column)
@@ -297,14 +290,14 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
                 self.accelerator.autocast if self.accelerator.mixed_precision == "bf16" else nullcontext,
                 None if loss_name(self) is None else self._objective(),
             )
-        make_trainer = LocalTrainer
+        make_trainer, gate_fit = LocalTrainer, None
         if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):
-            server.gate_fit = GateFit(self.model, self.processes)
+            gate_fit = GateFit(self.model, self.processes)
         if args.deepspeed:
             config = engine_config(args.deepspeed, args, self.accelerator.mixed_precision)
             make_trainer = partial(ZeroTrainer, config=config)
-            if server.gate_fit is not None and self.model.config.gate == "model":
-                server.gate_fit = ZeroGateFit(self.model, self.processes, config)
+            if gate_fit is not None and self.model.config.gate == "model":
+                gate_fit = ZeroGateFit(self.model, self.processes, config)
         elif args.clients_at_once > 1:
             constant_rate = args.lr_scheduler_type == "constant" or args.lr_scheduler_scope == "run"
             make_trainer = partial(StackedTrainer, at_once=args.clients_at_once, constant_rate=constant_rate)
@@ -349,6 +342,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
             processes=self.processes,
             parallelism=args.client_parallelism,
             client_name=self.client_name,
+            track=self._watch,
+            gate_fit=gate_fit,
             computes_finite=lambda model: known_rows()(model),
         )
 

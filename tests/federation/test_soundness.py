@@ -1,5 +1,6 @@
 """A strategy that breaks a promise, an upload that cannot be, a server that is not sound: each is told by name."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,8 @@ def federation(tmp_path_factory):
 def run_round(federation, strategy):
     """The first round of a run with that strategy, in a federation that others have used."""
     server, start_SP = federation.server, federation.server.bank_SP.clone()
-    federation.strategy = federation.local_trainer.strategy = strategy
+    federation.local_trainer.strategy = strategy
+    federation = dataclasses.replace(federation, strategy=strategy)
     try:
         strategy.setup(server, federation.num_clients)
         check_start(strategy, server)
@@ -183,25 +185,25 @@ def test_flags_hold_for_the_hooks_that_they_were_made_for():
     def hook(self, *_):
         pass
 
-    assert FedAvg.averages and FedAvg.compressible and FedAvg.keeps_optimizer and FedAvg.shares_batches
-    assert type("Own", (FedAvg,), {"finish": hook}).averages
-    assert not type("Own", (FedAvg,), {"update": hook}).averages
-    assert not type("Own", (FedAvgReserved,), {"synchronise": hook}).averages
-    assert type("Own", (FedAvg,), {"update": hook, "averages": True}).averages
-    assert not type("Own", (FedMoE,), {"update": hook}).fuses and isinstance(FedMoE.fuses, property)
+    assert FedAvg.needs == "mean" and FedAvg.compressible and FedAvg.keeps_optimizer and FedAvg.shares_batches
+    assert type("Own", (FedAvg,), {"finish": hook}).needs == "mean"
+    assert type("Own", (FedAvg,), {"update": hook}).needs == "rows"
+    assert type("Own", (FedAvgReserved,), {"synchronise": hook}).needs == "rows"
+    assert type("Own", (FedAvg,), {"update": hook, "needs": "fusion"}).needs == "fusion"
+    assert type("Own", (FedMoE,), {"update": hook}).needs == "rows" and isinstance(FedMoE.needs, property)
     assert not type("Own", (FedAvg,), {"download": hook}).compressible
     assert not type("Own", (FedProx,), {"loss": hook}).shares_batches and FedProx.shares_batches
     trains = type("Own", (FedAvg,), {"train_client": hook})
-    assert not trains.keeps_optimizer and not trains.shares_batches and trains.averages
+    assert not trains.keeps_optimizer and not trains.shares_batches and trains.needs == "mean"
     # Whoever brings the hook: a class beside, or one in between.
-    assert not type("Own", (type("Mixin", (), {"update": hook}), FedAvg), {}).averages
+    assert type("Own", (type("Mixin", (), {"update": hook}), FedAvg), {}).needs == "rows"
     assert not type("Own", (trains,), {}).keeps_optimizer
 
 
 @pytest.mark.parametrize(
     ("members", "changes", "message"),
     [
-        ("update", {"client_parallelism": "sums"}, "'fedavg' does more with uploads than add them up.*by `averages`"),
+        ("update", {"client_parallelism": "sums"}, "'fedavg' does more with uploads than add them up.*by `needs`"),
         ("train_client", {"keep_client_optimizer": True}, r"does not promise to go on.*\(`keeps_optimizer`\)"),
         ("train_client", {"client_parallelism": "data"}, "says so by `shares_batches`"),
         ("download", {"upload_compression": "int8"}, "no receiver knows the model"),
@@ -217,13 +219,24 @@ def test_flags_that_are_not_kept(tmp_path):
         server.bank_SP[0] = uploads.rows_mP.median(0).values
         return {}
 
-    trainer(tmp_path / "rows", overriding(averages=True, update=median)).train()
-    message = "`averages` is True, but `update` does more with the uploads than `average_into_`"
-    with pytest.raises(BrokenPromiseError, match=message):
-        trainer(tmp_path / "sums", overriding(averages=True, update=median), client_parallelism="sums").train()
-    own = overriding(FedMoE, fuses=True, update=median)
-    with pytest.raises(BrokenPromiseError, match=r"`fuses` is True, but .* than `Server.fuse_`"):
-        trainer(tmp_path / "fuses", own, tiny_mixture(), client_parallelism="sums").train()
+    trainer(tmp_path / "rows", overriding(needs="rows", update=median)).train()
+    message = "`needs` is 'mean', but `update` does more with the uploads: `uploads.rows_mP` is there"
+    for parallelism in ("clients", "sums"):
+        folder, settings = tmp_path / parallelism, {"client_parallelism": parallelism}
+        with pytest.raises(BrokenPromiseError, match=message):
+            trainer(folder / "mean", overriding(needs="mean", update=median), **settings).train()
+        with pytest.raises(BrokenPromiseError, match=r"`needs` is 'fusion', but `update` does more"):
+            trainer(
+                folder / "fusion", overriding(FedMoE, needs="fusion", update=median), tiny_mixture(), **settings
+            ).train()
+    own = overriding(needs="mean", update=lambda self, server, uploads, step: uploads.fuse_into_(server, None, None))
+    with pytest.raises(BrokenPromiseError, match=r"`uploads.fuse_into_` is there for methods that say `needs"):
+        trainer(tmp_path / "fuses", own).train()
+    own = overriding(needs="mean", synchronise=lambda self, server, uploads: {0: uploads.rows_mP[0]})
+    with pytest.raises(BrokenPromiseError, match="but `synchronise` does more with the uploads"):
+        trainer(tmp_path / "stays", own).train()
+    with pytest.raises(ValueError, match=r"`needs` of 'fedavg' is 'average': say \"rows\", \"fusion\" or \"mean\""):
+        trainer(tmp_path / "unknown", overriding(needs="average"))
 
     def forgetful(self, local, task):
         return local.train(task.dataset, task.received_P, task.integers, task.out_P, task.seed), {}
@@ -312,9 +325,9 @@ def test_a_mean_that_computes_nothing_finite_ends_the_run_and_names_the_client(t
 def ruin(change):
     """An `update` of FedAvg after which the second round's server is changed."""
 
-    def update(self, server, uploads, reserved, round_index, seed):
-        report = FedAvg().update(server, uploads, reserved, round_index, seed)
-        if round_index == 1:
+    def update(self, server, uploads, step):
+        report = FedAvg().update(server, uploads, step)
+        if step.round_index == 1:
             change(server)
         return report
 
@@ -377,7 +390,7 @@ def test_a_negative_variance_of_the_server_ends_the_run(tmp_path):
 
 
 def test_what_a_strategy_does_last_is_checked_too(tmp_path):
-    own = overriding(finish=lambda self, server, reserved, seed: server.bank_SP.fill_(float("inf")))
+    own = overriding(finish=lambda self, server, step: server.bank_SP.fill_(float("inf")))
     with pytest.raises(RuntimeError, match=r"not sound after what 'fedavg' does last: `bert.embeddings.word_embedd"):
         trainer(tmp_path, own).train()
 

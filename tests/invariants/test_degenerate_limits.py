@@ -93,7 +93,7 @@ def test_moving_average_of_rate_one_is_fedavg(tmp_path):
 
 def test_clients_of_the_moving_average_are_those_of_fedavg(tmp_path):
     class KeepLastMean(FedAvgMovingAverage):
-        def finish(self, server, reserved, seed):
+        def finish(self, server, step):
             self.last = state_of_row(server.layout, server.tensors["mean_P"])
 
     def state_of_row(layout, row_P):

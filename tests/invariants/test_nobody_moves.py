@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fedmoe.federation import Federation, average_into_
+from hf_fedmoe.federation import Federation
 from hf_fedmoe.federation.local_training import OPTIMIZER_PREFIX
 from hf_fedmoe.strategies import (
     APFL,
@@ -190,7 +190,7 @@ class Momentum(FedAvg):
 
     momentum: float = 0.9
     still_a: bool = False
-    averages = False
+    needs = "rows"
 
     def setup(self, server: Server, num_clients: int) -> None:
         server.tensors["velocity_P"] = torch.zeros_like(server.bank_SP[0])
@@ -201,7 +201,7 @@ class Momentum(FedAvg):
     def update(self, server: Server, uploads: Uploads, *rest: Any) -> dict[str, float]:
         row_P, velocity_P = server.bank_SP[0], server.tensors["velocity_P"]
         before_P = row_P.clone()
-        average_into_(server, uploads)
+        uploads.average_into_(server)
         row_P.add_(velocity_P, alpha=self.momentum)
         velocity_P.copy_(row_P - before_P)
         return {"velocity_norm": velocity_P.norm().item()}

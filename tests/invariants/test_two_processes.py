@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, default_data_collator
 
+from hf_fedmoe.federation.uploads import UploadsApart
 from hf_fedmoe.strategies import FedAvg, FedMoE, FedMoESettings
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import Payload
@@ -76,15 +77,15 @@ def an_idle_process(output_dir):
 class OneServer(FedAvg):
     """Its step may be taken in the main process only, but all have what comes of it."""
 
-    def update(self, server, uploads, reserved, round_index, seed):
+    def update(self, server, uploads, step):
         assert index_of_this_process() == 0
-        server.tensors[f"round {round_index}"] = torch.tensor([round_index, 1], dtype=torch.int16)
-        return super().update(server, uploads, reserved, round_index, seed)
+        server.tensors[f"round {step.round_index}"] = torch.tensor([step.round_index, 1], dtype=torch.int16)
+        return super().update(server, uploads, step)
 
     def download(self, server, client, kept_P):
         return server.bank_SP[0] * (1 + sum(tensor.sum() for tensor in server.tensors.values()))
 
-    def finish(self, server, reserved, seed):
+    def finish(self, server, step):
         assert index_of_this_process() == 0
         server.bank_SP += 1
 
@@ -133,11 +134,11 @@ def all_uploads_of_one_process(output_dir):
 
 
 class CountingRows(FailingClient):
-    averages = True
+    needs = "mean"
 
-    def update(self, server, uploads, reserved, round_index, seed):
-        rows_mP = uploads.mean_1P if uploads.rows_mP is None else uploads.rows_mP
-        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(rows_mP)}
+    def update(self, server, uploads, step):
+        rows_mP = uploads._summands()[0]
+        return super().update(server, uploads, step) | {"rows": len(rows_mP)}
 
 
 def sums(output_dir, client_parallelism="sums"):
@@ -164,11 +165,11 @@ class OwnRows(SecondFails):
     """The third fails, one of two that the main process trains; tells how many uploads that one has."""
 
     place = 2
-    fuses = True
+    needs = "fusion"
 
-    def update(self, server, uploads, reserved, round_index, seed):
-        rows_mP = server.held[0] if uploads.rows_mP is None else uploads.rows_mP
-        return super().update(server, uploads, reserved, round_index, seed) | {"rows": len(rows_mP)}
+    def update(self, server, uploads, step):
+        rows_mP = uploads.own_nP if isinstance(uploads, UploadsApart) else uploads._rows_mP
+        return super().update(server, uploads, step) | {"rows": len(rows_mP)}
 
 
 def fedmoe_sums(output_dir, client_parallelism="sums"):
@@ -226,7 +227,7 @@ def forwards(output_dir):
 
 
 class BrokenServer(FedAvg):
-    def update(self, server, uploads, reserved, round_index, seed):
+    def update(self, server, uploads, step):
         raise MemoryError("no room")
 
 
@@ -246,8 +247,8 @@ def broken_probe(output_dir):
 
 
 class UnsoundServer(FedAvg):
-    def update(self, server, uploads, reserved, round_index, seed):
-        super().update(server, uploads, reserved, round_index, seed)
+    def update(self, server, uploads, step):
+        super().update(server, uploads, step)
         server.bank_SP[0, 0] = float("nan")
         return {}
 
@@ -257,7 +258,7 @@ def unsound_server(output_dir):
 
 
 class UnsoundEnd(FedAvg):
-    def finish(self, server, reserved, seed):
+    def finish(self, server, step):
         server.tensors["best"] = torch.tensor(float("inf"))
 
 
@@ -278,7 +279,7 @@ def unwritten_row(output_dir):
     FederatedTrainer(tiny_expert(), tiny_args(output_dir, **SETTINGS), tiny_federation(), UnwrittenRow()).train()
 
 
-def work_that_breaks_in(server, reserved, index):
+def work_that_breaks_in(step, index):
     if index_of_this_process() == index:
         raise MemoryError("no room")
     return {}
@@ -288,8 +289,8 @@ class BrokenShare(FedAvg):
     def __init__(self, index):
         self.index = index
 
-    def update(self, server, uploads, reserved, round_index, seed):
-        server.share(work_that_breaks_in, reserved, [self.index, self.index])
+    def update(self, server, uploads, step):
+        step.share(work_that_breaks_in, [self.index, self.index])
         raise OSError("not raised before")
 
 

@@ -17,7 +17,7 @@ def vectors() -> dict:
 
 
 @pytest.fixture(scope="module")
-def logits_BSC(vectors) -> torch.Tensor:  # noqa: N802
+def logits_BSC(vectors) -> torch.Tensor:
     return torch.cat([vectors["P_main_BC"][:, None], vectors["P_routed_BKC"]], dim=1).log() + 3.0
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fedmoe.strategies import FedAvg, FedAvgMovingAverage, FedAvgReserved, FedProx, Server, Uploads
+from hf_fedmoe.strategies import FedAvg, FedAvgMovingAverage, FedAvgReserved, FedProx, Server, ServerStep, Uploads
 from hf_fedmoe.weights import StateLayout
 
 
@@ -25,7 +25,7 @@ def server_and_uploads():
 
 def test_fedavg_matches_the_worked_example():
     data, server, uploads = server_and_uploads()
-    FedAvg().update(server, uploads, None, 0, 0)
+    FedAvg().update(server, uploads, ServerStep(server, None, 0, 0))
     expected = torch.tensor(data["fedavg_P"], dtype=torch.float64)
     torch.testing.assert_close(server.model.weight[0], expected, atol=1e-10, rtol=0)
 
@@ -35,10 +35,10 @@ def test_moving_average_by_hand():
     strategy = FedAvgMovingAverage(rate=0.25)
     strategy.setup(server, 4)
     first = torch.tensor(data["fedavg_P"], dtype=torch.float64)
-    strategy.update(server, uploads, None, 0, 0)
+    strategy.update(server, uploads, ServerStep(server, None, 0, 0))
     torch.testing.assert_close(server.model.weight[0], first)
     uploads.rows_mP[:, :7] += 1.0
-    strategy.update(server, uploads, None, 5, 0)
+    strategy.update(server, uploads, ServerStep(server, None, 5, 0))
     torch.testing.assert_close(server.model.weight[0], first + 0.25)
     torch.testing.assert_close(strategy.download(server, 0, None)[:7], first + 1.0)
 

@@ -6,7 +6,7 @@ from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from hf_fedmoe.strategies import FedMoE, FedMoESettings, Server, Uploads, client_mixture, correlate
+from hf_fedmoe.strategies import FedMoE, FedMoESettings, Server, ServerStep, Uploads, client_mixture, correlate
 from hf_fedmoe.strategies.gate_training import GateFit, train_gate
 from hf_fedmoe.strategies.server_training import expert_outputs, fine_tune, gate_probabilities, probe
 from hf_fedmoe.training import FederatedTrainer
@@ -56,7 +56,7 @@ def probe_all(server, uploads, reserved):
 def update(strategy, server, uploads, reserved, round_index, seed):
     """The server's part of a round."""
     uploads.probed = [strategy.probe(server, row_P, reserved) for row_P in uploads.rows_mP]
-    return strategy.update(server, uploads, reserved, round_index, seed)
+    return strategy.update(server, uploads, ServerStep(server, reserved, round_index, seed))
 
 
 def test_probe_is_each_clients_probability_of_the_true_class(reserved):
@@ -73,7 +73,7 @@ def test_probe_is_each_clients_probability_of_the_true_class(reserved):
 
 def test_stage_b_moves_the_experts_by_equation_6(reserved):
     server, uploads = perturbed_server()
-    before_SP, outputs = server.bank_SP.clone(), expert_outputs(server, reserved)
+    before_SP, outputs = server.bank_SP.clone(), expert_outputs(ServerStep(server, reserved, 0, 0))
     Q_RK = gate_probabilities(server.model, outputs, reserved)
     P_y_mR = probe_all(server, uploads, reserved)
     W_r_Km = correlate(Q_RK, P_y_mR, "relevance").softmax(1)
@@ -125,7 +125,7 @@ def test_warmed_up_averages_start_as_running_means(reserved):
 
 def test_the_gate_learns_and_nothing_else_does(reserved):
     server, _ = perturbed_server()
-    model, outputs = server.model, expert_outputs(server, reserved)
+    model, outputs = server.model, expert_outputs(ServerStep(server, reserved, 0, 0))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     report = train_gate(GateFit(model), outputs, reserved, 3, 1e-2, 0.0, 8, 1e-3, 0.1, seed=0)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -139,7 +139,7 @@ def test_cached_outputs_train_the_gate_as_recomputed_ones_do(reserved):
     trained = []
     for recompute in (False, True):
         server, _ = perturbed_server()
-        model, outputs = server.model, expert_outputs(server, reserved)
+        model, outputs = server.model, expert_outputs(ServerStep(server, reserved, 0, 0))
         generator = torch.Generator().manual_seed(5)
         optimizer = torch.optim.AdamW(
             [{"params": [*model.gate.parameters()]}, {"params": [model.alpha_logit]}], lr=1e-2, weight_decay=0.0
@@ -166,7 +166,7 @@ def test_entropy_of_the_gate_falls_with_beta(reserved):
     entropies = []
     for beta in (0.0, 0.1, 1.0):
         server, _ = perturbed_server()
-        outputs = expert_outputs(server, reserved)
+        outputs = expert_outputs(ServerStep(server, reserved, 0, 0))
         train_gate(GateFit(server.model), outputs, reserved, 20, 1e-2, 0.0, 8, beta, 0.0, seed=0)
         Q_RK = gate_probabilities(server.model, outputs, reserved)
         entropies.append(-(Q_RK * Q_RK.clamp_min(1e-12).log()).sum(1).mean().item())
@@ -178,7 +178,7 @@ def test_balance_keeps_all_experts_in_use(reserved):
     shares = []
     for balance_weight in (0.0, 2.0):
         server, _ = perturbed_server()
-        outputs = expert_outputs(server, reserved)
+        outputs = expert_outputs(ServerStep(server, reserved, 0, 0))
         train_gate(GateFit(server.model), outputs, reserved, 60, 1e-2, 0.0, 8, 1.0, balance_weight, seed=0)
         shares.append(gate_probabilities(server.model, outputs, reserved).mean(0).min().item())
     assert shares[0] < 0.05 < 0.3 < shares[1]
@@ -190,7 +190,7 @@ def test_paper_synchronisation_moves_participants_by_equation_13(reserved):
     strategy.setup(server, num_clients=5)
     initial_P = server.bank_SP[0].clone()
     update(strategy, server, uploads, reserved, 0, seed=1)
-    outputs = expert_outputs(server, reserved)
+    outputs = expert_outputs(ServerStep(server, reserved, 0, 0))
     W_Km = correlate(
         gate_probabilities(server.model, outputs, reserved),
         probe_all(server, uploads, reserved),
@@ -276,7 +276,7 @@ def test_bf16_is_that_of_the_servers_models_too(gate, tmp_path):
 
     half = run(True)
     federation = half._federation()
-    found = expert_outputs(federation.server, federation.reserved)
+    found = expert_outputs(federation.step(0))
     inputs = federation.reserved.inputs[0]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = [expert(**inputs).logits.float() for expert in half.model.experts]

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig
 
 from hf_fedmoe.data import hold_out_client_tests
-from hf_fedmoe.strategies import FedAvg, FedRolex, HeteroFL, Uploads
+from hf_fedmoe.strategies import FedAvg, FedRolex, HeteroFL, ServerStep, Uploads
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import StateLayout, narrow_layout
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation
@@ -81,7 +81,8 @@ def test_statistics_are_those_of_the_widest_clients(tmp_path):
     before = server.layout.views(server.bank_SP[0].clone())
     rows_mP = server.bank_SP.repeat(2, 1) + torch.tensor([[1.0], [2.0]])
     integers = [dict(server.integers[0]) for _ in range(2)]
-    FedRolex((1.0, 0.5)).update(server, Uploads([0, 1], rows_mP, integers, torch.ones(2)), None, 0, 0)
+    uploads = Uploads([0, 1], rows_mP, integers, torch.ones(2))
+    FedRolex((1.0, 0.5)).update(server, uploads, ServerStep(server, None, 0, 0))
     after = server.layout.views(server.bank_SP[0])
     layer = "resnet.embedder.embedder.normalization"
     assert (after[f"{layer}.bias"] - before[f"{layer}.bias"]).tolist() == pytest.approx([1.5] * 4 + [1.0] * 4)

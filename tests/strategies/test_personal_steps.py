@@ -26,6 +26,7 @@ from hf_fedmoe.strategies import (
     PFedMe,
     PFedMM,
     Server,
+    ServerStep,
     Uploads,
 )
 from hf_fedmoe.strategies.afl import project_to_simplex
@@ -48,7 +49,7 @@ def close(value, wanted):
 def test_qffl_matches_the_worked_example():
     data, server, uploads = server_and_uploads()
     uploads.metrics = [{"start_loss": loss, "learning_rate": data["eta"]} for loss in data["losses_m"]]
-    report = QFFL(q=data["q"]).update(server, uploads, None, 0, 0)
+    report = QFFL(q=data["q"]).update(server, uploads, ServerStep(server, None, 0, 0))
     close(server.bank_SP[0, :7], expected(data, "qffl_P"))
     assert report["worst_start_loss"] == max(data["losses_m"]) and 0 < report["qffl_step"] < 1
 
@@ -67,11 +68,11 @@ def test_afl_matches_the_worked_example():
     strategy = AFL(lambda_rate=data["afl_lambda_lr"])
     strategy.setup(server, 4)
     uploads.metrics = [{"start_loss": loss} for loss in data["losses_m"]]
-    strategy.update(server, uploads, None, 0, 0)
+    strategy.update(server, uploads, ServerStep(server, None, 0, 0))
     close(server.tensors["lambda_M"], expected(data, "afl_lambda_after"))
     # The step still had the uniform lambda of before; the next one has the new.
     close(server.bank_SP[0, :7], expected(data, "clients_mP").mean(0))
-    strategy.update(server, uploads, None, 1, 0)
+    strategy.update(server, uploads, ServerStep(server, None, 1, 0))
     close(server.bank_SP[0, :7], expected(data, "afl_lambda_after") @ expected(data, "clients_mP"))
 
 
@@ -84,7 +85,7 @@ def test_projection_to_the_simplex_by_hand():
 def test_l2sgd_matches_the_worked_example():
     data, server, uploads = server_and_uploads()
     strategy = L2SGD(mixing_probability=1.0, pull=data["l2sgd_a"])
-    assert strategy.update(server, uploads, None, 0, 0) == {"mixed": 1.0}
+    assert strategy.update(server, uploads, ServerStep(server, None, 0, 0)) == {"mixed": 1.0}
     close(server.bank_SP[0, :7], expected(data, "fedavg_P"))
     rows = strategy.synchronise(server, uploads)
     close(torch.stack([rows[client][:7] for client in range(4)]), expected(data, "l2sgd_after_mP"))
@@ -100,7 +101,7 @@ def test_l2sgd_sends_nothing_when_the_coin_says_so():
 
 def test_pfedme_server_matches_the_worked_example():
     data, server, uploads = server_and_uploads()
-    PFedMe(beta=data["pfedme_beta"]).update(server, uploads, None, 0, 0)
+    PFedMe(beta=data["pfedme_beta"]).update(server, uploads, ServerStep(server, None, 0, 0))
     close(server.bank_SP[0, :7], expected(data, "pfedme_global_P"))
 
 
@@ -181,7 +182,7 @@ def test_clusters_split_where_updates_pull_apart():
     along[0, 0], along[1, 0], along[2, 0], along[3, 0] = 1.0, -1.0, 0.8, -0.7
     along[:, 1] = torch.tensor([0.1, 0.0, -0.1, 0.0])
     uploads.rows_mP[:, :7] = center_P[:7] + along
-    assert strategy.update(server, uploads, None, 0, 0) == {"clusters": 2.0}
+    assert strategy.update(server, uploads, ServerStep(server, None, 0, 0)) == {"clusters": 2.0}
     assert server.tensors["cluster_M"].tolist() in ([0, 0, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0])
     for clients, mean in (([0, 3], [0.9, 0.0]), ([2, 5], [-0.85, 0.0])):
         for client in clients:
@@ -189,7 +190,7 @@ def test_clusters_split_where_updates_pull_apart():
             close(received_P[:2] - center_P[:2], torch.tensor(mean, dtype=torch.float64))
     close(server.bank_SP[0, :1] - center_P[:1], torch.tensor([0.025], dtype=torch.float64))
     # Neither half is large enough for another split.
-    assert strategy.update(server, uploads, None, 1, 0) == {"clusters": 2.0}
+    assert strategy.update(server, uploads, ServerStep(server, None, 1, 0)) == {"clusters": 2.0}
 
 
 @pytest.mark.parametrize("changes", [{"eps1": 0.01}, {"eps2": 1.2}, {"min_size": 4}])
@@ -200,7 +201,7 @@ def test_clusters_stay_whole_where_a_condition_fails(changes):
     uploads.num_examples_m = torch.ones(4, dtype=torch.float64)
     uploads.rows_mP[:, :7] = server.bank_SP[0, :7]
     uploads.rows_mP[:, 0] += torch.tensor([1.0, -1.0, 0.8, -0.7])
-    assert strategy.update(server, uploads, None, 0, 0) == {"clusters": 1.0}
+    assert strategy.update(server, uploads, ServerStep(server, None, 0, 0)) == {"clusters": 1.0}
 
 
 def test_norms_are_euclidean_and_not_the_largest_coordinate():
@@ -210,7 +211,7 @@ def test_norms_are_euclidean_and_not_the_largest_coordinate():
     uploads.num_examples_m = torch.ones(4, dtype=torch.float64)
     uploads.rows_mP[:, :7] = server.bank_SP[0, :7]
     uploads.rows_mP[:, :4] += torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None]  # norm 2, coordinates of 1
-    assert strategy.update(server, uploads, None, 0, 0) == {"clusters": 2.0}
+    assert strategy.update(server, uploads, ServerStep(server, None, 0, 0)) == {"clusters": 2.0}
 
 
 def test_unseen_client_takes_the_cluster_that_fits_it(tmp_path):
@@ -257,10 +258,9 @@ def test_neighbours_are_averaged():
     path = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
     server.tensors["linked_MM"] = path
     # Client 2 is away: 3 has no neighbour left.
-    uploads.clients, uploads.rows_mP = [0, 1, 3], uploads.rows_mP[[0, 1, 3]]
-    uploads.num_examples_m, uploads.integers = uploads.num_examples_m[[0, 1, 3]], [{}] * 3
+    uploads = Uploads([0, 1, 3], uploads.rows_mP[[0, 1, 3]], [{}] * 3, uploads.num_examples_m[[0, 1, 3]])
     assert [strategy.links(server, client, [0, 1, 3]) for client in (0, 1, 3)] == [1, 1, 0]
-    strategy.update(server, uploads, None, 0, 0)
+    strategy.update(server, uploads, ServerStep(server, None, 0, 0))
     rows, clients = strategy.synchronise(server, uploads), expected(data, "clients_mP")
     for client, wanted in ((0, clients[:2].mean(0)), (1, clients[:2].mean(0)), (3, clients[3])):
         torch.testing.assert_close(rows[client][:7], wanted, atol=1e-10, rtol=0)
@@ -294,7 +294,8 @@ def test_absent_clients_keep_their_part_of_the_average():
             layout.views(row_P)["w"].copy_(torch.tensor(w))
             layout.views(row_P)["mixture_M"].fill_(0.5)
         server = Server(model, model, layout, bank_SP, [{}], num_examples=num_examples)
-        strategy.update(server, Uploads([4, 1], rows_mP, [{}, {}], torch.tensor([10.0, 30.0])), None, 0, 0)
+        uploads = Uploads([4, 1], rows_mP, [{}, {}], torch.tensor([10.0, 30.0]))
+        strategy.update(server, uploads, ServerStep(server, None, 0, 0))
         assert layout.views(bank_SP[0])["mixture_M"].tolist() == [0.5, 0.5]
         return layout.views(bank_SP[0])["w"].clone()
 

@@ -168,7 +168,7 @@ def test_the_last_step_is_that_of_the_best_model(tmp_path):
     """And is taken once, before callbacks hear of the end."""
 
     class AddsOne(FedAvg):
-        def finish(self, server, reserved, seed):
+        def finish(self, server, step):
             server.bank_SP += 1
 
     class Last(TrainerCallback):

@@ -1,0 +1,215 @@
+"""
+The forms in which the server has the models of a round: all rows, those of each process where they are, or their sum.
+
+Each form has two sides. The round puts uploads in: [`Rows.row`] says where a client's model goes, [`Rows.add`] is told
+when it is there and sound, [`Rows.bring`] moves it to the main process if it has to. [`Rows.close`] makes [`Uploads`]
+of them, which is what a method sees.
+
+Shape suffixes: m participants, n of them in this process, P elements of a model's row, S rows of the server.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..weights import add_to_sum_, fuse_, mean_of_sum_
+from .contract import Server, Uploads
+from .processes import Processes, unbroken
+
+
+class NotKeptError(AttributeError):
+    """A method asks for more of the uploads than it says that it `needs`."""
+
+
+class FusibleUploads(Uploads):
+    """[`Uploads`] for a method that `needs` "fusion": it does not see the rows."""
+
+    @property
+    def rows_mP(self) -> Tensor:
+        raise NotKeptError('`uploads.rows_mP` is there for methods that say `needs = "rows"`')
+
+
+class AverageableUploads(FusibleUploads):
+    """[`Uploads`] for a method that `needs` their "mean"."""
+
+    def fuse_into_(self, server: Server, weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
+        raise NotKeptError('`uploads.fuse_into_` is there for methods that say `needs = "fusion"`')
+
+
+class UploadsApart(FusibleUploads):
+    """
+    [`FusibleUploads`] of which each process has those that it trained.
+
+    Args:
+        own_nP (`Tensor` of shape `[n, P]`): Those of this process.
+        places (`list[int]`): Their places among all.
+        processes ([`Processes`]): Of the launch.
+    """
+
+    def __init__(self, *args: Any, own_nP: Tensor, places: list[int], processes: Processes):
+        super().__init__(*args)
+        self.own_nP, self.places, self.processes = own_nP, places, processes
+
+    def fuse_into_(self, server: Server, weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
+        """Called in the main process while it takes the server's step; the others help."""
+        if self.processes.count > 1:
+            self.processes.tell((fuse_own_, (weights_Sm.cpu(), keep_S.cpu())))
+        self.fuse_own_(server, weights_Sm, keep_S)
+        return torch.zeros(len(server.bank_SP))
+
+    def fuse_own_(self, server: Server, weights_Sm: Tensor, keep_S: Tensor) -> None:
+        """Fuses those of this process; the main one's bank takes the sums, some columns at a time."""
+        device = self.own_nP.device
+        weights_Sn, keep_S = weights_Sm[:, self.places].to(device), keep_S.to(device)
+        with unbroken("Fusion"):
+            fuse_(server.bank_SP, self.own_nP, weights_Sn, keep_S, server.layout.batchnorm, self.processes.add_up_)
+
+
+def fuse_own_(step: Any, uploads: UploadsApart, weights_Sm: Tensor, keep_S: Tensor) -> None:
+    """Does this process's part of [`UploadsApart.fuse_into_`]."""
+    uploads.fuse_own_(step.server, weights_Sm, keep_S)
+
+
+class MeanOfUploads(AverageableUploads):
+    """[`AverageableUploads`] of which nobody has the rows: in the main process `mean_1P` is their mean."""
+
+    def __init__(self, *args: Any, mean_1P: Tensor):
+        super().__init__(*args)
+        self.mean_1P = mean_1P
+
+    def _summands(self) -> tuple[Tensor, Tensor]:
+        return self.mean_1P, self.num_examples_m.sum()[None]
+
+
+KINDS = {"rows": Uploads, "fusion": FusibleUploads, "mean": AverageableUploads}
+
+
+class UploadMemory:
+    """Rows for uploads, kept from round to round: fresh pages of memory take time."""
+
+    def __init__(self, server: Server):
+        self.server, self._rows_mP = server, server.bank_SP[:0]
+
+    def rows(self, count: int) -> Tensor:
+        """Returns `[count, P]`; the memory of the last call."""
+        if len(self._rows_mP) < count:
+            bank_SP = self.server.bank_SP
+            self._rows_mP = torch.zeros(count, bank_SP.shape[1], dtype=bank_SP.dtype, device=bank_SP.device)
+        return self._rows_mP[:count]
+
+
+class Rows:
+    """
+    Collects all uploads of a round as rows of the main process.
+
+    Args:
+        server ([`Server`]): Whose uploads they are.
+        memory ([`UploadMemory`]): Of the rows.
+        processes ([`Processes`]): Of the launch.
+        owners (`list[int]`): The process that trains each participant.
+        groups (`list[list[int]]`): The places of the participants that this one trains, those together that it trains
+            at once.
+        needs (`str`): What the method says of itself, [`Strategy.needs`].
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        memory: UploadMemory,
+        processes: Processes,
+        owners: list[int],
+        groups: list[list[int]],
+        needs: str,
+    ):
+        self.server, self.processes, self.owners, self.needs = server, processes, owners, needs
+        self.rows = self.allocate(memory, groups)
+        self.spare_P: Tensor | None = None
+
+    def allocate(self, memory: UploadMemory, groups: list[list[int]]) -> dict[int, Tensor]:
+        """Returns a row for each participant that this process trains; the main one has a row for all."""
+        takes_all = self.processes.index == 0
+        self.held = [place for place, owner in enumerate(self.owners) if takes_all or owner == self.processes.index]
+        self.rows_nP = memory.rows(len(self.held))
+        return dict(zip(self.held, self.rows_nP, strict=True))
+
+    def row(self, place: int) -> Tensor:
+        """Where the upload of a participant goes in this process, blank."""
+        row_P = self.rows.get(place)
+        if row_P is None:  # of processes that train a client together only the main one keeps its row
+            if self.spare_P is None:
+                self.spare_P = torch.zeros_like(self.server.bank_SP[0])
+            row_P = self.spare_P
+        self.server.layout.blank_(row_P)
+        return row_P
+
+    def add(self, place: int, num_examples: int) -> None:
+        """Takes note of a sound upload where it was trained."""
+
+    def bring(self, place: int) -> None:
+        """Moves a sound upload to where it is needed; all processes call it."""
+        if place in self.rows:
+            self.processes.move_(self.rows[place], self.owners[place], 0)
+
+    def close(self, places: list[int], *known: Any) -> Uploads:
+        """
+        Returns what the method sees.
+
+        Args:
+            places (`list[int]`): The sound ones.
+            known: `clients`, `integers`, `num_examples_m`, `metrics` and `probed` of [`Uploads`].
+        """
+        clients, *others = known
+        return KINDS[self.needs](clients, self._sound(places), *others)
+
+    def _sound(self, places: list[int]) -> Tensor:
+        """The rows of this process that are sound."""
+        if len(places) == len(self.owners):
+            return self.rows_nP
+        return self.rows_nP[[place in places for place in self.held]]
+
+
+class RowsApart(Rows):
+    """Leaves each upload in the process that trained it, for a method that `needs` "fusion"."""
+
+    def allocate(self, memory: UploadMemory, groups: list[list[int]]) -> dict[int, Tensor]:
+        self.held = [place for place, owner in enumerate(self.owners) if owner == self.processes.index]
+        self.rows_nP = memory.rows(len(self.held))
+        return dict(zip(self.held, self.rows_nP, strict=True))
+
+    def bring(self, place: int) -> None:
+        """Leaves it where it is."""
+
+    def close(self, places: list[int], *known: Any) -> Uploads:
+        clients, *others = known
+        own = [places.index(place) for place in self.held if place in places]
+        return UploadsApart(clients, None, *others, own_nP=self._sound(places), places=own, processes=self.processes)
+
+
+class Sum(Rows):
+    """Adds uploads up as they come, for a method that `needs` their "mean": however many, they take a row or two."""
+
+    def allocate(self, memory: UploadMemory, groups: list[list[int]]) -> dict[int, Tensor]:
+        # One row for each client of a group that is trained at once, again and again.
+        rows_nP = memory.rows(max(map(len, groups), default=1))
+        self.sum_P = torch.zeros(self.server.layout.size, device=rows_nP.device)
+        self.examples = 0
+        self.mean_1P = rows_nP[:1]
+        return {place: rows_nP[index] for group in groups for index, place in enumerate(group)}
+
+    def add(self, place: int, num_examples: int) -> None:
+        add_to_sum_(self.sum_P, self.rows[place], num_examples, self.server.layout.batchnorm)
+
+    def bring(self, place: int) -> None:
+        """Leaves it where it is."""
+
+    def close(self, places: list[int], *known: Any) -> Uploads:
+        clients, integers, num_examples_m, *others = known
+        self.processes.add_up_(self.sum_P)
+        mean_of_sum_(self.sum_P, int(num_examples_m.double().sum().item()), self.server.layout.batchnorm)
+        self.mean_1P.copy_(self.sum_P)
+        return MeanOfUploads(clients, None, integers, num_examples_m, *others, mean_1P=self.mean_1P)
+
+
+# How uploads are collected where they stay in the processes that trained them, by what the method needs.
+APART = {"fusion": RowsApart, "mean": Sum}
