@@ -9,10 +9,10 @@ import yaml
 
 from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import METHODS, FailedRunsError, ImageExperiment, compare, make_trainer, parse_settings
-from hf_fedmoe.experiments.compare import plan_runs
 from hf_fedmoe.experiments.comparison import read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.methods import CENTRALISED
+from hf_fedmoe.experiments.run_comparison import plan_runs
 from hf_fedmoe.experiments.runs import execute, metric_names
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
@@ -108,7 +108,7 @@ def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeyp
     assert scores["local"]["megabytes_up"] == 0 < scores["fedavg"]["megabytes_up"] < scores["fedem"]["megabytes_up"]
 
 
-def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
+def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, warm_processes):
     path, out = written(tmp_path, seeds=[0, 1]), tmp_path / "out"
     whole = compare(path, tmp_path / "whole", num_jobs=2)
     (first, second) = runs_of(path, out)["fedavg"]
@@ -132,7 +132,7 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
         compare(path, out, overrides={"rounds": 3})
 
 
-def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path):
+def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path, warm_processes):
     far = {"method": "fedavg", "optim": "sgd", "learning_rate": 1e38, "max_grad_norm": 0}
     path = written(tmp_path, methods={"good": "fedavg", "far": far, "last": "majority_class"}, reference="far")
     out = tmp_path / "out"
