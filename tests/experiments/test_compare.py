@@ -31,6 +31,7 @@ SETTINGS = {
     "examples_per_client": 20,
     "reserved_size": 30,
     "validation_size": 20,
+    "max_train_examples": 240,
     "max_test_examples": 40,
     "client_test_share": 0.25,
     "unseen_share": 0.25,
@@ -201,9 +202,9 @@ def test_sizes_and_settings_go_before_one_another(tmp_path):
 
 def test_a_start_that_has_seen_the_reserved_set_is_that_of_every_method(tmp_path):
     """With rounds in which clients learn nothing, what is tested is the start."""
-    settings = SETTINGS | {"rounds": 1, "learning_rate": 1.0e-2, "final_expert_epochs": 0, "client_test_share": 0.0}
-    settings |= {"unseen_share": 0.0, "reserved_size": 300, "max_test_examples": 300}
-    experiment, args = parse_settings(ImageExperiment, settings | {"start_epochs": 20}, {"output_dir": str(tmp_path)})
+    settings = SETTINGS | {"rounds": 1, "learning_rate": 3.0e-2, "final_expert_epochs": 0, "client_test_share": 0.0}
+    settings |= {"unseen_share": 0.0, "reserved_size": 300, "max_train_examples": 600, "max_test_examples": 300}
+    experiment, args = parse_settings(ImageExperiment, settings | {"start_epochs": 8}, {"output_dir": str(tmp_path)})
     _, data = experiment.load_data(processor := experiment.load_processor(), seed=0)
     trainers = [make_trainer(method, experiment, args, data, processor) for method in ("fedavg", "local", "fedmoe")]
     starts = [as_expert(trainers[0].model), trainers[1].model, trainers[2].model.experts[-1]]
