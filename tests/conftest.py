@@ -1,6 +1,7 @@
 """No test may reach for a network, and none pays for what others have imported."""
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Iterator
 
@@ -20,3 +21,14 @@ def collect_only_what_tests_make() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     yield
+
+
+@pytest.fixture
+def warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Comparisons take their processes from a server that has imported what they need: with `spawn`, as outside of tests,
+    each imports torch and transformers anew, ten times what its tiny run takes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.warm_process"])
+    monkeypatch.setattr("hf_fedmoe.experiments.side_by_side.multiprocessing.get_context", lambda method: context)

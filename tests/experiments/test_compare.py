@@ -9,10 +9,10 @@ import yaml
 
 from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import METHODS, FailedRunsError, ImageExperiment, compare, make_trainer, parse_settings
-from hf_fedmoe.experiments.compare import plan_runs
 from hf_fedmoe.experiments.comparison import read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.methods import CENTRALISED
+from hf_fedmoe.experiments.run_comparison import plan_runs
 from hf_fedmoe.experiments.runs import execute, metric_names
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
@@ -31,6 +31,7 @@ SETTINGS = {
     "examples_per_client": 20,
     "reserved_size": 30,
     "validation_size": 20,
+    "max_train_examples": 240,
     "max_test_examples": 40,
     "client_test_share": 0.25,
     "unseen_share": 0.25,
@@ -108,7 +109,7 @@ def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeyp
     assert scores["local"]["megabytes_up"] == 0 < scores["fedavg"]["megabytes_up"] < scores["fedem"]["megabytes_up"]
 
 
-def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
+def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, warm_processes):
     path, out = written(tmp_path, seeds=[0, 1]), tmp_path / "out"
     whole = compare(path, tmp_path / "whole", num_jobs=2)
     (first, second) = runs_of(path, out)["fedavg"]
@@ -132,7 +133,7 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch):
         compare(path, out, overrides={"rounds": 3})
 
 
-def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path):
+def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path, warm_processes):
     far = {"method": "fedavg", "optim": "sgd", "learning_rate": 1e38, "max_grad_norm": 0}
     path = written(tmp_path, methods={"good": "fedavg", "far": far, "last": "majority_class"}, reference="far")
     out = tmp_path / "out"
@@ -201,9 +202,9 @@ def test_sizes_and_settings_go_before_one_another(tmp_path):
 
 def test_a_start_that_has_seen_the_reserved_set_is_that_of_every_method(tmp_path):
     """With rounds in which clients learn nothing, what is tested is the start."""
-    settings = SETTINGS | {"rounds": 1, "learning_rate": 1.0e-2, "final_expert_epochs": 0, "client_test_share": 0.0}
-    settings |= {"unseen_share": 0.0, "reserved_size": 300, "max_test_examples": 300}
-    experiment, args = parse_settings(ImageExperiment, settings | {"start_epochs": 20}, {"output_dir": str(tmp_path)})
+    settings = SETTINGS | {"rounds": 1, "learning_rate": 3.0e-2, "final_expert_epochs": 0, "client_test_share": 0.0}
+    settings |= {"unseen_share": 0.0, "reserved_size": 300, "max_train_examples": 600, "max_test_examples": 300}
+    experiment, args = parse_settings(ImageExperiment, settings | {"start_epochs": 8}, {"output_dir": str(tmp_path)})
     _, data = experiment.load_data(processor := experiment.load_processor(), seed=0)
     trainers = [make_trainer(method, experiment, args, data, processor) for method in ("fedavg", "local", "fedmoe")]
     starts = [as_expert(trainers[0].model), trainers[1].model, trainers[2].model.experts[-1]]

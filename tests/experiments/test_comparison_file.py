@@ -4,8 +4,8 @@ import pytest
 
 from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import ImageExperiment, read_words
-from hf_fedmoe.experiments.compare import plan_runs
 from hf_fedmoe.experiments.comparison import read_comparison
+from hf_fedmoe.experiments.run_comparison import plan_runs
 from hf_fedmoe.experiments.runs import try_out
 
 

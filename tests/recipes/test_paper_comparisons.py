@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_fedmoe.experiments.compare import plan_runs
 from hf_fedmoe.experiments.comparison import read_comparison
+from hf_fedmoe.experiments.run_comparison import plan_runs
 from hf_fedmoe.experiments.runs import try_out
 
 
