@@ -60,7 +60,9 @@ def _run_until_killed(name, output_dir):
     run.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
 
 
-@pytest.mark.parametrize("kills", [pytest.param(6, id="some"), pytest.param(100, id="hundred", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(6, id="some"), pytest.param(100, id="hundred", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["fedmoe", "fedmoe_paper"])
 def test_killed_at_random_moments_ends_with_the_same_bits(name, kills, tmp_path):
     torch.set_num_threads(1)
