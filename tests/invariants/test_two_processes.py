@@ -43,15 +43,13 @@ QUICK_RUNS = (
 )
 # Of three clients one process trains two; the 20 validation rows fill no batch of 8.
 SETTINGS = {"clients_per_round": 3}
-# In the last of these some go on with what they kept; L2SGD mixes in the second.
-ROUNDS = 3
 
 
 # What one process alone does as well as two
 
 
 def run_by_name(name, output_dir):
-    run = trainer(name, output_dir, rounds=ROUNDS, **SETTINGS)
+    run = trainer(name, output_dir, **SETTINGS)
     run.train()
     return run
 
@@ -70,7 +68,7 @@ def failing_client(output_dir):
 
 
 def an_idle_process(output_dir):
-    run = trainer("fedavg_client_optimizer", output_dir, rounds=ROUNDS, clients_per_round=1)
+    run = trainer("fedavg_client_optimizer", output_dir, clients_per_round=1)
     run.train()
     return run
 
@@ -196,13 +194,13 @@ def interrupted(output_dir):
         def on_save(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 2
 
-    run = trainer("fedmoe_paper", output_dir, rounds=ROUNDS, **SETTINGS)
+    run = trainer("fedmoe_paper", output_dir, **SETTINGS)
     run.add_callback(Stop())
     run.train()
 
 
 def resumed(output_dir):
-    run = trainer("fedmoe_paper", output_dir, rounds=ROUNDS, **SETTINGS)
+    run = trainer("fedmoe_paper", output_dir, **SETTINGS)
     run.train(resume_from_checkpoint=True)
     return run
 
