@@ -37,6 +37,26 @@ from tests.tiny_federation import (
 )
 
 
+SGD = dict(optim="sgd", learning_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def fedavg(tmp_path_factory):
+    """Several methods end like it."""
+    return run(tmp_path_factory.mktemp("fedavg"), FedAvg())
+
+
+@pytest.fixture(scope="module")
+def fedavg_by_sgd(tmp_path_factory):
+    # SGD: where a gradient is nearly zero, Adam blows the rounding of a reordered sum up to a whole step.
+    return run(tmp_path_factory.mktemp("fedavg_by_sgd"), FedAvg(), **SGD)
+
+
+@pytest.fixture(scope="module")
+def local_of_everybody(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("local"), Local(), clients_per_round=4)
+
+
 def run(output_dir, strategy, data=None, **changes):
     # A run whose clients keep something has its folder for as long as its trainer lives.
     output_dir = Path(output_dir, type(strategy).__name__)
@@ -71,8 +91,8 @@ def assert_rows_are(trainer, rows, model, **tolerance):
     ],
     ids=lambda strategy: strategy.name,
 )
-def test_global_models_that_are_those_of_fedavg_bitwise(tmp_path, strategy):
-    assert_equal_states(state(run(tmp_path, strategy).model), state(run(tmp_path, FedAvg()).model))
+def test_global_models_that_are_those_of_fedavg_bitwise(tmp_path, strategy, fedavg):
+    assert_equal_states(state(run(tmp_path, strategy).model), state(fedavg.model))
 
 
 @pytest.mark.parametrize(
@@ -93,17 +113,14 @@ def test_one_round_of_a_federation_of_one_is_local_training(tmp_path, strategy):
 
 
 @pytest.mark.parametrize("strategy", [QFFL(q=0.0), AFL(lambda_rate=0.0)], ids=lambda strategy: strategy.name)
-def test_fairness_that_is_switched_off_is_fedavg_of_clients_of_one_size(tmp_path, strategy):
-    # SGD: where a gradient is nearly zero, Adam blows the rounding of a reordered sum up to a whole step.
-    settings = dict(optim="sgd", learning_rate=0.1)
-    fair, plain = run(tmp_path, strategy, **settings), run(tmp_path, FedAvg(), **settings)
-    assert_equal_states(state(fair.model), state(plain.model), atol=1e-6, rtol=0)
+def test_fairness_that_is_switched_off_is_fedavg_of_clients_of_one_size(tmp_path, strategy, fedavg_by_sgd):
+    fair = run(tmp_path, strategy, **SGD)
+    assert_equal_states(state(fair.model), state(fedavg_by_sgd.model), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", [FedRolex((1.0,)), HeteroFL((1.0,))], ids=lambda strategy: strategy.name)
-def test_clients_of_full_capacity_are_fedavg_of_clients_of_one_size(tmp_path, strategy):
-    settings = dict(optim="sgd", learning_rate=0.1)
-    wide, plain = run(tmp_path, strategy, **settings), run(tmp_path, FedAvg(), **settings)
+def test_clients_of_full_capacity_are_fedavg_of_clients_of_one_size(tmp_path, strategy, fedavg_by_sgd):
+    wide, plain = run(tmp_path, strategy, **SGD), fedavg_by_sgd
     assert_equal_states(state(wide.model), state(plain.model), atol=1e-6, rtol=0)
     assert [report.bytes_up for report in wide.rounds] == [report.bytes_up for report in plain.rounds]
 
@@ -135,32 +152,25 @@ def test_with_nobody_absent_the_absent_do_not_count(tmp_path, strategy, start):
     assert 0 < steps[0] < 0.8 * steps[1]
 
 
-def test_fedem_of_one_model_is_fedavg(tmp_path):
-    settings = dict(optim="sgd", learning_rate=0.1)
-    args = tiny_args(tmp_path / "fedem", **settings)
+def test_fedem_of_one_model_is_fedavg(tmp_path, fedavg_by_sgd):
+    args = tiny_args(tmp_path / "fedem", **SGD)
     fedem = FederatedTrainer(tiny_ensemble(num_models=1), args, tiny_federation(), strategy=FedEM())
     fedem.train()
-    fedavg = run(tmp_path / "fedavg", FedAvg(), **settings)
-    assert_equal_states(state(fedem.model.models[0]), state(fedavg.model), atol=1e-6, rtol=0)
+    assert_equal_states(state(fedem.model.models[0]), state(fedavg_by_sgd.model), atol=1e-6, rtol=0)
 
 
-def test_pfedmm_of_one_head_is_fedavg(tmp_path):
-    settings = dict(optim="sgd", learning_rate=0.1)
-    args = tiny_args(tmp_path / "pfedmm", **settings)
+def test_pfedmm_of_one_head_is_fedavg(tmp_path, fedavg_by_sgd):
+    args = tiny_args(tmp_path / "pfedmm", **SGD)
     pfedmm = FederatedTrainer(tiny_multi_head(num_heads=1), args, tiny_federation(), strategy=PFedMM())
     pfedmm.train()
-    fedavg = run(tmp_path / "fedavg", FedAvg(), **settings).model
+    fedavg = fedavg_by_sgd.model
     assert_equal_states(state(pfedmm.model.backbone), state(fedavg.bert), atol=1e-6, rtol=0)
     assert_equal_states(state(pfedmm.model.models[0].classifier), state(fedavg.classifier), atol=1e-6, rtol=0)
 
 
-def test_apfl_of_share_one_is_local_and_of_share_zero_has_no_model_but_w(tmp_path):
-    everybody = dict(clients_per_round=4)
-    local, only_v, only_w = (
-        run(tmp_path / strategy.name / str(vars(strategy)), strategy, **everybody)
-        for strategy in (Local(), APFL(alpha=1.0), APFL(alpha=0.0))
-    )
-    for mine, theirs in zip(kept(only_v), kept(local), strict=True):
+def test_apfl_of_share_one_is_local_and_of_share_zero_has_no_model_but_w(tmp_path, local_of_everybody):
+    only_v, only_w = (run(tmp_path / str(alpha), APFL(alpha=alpha), clients_per_round=4) for alpha in (1.0, 0.0))
+    for mine, theirs in zip(kept(only_v), kept(local_of_everybody), strict=True):
         assert torch.equal(mine["v_P"], theirs["row_P"])
     federation = only_w._federation_of_the_last_round()
     for client in range(4):

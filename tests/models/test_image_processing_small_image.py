@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from hf_fedmoe.data import ImageCollator, decode_images
 from hf_fedmoe.models import FedMoEForImageClassification, SmallImageProcessor
 from tests.tiny_images import tiny_cnn
 from tests.tiny_models import make_different
+from tests.without_package import results_without_package
 
 
 def random_pixels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -190,16 +188,14 @@ def test_save_and_load(tmp_path):
     ].shape == (1, 3, 4, 4)
 
 
-# Runs with `-I` (no PYTHONPATH, no working directory on the path); an installed package is hidden as well.
 CLASSIFY = """
 import json, sys
-sys.modules["hf_fedmoe"] = None
 from transformers import pipeline
 
 folder, *files = sys.argv[1:]
 classify = pipeline("image-classification", model=folder, device="cpu", trust_remote_code=True)
 assert type(classify.image_processor).__module__.startswith("transformers_modules."), type(classify.image_processor)
-print("SCORES", json.dumps(classify(files, top_k=4)))
+print("RESULT", json.dumps(classify(files, top_k=4)))
 classify.image_processor.save_pretrained(folder + "/again")
 """
 
@@ -233,12 +229,8 @@ def test_a_mixture_for_grey_images_classifies_files_and_pil_images(tmp_path, cap
     for images in (files, [grey, colour], [grey.convert("RGB"), colour], [grey_YX, colour_YXN]):
         check(classify(images, top_k=4))
 
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-I", "-c", CLASSIFY, str(tmp_path / "model"), *files]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("SCORES")]
-    check(json.loads(line.removeprefix("SCORES ")))
+    [scores] = results_without_package(CLASSIFY, [str(tmp_path / "model"), *files], tmp_path / "cache")
+    check(scores)
     again = AutoImageProcessor.from_pretrained(tmp_path / "model" / "again")
     np.testing.assert_array_equal(values(again(grey)), as_paper(grey_YX)[None, None])
     assert (tmp_path / "model" / "again" / "image_processing_small_image.py").is_file()

@@ -1,8 +1,5 @@
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ from hf_fedmoe.models import FedMoEConfig, FedMoEForImageClassification, FedMoEF
 from tests.mixture_by_hand import mixture_by_hand
 from tests.tiny_images import IMAGE_FAMILIES, image_batch, make_statistics_different, tiny_cnn, tiny_resnet
 from tests.tiny_models import PAD_TOKEN_ID, make_different, tiny_gpt2
+from tests.without_package import results_without_package
 
 
 GATES = ("main_features", "model")
@@ -169,10 +167,8 @@ def test_each_auto_class_finds_its_own_model(tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path / "text")
 
 
-# Runs with `-I` (no PYTHONPATH, no working directory on the path); an installed package is hidden as well.
 LOAD = """
 import json, sys
-sys.modules["hf_fedmoe"] = None
 import torch
 from transformers import AutoModelForImageClassification
 
@@ -182,7 +178,7 @@ for path in sys.argv[2:]:
     model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     with torch.no_grad():
-        print("LOGITS", json.dumps(model(images).logits.tolist()))
+        print("RESULT", json.dumps(model(images).logits.tolist()))
     model.save_pretrained(path + "/again")
 """
 
@@ -202,15 +198,12 @@ def test_loads_where_the_package_is_not_installed(tmp_path):
         model.save_pretrained(tmp_path / name)
     shape = (4, 3, 8, 8)
     images = torch.linspace(-1, 1, 4 * 3 * 8 * 8).reshape(shape)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-I", "-c", LOAD, json.dumps(shape), *(str(tmp_path / name) for name in models)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    lines = [line.removeprefix("LOGITS ") for line in result.stdout.splitlines() if line.startswith("LOGITS")]
-    for (name, model), line in zip(models.items(), lines, strict=True):
+    arguments = [json.dumps(shape), *(str(tmp_path / name) for name in models)]
+    found = results_without_package(LOAD, arguments, tmp_path / "cache")
+    for (name, model), logits in zip(models.items(), found, strict=True):
         with torch.no_grad():
             expected = model(images).logits
-        assert torch.equal(torch.tensor(json.loads(line)), expected), name
+        assert torch.equal(torch.tensor(logits), expected), name
         again = AutoModelForImageClassification.from_pretrained(tmp_path / name / "again")
         assert torch.equal(again(images).logits, expected), name
         sources = [{file.name for file in path.glob("*.py")} for path in (tmp_path / name, tmp_path / name / "again")]

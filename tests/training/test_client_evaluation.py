@@ -48,7 +48,7 @@ def two_kinds(num_clients: int = 6, size: int = 40) -> FederatedDataset:
 
 
 def run_of_two_kinds(output_dir, strategy):
-    settings = dict(rounds=10, clients_per_round=6, per_device_train_batch_size=7, num_train_epochs=2)
+    settings = dict(rounds=5, clients_per_round=6, per_device_train_batch_size=7, num_train_epochs=2)
     trainer = FederatedTrainer(tiny_expert(), tiny_args(output_dir, **settings), two_kinds(), strategy=strategy)
     trainer.train()
     return trainer
