@@ -1,12 +1,80 @@
 """Federated learning with a server-side Mixture-of-Experts, in Hugging Face terms."""
 
 import sys
+from importlib import import_module
 from pathlib import PurePath
+from typing import Any
 
 
 __version__ = "0.1.0"
+
+# The room of each name that is offered here. A room is imported with the first of its names.
+_ROOMS = {
+    "FedMoEConfig": "models",
+    "FedMoEForImageClassification": "models",
+    "FedMoEForSequenceClassification": "models",
+    "SmallImageProcessor": "models",
+    "AUGMENTATIONS": "data",
+    "FederatedDataset": "data",
+    "ImageCollator": "data",
+    "decode_images": "data",
+    "dirichlet": "data",
+    "hold_out_client_tests": "data",
+    "iid": "data",
+    "load_source": "data",
+    "natural": "data",
+    "pachinko": "data",
+    "predominant": "data",
+    "shards": "data",
+    "Server": "federation",
+    "ServerStep": "federation",
+    "Strategy": "federation",
+    "Uploads": "federation",
+    "AFL": "strategies",
+    "APFL": "strategies",
+    "ClusteredFL": "strategies",
+    "Decentralised": "strategies",
+    "FedAvg": "strategies",
+    "FedAvgMovingAverage": "strategies",
+    "FedAvgPlus": "strategies",
+    "FedAvgReserved": "strategies",
+    "FedEM": "strategies",
+    "FedJETs": "strategies",
+    "FedMix": "strategies",
+    "FedMoE": "strategies",
+    "FedMoESettings": "strategies",
+    "FedProx": "strategies",
+    "FedRep": "strategies",
+    "FedRolex": "strategies",
+    "HeteroFL": "strategies",
+    "L2SGD": "strategies",
+    "Local": "strategies",
+    "PFedMM": "strategies",
+    "PFedMe": "strategies",
+    "PFedMoE": "strategies",
+    "QFFL": "strategies",
+    "plot_clients": "reporting",
+    "FedMoETrainer": "training",
+    "FederatedTrainer": "training",
+    "FederatedTrainingArguments": "training",
+    "compare": "experiments",
+}
+
+__all__ = list(_ROOMS)
 
 # `import hf_fedmoe` registers the Auto classes. Only the command `hf-fedmoe` leaves that to what it calls: with them
 # comes torch, and a mistyped word would be answered after seconds.
 if PurePath(*sys.argv[:1]).name != "hf-fedmoe":
     from . import models  # noqa: F401
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    globals()[name] = value  # asked once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals() | _ROOMS)
