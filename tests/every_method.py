@@ -22,6 +22,8 @@ from hf_fedmoe.strategies import (
     QFFL,
     ClusteredFL,
     Decentralised,
+    FedAdagrad,
+    FedAdam,
     FedAvg,
     FedAvgMovingAverage,
     FedAvgPlus,
@@ -34,6 +36,7 @@ from hf_fedmoe.strategies import (
     FedProx,
     FedRep,
     FedRolex,
+    FedYogi,
     HeteroFL,
     Local,
     PFedMe,
@@ -145,6 +148,9 @@ METHODS = {
         FedAvgReserved, LIMITS + "test_fine_tuning_on_the_reserved_set_for_no_epoch_at_rate_zero_is_fedavg"
     ),
     "fedavg_moving_average": Method(FedAvgMovingAverage, LIMITS + "test_moving_average_of_rate_one_is_fedavg"),
+    "fedadagrad": Method(FedAdagrad, LIMITS + "test_server_optimizers_that_are_not_adaptive_are_fedavg"),
+    "fedadam": Method(FedAdam, LIMITS + "test_server_optimizers_that_are_not_adaptive_are_fedavg"),
+    "fedyogi": Method(FedYogi, LIMITS + "test_server_optimizers_that_are_not_adaptive_are_fedavg", resumed=MOST_STATE),
     "fedprox": Method(FedProx, LIMITS + "test_fedprox_with_mu_zero_is_fedavg", resumed={"lr_scheduler_scope": "run"}),
     "fedmoe": Method(
         FedMoE,

@@ -23,6 +23,7 @@ from .fedem import FedEM
 from .fedjets import FedJETs, freeze_common_expert
 from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
+from .fedopt import FedAdagrad, FedAdam, FedYogi
 from .fedprox import FedProx
 from .fedrep import FedRep
 from .fedrolex import FedRolex, HeteroFL
@@ -45,6 +46,8 @@ __all__ = [
     "ClientTask",
     "ClusteredFL",
     "Decentralised",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
     "FedAvgMovingAverage",
     "FedAvgPlus",
@@ -57,6 +60,7 @@ __all__ = [
     "FedProx",
     "FedRep",
     "FedRolex",
+    "FedYogi",
     "GateFit",
     "HeteroFL",
     "JointWork",

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.federation import Stream, seed_of
-from hf_fedmoe.strategies import FedAvg, FedAvgMovingAverage, FedAvgReserved, FedProx
+from hf_fedmoe.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgMovingAverage, FedAvgReserved, FedProx, FedYogi
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation, tiny_mixture
 
@@ -84,6 +84,24 @@ def test_fedprox_holds_clients_near_the_start(tmp_path):
 
     free, held = run(tmp_path, FedProx(mu=0.0)), run(tmp_path, FedProx(mu=10.0))
     assert distance(held.model) < 0.5 * distance(free.model)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        FedAdagrad(server_learning_rate=2e3, tau=1e3),
+        FedAdam(server_learning_rate=2.0, beta1=0.0, beta2=1.0, tau=1.0),
+        FedYogi(server_learning_rate=2.0, beta1=0.0, beta2=1.0, tau=1.0),
+    ],
+    ids=lambda strategy: strategy.name,
+)
+def test_server_optimizers_that_are_not_adaptive_are_fedavg(tmp_path, strategy):
+    """
+    v stays tau^2, so that the step is eta / (2 tau) of the way to the mean: all of it. (The biases of keys have no
+    gradient but its rounding, which AdamW makes as large as any.)
+    """
+    averaged = state(run(tmp_path / "fedavg", FedAvg()).model)
+    assert_equal_states(state(run(tmp_path / "own", strategy).model), averaged, atol=1e-5, rtol=0)
 
 
 def test_moving_average_of_rate_one_is_fedavg(tmp_path):

@@ -15,11 +15,14 @@ from hf_fedmoe.federation.local_training import OPTIMIZER_PREFIX
 from hf_fedmoe.strategies import (
     APFL,
     QFFL,
+    FedAdagrad,
+    FedAdam,
     FedAvg,
     FedAvgMovingAverage,
     FedAvgReserved,
     FedMoE,
     FedMoESettings,
+    FedYogi,
     Server,
     Strategy,
     Uploads,
@@ -37,10 +40,15 @@ FUSIONS = ("svd", "ffa", "factors")
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fedavg_reserved": lambda: FedAvgReserved(learning_rate=0.0),
     "fedmoe": lambda: FedMoE(FedMoESettings(gate_epochs=0, final_expert_epochs=0)),
+    # The rounding of a new basis is multiplied by eta / tau.
+    "fedadagrad": lambda: FedAdagrad(tau=0.1),
+    "fedadam": lambda: FedAdam(tau=0.1),
+    "fedyogi": lambda: FedYogi(tau=0.1),
     "apfl": lambda: APFL(adapt=True),  # alpha goes along v - w, which is 0
 }
 # What moves all the same, of the server and of the clients: none of it is a weight.
 BOOKS = {
+    "fedadam": {"v_P"},  # forgets where it began
     "afl": {"lambda_M"},  # goes up the losses
     "fedmoe": {"contribution_SM", "mixture_SM"},  # whose uploads an expert consists of, however equal they are
     # The E-step has no learning rate: pi moves, and with it the weights of the gradients that the optimizer sees.
