@@ -33,6 +33,7 @@ from .pfedmm import PFedMM
 from .pfedmoe import PFedMoE, pfedmoe_cnns
 from .qffl import QFFL
 from .relevance import client_mixture, correlate
+from .setting_kinds import check_setting_kinds
 
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "Strategy",
     "Uploads",
     "Work",
+    "check_setting_kinds",
     "client_mixture",
     "correlate",
     "freeze_common_expert",
