@@ -51,7 +51,7 @@ from ..strategies import FedAvg, GateFit, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters, freeze_lora_a
 from .checkpointing import Checkpointing
-from .checks import check_run
+from .checks import check_parts, check_run
 from .client_evaluation import ClientEvaluation
 from .client_training import ClientTraining
 from .columns import ModelColumns, check_batch_has_labels
@@ -119,7 +119,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
         **others: Any,
     ):
         check_init_arguments(others)
-        self.strategy = strategy or FedAvg()
+        self.strategy = FedAvg() if strategy is None else strategy
+        check_parts(model, args, self.strategy)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         guard_narrow_convolutions(model)
