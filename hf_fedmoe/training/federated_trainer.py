@@ -56,6 +56,7 @@ from .client_evaluation import ClientEvaluation
 from .client_training import ClientTraining
 from .columns import ModelColumns, check_batch_has_labels
 from .deepspeed_config import engine_config
+from .evaluated_rows import EvaluatedRows
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
 from .known_rows import trial_on_known_rows
@@ -69,7 +70,9 @@ from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
-class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelColumns, SeveralProcesses, Trainer):
+class FederatedTrainer(
+    ClientTraining, ClientEvaluation, EvaluatedRows, Checkpointing, ModelColumns, SeveralProcesses, Trainer
+):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
