@@ -170,6 +170,11 @@ class FederatedDataset:
             [`FederatedDataset`]: With `pool` the rows of `dataset` that somebody has, in their order there.
         """
         check_dataset(dataset, "dataset")
+        if not callable(partition):
+            raise ValueError(
+                f"partition is {partition!r}: give a function of the rows that divides them, lambda rows: "
+                "iid(len(rows), num_clients=10)."
+            )
         own_test = {"test": test} if isinstance(test, Dataset) else {}
         labelled = with_one_label_map({"dataset": dataset}, own_test, label_column)
         dataset = labelled["dataset"]

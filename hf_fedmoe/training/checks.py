@@ -165,6 +165,20 @@ def check_run(
         )
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")
+    if args.should_save:
+        make_folder(args.output_dir)
+
+
+def make_folder(folder: str | os.PathLike) -> None:
+    """Makes a folder to write into where there is none, or raises `ValueError` that says why there can be none."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` is {str(folder)!r}, where no folder can be made: {error.strerror}. Choose another."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"`output_dir` is {str(folder)!r}, which cannot be written into: choose another.")
 
 
 def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:

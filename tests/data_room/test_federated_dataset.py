@@ -334,3 +334,8 @@ def test_missing_texts_are_named_where_a_tokenizer_fails():
         data.map(lambda row: {"length": len(row["text"].split())})
     with pytest.raises(ZeroDivisionError):
         FederatedDataset.from_clients([rows.select([0, 2])], num_labels=3).map(lambda row: {"length": 1 // 0})
+
+
+def test_a_partition_is_a_function():
+    with pytest.raises(ValueError, match=r"partition is None: give a function of the rows that divides them"):
+        FederatedDataset.split(Dataset.from_dict({"label": [0, 1] * 4}), None)

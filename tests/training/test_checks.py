@@ -366,3 +366,15 @@ def test_models_without_weights_that_can_be_trained(tmp_path):
     quantised.score = torch.ao.nn.quantized.Linear(4, 3)
     with pytest.raises(ValueError, match=r"`model` holds at `score.*where there should be weights, as quantised"):
         FederatedTrainer(quantised, args, data)
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/below", "dangling", "x" * 300):
+        args = tiny_args(tmp_path / name)
+        with pytest.raises(ValueError, match=r"`output_dir` is '.*', where no folder can be made: .*\. Choose"):
+            FederatedTrainer(tiny_expert(), args, tiny_federation())
+    trainer = FederatedTrainer(tiny_expert(), tiny_args(tmp_path / "run"), tiny_federation())
+    with pytest.raises(ValueError, match="where no folder can be made: File exists"):
+        trainer.save_model(tmp_path / "file")
