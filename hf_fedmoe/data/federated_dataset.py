@@ -17,7 +17,7 @@ from .label_maps import with_label_map, with_one_label_map
 from .labels import check_label_column, check_label_range, holds_names, read_labels, resolve_classes
 from .partitioner import Partitioner
 from .server_splits import hold_out_splits
-from .split_checks import check_indices, warn_classes, warn_equal_rows
+from .split_checks import check_indices, naming_missing_texts, warn_classes, warn_equal_rows
 
 
 # Rows of each client, by its name if it has one.
@@ -170,6 +170,11 @@ class FederatedDataset:
             [`FederatedDataset`]: With `pool` the rows of `dataset` that somebody has, in their order there.
         """
         check_dataset(dataset, "dataset")
+        if not callable(partition):
+            raise ValueError(
+                f"partition is {partition!r}: give a function of the rows that divides them, lambda rows: "
+                "iid(len(rows), num_clients=10)."
+            )
         own_test = {"test": test} if isinstance(test, Dataset) else {}
         labelled = with_one_label_map({"dataset": dataset}, own_test, label_column)
         dataset = labelled["dataset"]
@@ -476,7 +481,8 @@ class FederatedDataset:
         return {name: self._labels[rows] for name, rows in self.split_indices.items()} | own_test
 
     def _map_split(self, dataset: Dataset, labels: np.ndarray, name: str, function: Callable, kwargs: dict) -> Dataset:
-        mapped = dataset.map(function, **kwargs)
+        with naming_missing_texts(dataset, name):
+            mapped = dataset.map(function, **kwargs)
         if len(mapped) != len(dataset):
             raise ValueError(
                 f"map turned the {len(dataset)} rows of {name} into {len(mapped)}, so the partition no longer fits. "

@@ -226,9 +226,10 @@ class ImageCollator:
             ValueError: When an example is no decoded image of the processor's shape.
         """
         for example in examples:
-            pixels = example["pixel_values"]
+            pixels = example.get("pixel_values")
             if not isinstance(pixels, bytes) or len(pixels) != math.prod(self.shape):
                 found = f"{len(pixels)} bytes" if isinstance(pixels, bytes) else f"a {type(pixels).__name__}"
+                found = found if "pixel_values" in example else "missing"
                 raise ValueError(
                     f"`pixel_values` of an example is {found}, but the image processor makes images of shape "
                     f"{self.shape}, {math.prod(self.shape)} bytes: map the data with `decode_images` and this "

@@ -1,10 +1,11 @@
-"""The server's reserved set, collated once.
+"""The server's reserved set, collated once, when it is first used.
 
 Shape suffixes: R reserved examples.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import datasets
 import torch
@@ -43,16 +44,27 @@ class ReservedSet:
         self._train_collate = train_collate or collate
         self._device = torch.device(device)
         self.autocast, self.objective = autocast, objective
-        self.inputs: list[dict[str, Tensor]] = []
-        labels = []
-        for indices in torch.arange(len(dataset)).split(batch_size):
-            batch = self.batch(indices)
-            labels.append(batch.pop("labels"))
-            self.inputs.append(batch)
-        self.labels_R = torch.cat(labels)
+        self._batch_size = batch_size
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    @cached_property
+    def _batches(self) -> tuple[list[dict[str, Tensor]], Tensor]:
+        # When they are asked for: by then a run has tried its collators out, and said in plain words what is wrong.
+        batches = [self.batch(indices) for indices in torch.arange(len(self)).split(self._batch_size)]
+        labels_R = torch.cat([batch.pop("labels") for batch in batches])
+        return batches, labels_R
+
+    @property
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """All examples in batches, without their labels."""
+        return self._batches[0]
+
+    @property
+    def labels_R(self) -> Tensor:
+        """Their labels."""
+        return self._batches[1]
 
     def batch(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """The collated examples with these indices, `labels` included."""

@@ -1,5 +1,6 @@
 """Where data comes from: the shipped reviews, scikit-learn's digits, a file, a folder of parquet files, the Hub."""
 
+import glob
 import io
 import os
 from importlib import resources
@@ -91,7 +92,11 @@ def load_source(
     if "test" not in splits:
         held, rest = hold_out(column_as_numpy(splits["train"], "label"), test_size, seed)
         if len(held) == 0:
-            raise ValueError(f"{name!r} has no test split and test_size is {test_size}. Give a test_size above 0.")
+            remedy = "a larger test_size, or more rows" if test_size else "a test_size above 0"
+            raise ValueError(
+                f"{str(name)!r} has no test split and test_size is {test_size}, which holds out none of its "
+                f"{len(rest)} rows. Give {remedy}."
+            )
         splits = {"train": splits["train"].select(rest), "test": splits["train"].select(held)}
     return DatasetDict(splits)
 
@@ -130,7 +135,7 @@ def _find(name: str) -> dict[str, Dataset]:
     path = Path(name).expanduser()
     if path.suffix.lower() in FILE_FORMATS:
         if path.is_file():
-            return dict(load_dataset(FILE_FORMATS[path.suffix.lower()], data_files=str(path)))
+            return _read_files(FILE_FORMATS[path.suffix.lower()], {"train": path}, name)
         # A name with the suffix of a file is never meant for the Hub.
         raise ValueError(f"There is no file {name!r} in the current folder {Path.cwd()}. Check the path.")
     looked_for.append(f"a local file ({', '.join(FILE_FORMATS)})")
@@ -139,12 +144,12 @@ def _find(name: str) -> dict[str, Dataset]:
     if folder:
         alone, train = Path(folder, f"{name}.parquet"), Path(folder, f"{name}_train.parquet")
         if alone.is_file():
-            return dict(load_dataset("parquet", data_files=str(alone)))
+            return _read_files("parquet", {"train": alone}, name)
         if train.is_file():
-            files = {"train": str(train)}
+            files = {"train": train}
             if (test := Path(folder, f"{name}_test.parquet")).is_file():
-                files["test"] = str(test)
-            return dict(load_dataset("parquet", data_files=files))
+                files["test"] = test
+            return _read_files("parquet", files, name)
         looked_for.append(f"{alone} and {train} ({DATA_FOLDER_VARIABLE})")
     else:
         looked_for.append(f"no folder of parquet files, because {DATA_FOLDER_VARIABLE} is not set")
@@ -157,6 +162,35 @@ def _find(name: str) -> dict[str, Dataset]:
             f"No dataset {name!r}. Looked for: {'; '.join(looked_for)}. Check the spelling, the path, or the network "
             "connection."
         ) from error
+    except Exception as error:
+        if path.exists():
+            raise _unreadable(name, "a data set", error) from error
+        raise
+
+
+def _read_files(file_format: str, files: dict[str, Path], name: str) -> dict[str, Dataset]:
+    """Reads files of one format, by the names of their splits."""
+    try:
+        # Escaped: brackets and stars in a file's name would be a pattern, which may also fit other files.
+        escaped = {split: glob.escape(str(path)) for split, path in files.items()}
+        return dict(load_dataset(file_format, data_files=escaped))
+    except Exception as error:
+        raise _unreadable(name, file_format, error) from error
+
+
+def _unreadable(name: str, file_format: str, error: Exception) -> ValueError:
+    """Says in one line why files cannot be read: the reason is the innermost of several errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = " ".join(str(error).split())
+    if isinstance(error, UnicodeDecodeError):
+        return ValueError(f"{str(name)!r} is not UTF-8 ({reason}). Save the file as UTF-8.")
+    if "corresponds to no data" in reason or type(error).__name__ == "EmptyDataError":
+        return ValueError(f"{str(name)!r} has no rows. Check that it is the file that you mean, and whole.")
+    return ValueError(
+        f"{str(name)!r} cannot be read as {file_format}. It says: {type(error).__name__}: {reason} Check that the "
+        "file is whole and of the format that its name ends in."
+    )
 
 
 def _digits() -> Dataset:
@@ -176,6 +210,16 @@ def _rename_columns(
     content, content_column = _find_content(dataset, text_column, label_column, image_column)
     for target, column in (("label", label_column), (content, content_column)):
         if column is None or column not in dataset.column_names:
+            if column is None and target == "text" and "text" in dataset.column_names:
+                raise ValueError(
+                    f"{where} has no texts in 'text' but {dataset.features['text']}. Give another text_column, "
+                    "or save the data after dataset.cast_column('text', datasets.Value('string'))."
+                )
+            if len(dataset.column_names) == 1 and (found := {";", "\t", "|"} & set(dataset.column_names[0])):
+                raise ValueError(
+                    f"{where} has one column, {dataset.column_names[0]!r}, whose name holds {found.pop()!r}. "
+                    "Columns of a .csv are separated by commas: save it so."
+                )
             what = f"has no column {column!r}" if column else f"leaves open which column is the {target}"
             raise ValueError(f"{where} {what}; it has {dataset.column_names}. Give {target}_column=...")
         if target == "image" and not isinstance(dataset.features[column], Image):

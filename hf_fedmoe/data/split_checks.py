@@ -1,10 +1,11 @@
 """Checks of splits that run before any training: sizes, rows, overlap, classes."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from .row_hashes import row_hashes
 
@@ -125,3 +126,31 @@ def warn_classes(client_labels: np.ndarray, splits: Mapping[str, np.ndarray], la
                 "They cannot be learned; remove them from it, or give clients examples of them.",
                 stacklevel=3,
             )
+
+
+@contextmanager
+def naming_missing_texts(dataset: Dataset, name: str) -> Iterator[None]:
+    """
+    Names the texts that are missing where a function that reads rows fails, as tokenizers do with words of their own.
+
+    Args:
+        dataset (`datasets.Dataset`): The rows.
+        name (`str`): Their name in the message.
+
+    Raises:
+        ValueError: In the place of whatever is raised within, when a column of strings has rows without one.
+    """
+    try:
+        yield
+    except Exception as error:
+        for column, kind in dataset.features.items():
+            if kind not in (Value("string"), Value("large_string")):
+                continue
+            rows = [row for row, text in enumerate(dataset[column]) if text is None]
+            if rows:
+                raise ValueError(
+                    f"map failed on {name}, where {column!r} is missing in {len(rows)} of {len(dataset)} rows, row "
+                    f"{rows[0]} first. Before the clients are made, remove them, dataset.filter(lambda row: "
+                    f"row[{column!r}] is not None). It says: {type(error).__name__}: {error}"
+                ) from error
+        raise

@@ -26,6 +26,7 @@ from .adapters_fedmoe import (
     read_adapter_configs,
     train_adapters_only,
 )
+from .configuration_checks import MAX_MODULES, check_integer
 from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_configs, check_equal_states
 
 
@@ -88,6 +89,7 @@ class FedMoEBuilding:
                 If the expert is no classifier, its labels or vocabulary contradict the other arguments, or an argument
                 is unknown.
         """
+        check_integer("num_routed_experts", num_routed_experts, high=MAX_MODULES)
         loading = {name: config_kwargs.pop(name) for name in LOADING_ARGUMENTS if name in config_kwargs}
         names = {key: config_kwargs[key] for key in ("id2label", "label2id") if config_kwargs.get(key)}
         sizes = {key: len(value) for key, value in names.items()}

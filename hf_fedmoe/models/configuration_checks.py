@@ -6,6 +6,7 @@ is.
 from collections.abc import Collection
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 
@@ -34,6 +35,21 @@ def check_number(field: str, value: Any) -> None:
     """Raises a `ValueError` unless `value` is a number; a NaN is one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"`{field}` is {value!r}: pass a number.")
+
+
+def check_weights(place: str, model: nn.Module) -> None:
+    """Raises a `ValueError` when the weights of `model` are not there, or are no tensors that can be trained."""
+    if getattr(model, "hf_device_map", None) is None and any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            f"`{place}` has no weights, it is on the device 'meta': load it with `from_pretrained`, outside of "
+            '`torch.device("meta")`.'
+        )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"`{place}` holds at `{name}` a {type(value).__name__} where there should be weights, as quantised "
+                "layers do: load it without quantisation."
+            )
 
 
 def check_choice(field: str, value: Any, allowed: Collection[str]) -> None:

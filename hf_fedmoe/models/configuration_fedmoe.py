@@ -18,6 +18,7 @@ from .configuration_checks import (
     check_integer,
     check_labels,
     check_number,
+    check_weights,
 )
 
 
@@ -326,6 +327,7 @@ def check_classifier(place: str, model: PreTrainedModel, auto_class: type) -> No
             f"`{place}` is a {type(model).__name__}, which is not what {auto_class.__name__} builds: load it with "
             f"`{auto_class.__name__}.from_pretrained`."
         )
+    check_weights(place, model)
 
 
 def check_equal_configs(first_place: str, first: PreTrainedModel, place: str, other: PreTrainedModel) -> None:

@@ -394,7 +394,7 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         size = self._batch_size(batch)
         dense = self.training if dense is None else dense
         top_l = config.top_l if top_l is None else top_l
-        if not 1 <= top_l <= config.num_routed_experts:
+        if not isinstance(top_l, int) or not 1 <= top_l <= config.num_routed_experts:
             raise ValueError(
                 f"`top_l` is {top_l}: pass 1 to {config.num_routed_experts}, the number of routed experts."
             )

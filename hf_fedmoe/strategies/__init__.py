@@ -35,6 +35,7 @@ from .pfedmm import PFedMM
 from .pfedmoe import PFedMoE, pfedmoe_cnns
 from .qffl import QFFL
 from .relevance import client_mixture, correlate
+from .setting_kinds import check_setting_kinds
 from .zero_gate import ZeroGateFit
 
 
@@ -74,6 +75,7 @@ __all__ = [
     "Uploads",
     "Work",
     "ZeroGateFit",
+    "check_setting_kinds",
     "client_mixture",
     "correlate",
     "freeze_common_expert",

@@ -17,6 +17,7 @@ from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
 from .gate_training import fit_gate
 from .relevance import CORRELATIONS, client_mixture, correlate
 from .server_training import expert_outputs, fine_tune, fine_tune_experts, gate_probabilities, probe
+from .setting_kinds import check_setting_kinds
 
 
 SYNCHRONISATIONS = ("download_main", "download_mixture", "after_round", "none")
@@ -114,6 +115,7 @@ class FedMoESettings:
         for name, value in PRESETS[self.preset].items():
             if vars(self)[name] is None:
                 setattr(self, name, value)
+        check_setting_kinds(self)
         for name, choices in (("correlation", CORRELATIONS), ("synchronisation", SYNCHRONISATIONS)):
             if vars(self)[name] not in choices:
                 raise ValueError(f"`{name}` is {vars(self)[name]!r}: choose one of {', '.join(map(repr, choices))}.")

@@ -128,7 +128,8 @@ def train_gate(
     the epochs, see [`ServerStep`].
 
     Returns:
-        `dict[str, float]`: The mean `gate_loss` of the last epoch, and `gate_grad_norm`, the mean gradient norm.
+        `dict[str, float]`: The mean `gate_loss` of the last epoch, and `gate_grad_norm`, the mean gradient norm;
+        nothing of 0 epochs.
     """
     # Masks of dropout must not be alike in processes that have other rows.
     torch.manual_seed(seed + fit.index)
@@ -150,4 +151,6 @@ def train_gate(
             total = total + loss.detach()
             steps += 1
     fit.end()
+    if steps == 0:
+        return {}
     return {"gate_loss": (total / steps).item(), "gate_grad_norm": (norm / (steps * epochs)).item()}

@@ -27,8 +27,8 @@ class QFFL(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
-        if self.q < 0:
-            raise ValueError(f"`q` is {self.q}: give 0 (the mean of the clients) or more.")
+        if not 0 <= self.q < float("inf"):
+            raise ValueError(f"`q` is {self.q}: give 0 (the mean of the clients) or more, and no infinity.")
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         start_loss = local.mean_loss(task.dataset, task.received_P, task.integers, task.seed)

@@ -33,6 +33,7 @@ from ..federation import (
 )
 from ..models.modeling_adapted import save_base_configs
 from .adapters import base_fingerprint
+from .checks import make_folder
 from .resuming import CLIENTS_FOLDER, choose_checkpoint, in_words, numbered_checkpoints
 from .run_identity import check_identity, run_identity
 from .termination import SigtermWatch, TerminatedError
@@ -295,7 +296,7 @@ class Checkpointing:
         if not self.args.should_save:
             return
         output_dir = Path(output_dir or self.args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
         self.model.save_pretrained(output_dir, state_dict=state_dict)
         if isinstance(self.model, PeftModel):
             save_base_configs(self.model, output_dir)

@@ -2,12 +2,15 @@
 
 import os
 
+import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
-from ..strategies import Strategy, has_plain_clients
+from ..models.configuration_checks import check_weights
+from ..strategies import Strategy, check_setting_kinds, has_plain_clients
 from .deepspeed_config import check_deepspeed
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_arguments
@@ -15,6 +18,66 @@ from .honoured import check_arguments
 
 # Optimizers that can train several models as one, `clients_at_once`.
 WEIGHT_BY_WEIGHT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+
+
+# What follows a model's name when its head is none for one label per row.
+OTHER_HEADS = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForConditionalGeneration",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "ForObjectDetection",
+    "ForSemanticSegmentation",
+)
+
+
+def check_parts(model: nn.Module, args: FederatedTrainingArguments, strategy: Strategy) -> None:
+    """Raises `ValueError` when what a trainer is given is of another kind, before anything is asked of it."""
+    if not isinstance(args, FederatedTrainingArguments):
+        raise ValueError(
+            f"`args` is a {type(args).__name__}: a federated run takes its settings from `FederatedTrainingArguments`."
+        )
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        raise ValueError(f"`strategy` is the class {strategy.__name__}: give an instance, `{strategy.__name__}()`.")
+    if not isinstance(strategy, Strategy):
+        raise ValueError(
+            f"`strategy` is {strategy!r}, a {type(strategy).__name__}: give an instance of one of the classes in "
+            "`hf_fedmoe.strategies`, for example `FedAvg()`."
+        )
+    check_setting_kinds(strategy)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            "`model` is what `torch.compile` returned: give the model itself, and `torch_compile=True` in the "
+            "arguments."
+        )
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}: load a classifier of Transformers, "
+            "`AutoModelForSequenceClassification.from_pretrained(...)` or that for images."
+        )
+    check_weights("model", model)
+
+
+def check_classes(client_model: nn.Module) -> None:
+    """Raises `ValueError` when a client's model is trained for something else than one class of each row."""
+    inner = client_model.get_base_model() if isinstance(client_model, PeftModel) else client_model
+    name = type(inner).__name__
+    if name.endswith(OTHER_HEADS):
+        raise ValueError(
+            f"`model` is a {name}, which gives no row one class: load it with "
+            "`AutoModelForSequenceClassification.from_pretrained`, or `AutoModelForImageClassification` for images."
+        )
+    problem_type = getattr(inner.config, "problem_type", None)
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"The model's configuration has `problem_type` {problem_type!r}, but a row of a federated run has one "
+            "class: set `model.config.problem_type = None`."
+        )
 
 
 def check_run(
@@ -31,6 +94,7 @@ def check_run(
             "`FederatedDataset.from_clients([...])` or partition a dataset with `FederatedDataset.split(...)`."
         )
     check_arguments(args)
+    check_classes(strategy.server_models(model)[0])
     if not any(parameter.requires_grad for parameter in strategy.server_models(model)[0].parameters()):
         raise ValueError(
             f"Nothing of the {type(model).__name__} learns, all its parameters are frozen: set `requires_grad` of "
@@ -85,6 +149,11 @@ def check_run(
             f"{args.n_gpu} GPUs are visible and a process uses one: start a process for each, `accelerate launch "
             f"--multi_gpu --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES=0."
         )
+    if isinstance(processing_class, (str, os.PathLike)):
+        raise ValueError(
+            f"`processing_class` is {str(processing_class)!r}: load it, `AutoTokenizer.from_pretrained(...)` or "
+            "`AutoImageProcessor.from_pretrained(...)`."
+        )
     if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.pad_token is None:
         raise ValueError(
             "`processing_class` has no pad token, so that texts of different lengths make no batch: set "
@@ -98,6 +167,20 @@ def check_run(
         )
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")
+    if args.should_save:
+        make_folder(args.output_dir)
+
+
+def make_folder(folder: str | os.PathLike) -> None:
+    """Makes a folder to write into where there is none, or raises `ValueError` that says why there can be none."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` is {str(folder)!r}, where no folder can be made: {error.strerror}. Choose another."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"`output_dir` is {str(folder)!r}, which cannot be written into: choose another.")
 
 
 def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:

@@ -165,15 +165,18 @@ class ClientTraining:
             self.strategy.needs_reserved_set(),
             self.client_name,
         )
-        client_model = self.strategy.server_models(self.model)[0]
-        embeddings = None
-        if client_model.main_input_name == "input_ids":
-            model = client_model.base if isinstance(client_model, AdapterExpert) else client_model
-            embeddings = len(model.get_input_embeddings().weight)
-        faults = scan_readers(readers, embeddings, self.model.config.num_labels)
+        faults = scan_readers(readers, self._num_embeddings(), self.model.config.num_labels)
         if faults:
             raise ValueError("\n".join(faults))
         return readers
+
+    def _num_embeddings(self) -> int | None:
+        """Tokens that the client model knows, `None` if it reads none."""
+        client_model = self.strategy.server_models(self.model)[0]
+        if client_model.main_input_name != "input_ids":
+            return None
+        model = client_model.base if isinstance(client_model, AdapterExpert) else client_model
+        return len(model.get_input_embeddings().weight)
 
     def _try_out(self, federation: Federation, readers: list[Reader]) -> None:
         """Tries out what the first round is about to do, see [`Trial`]."""

@@ -9,7 +9,7 @@ from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from ..federation import CLIENT_CHOICES, leave_group
-from ..strategies import FedMoESettings
+from ..strategies import FedMoESettings, check_setting_kinds
 from ..weights import COMPRESSIONS, make_codec
 from .deepspeed_config import hidden_from_accelerate, requested_config
 
@@ -104,6 +104,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; the best one besides."})
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         config, self.deepspeed = requested_config(self.deepspeed), None
         with hidden_from_accelerate():
             if self.use_cpu or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
@@ -125,6 +126,12 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give a number in [0, 1).")
+        if self.adam_epsilon <= 0:
+            # A weight that no example reaches, a word that none has, would be 0 / 0.
+            raise ValueError(f"`adam_epsilon` is {self.adam_epsilon}: give more than 0, 1e-8 for example.")
+        for name in ("seed", "data_seed", "client_draw_seed"):
+            if not 0 <= (vars(self)[name] or 0) < 2**32:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give a whole number from 0 to {2**32 - 1}.")
         if self.optim_args and not all(part.count("=") == 1 for part in self.optim_args.split(",")):
             raise ValueError(f"`optim_args` is {self.optim_args!r}: write name=value,name=value.")
         if self.client_choice not in CLIENT_CHOICES:

@@ -46,11 +46,12 @@ from ..strategies import FedAvg, GateFit, Server, Strategy, ZeroGateFit
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters, freeze_lora_a
 from .checkpointing import Checkpointing
-from .checks import check_run
+from .checks import check_parts, check_run
 from .client_evaluation import ClientEvaluation
 from .client_training import ClientTraining
 from .columns import ModelColumns, check_batch_has_labels
 from .deepspeed_config import engine_config
+from .evaluated_rows import EvaluatedRows
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
 from .known_rows import trial_on_known_rows
@@ -64,7 +65,9 @@ from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
-class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelColumns, SeveralProcesses, Trainer):
+class FederatedTrainer(
+    ClientTraining, ClientEvaluation, EvaluatedRows, Checkpointing, ModelColumns, SeveralProcesses, Trainer
+):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -114,7 +117,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, Checkpointing, ModelCol
         **others: Any,
     ):
         check_init_arguments(others)
-        self.strategy = strategy or FedAvg()
+        self.strategy = FedAvg() if strategy is None else strategy
+        check_parts(model, args, self.strategy)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         guard_narrow_convolutions(model)

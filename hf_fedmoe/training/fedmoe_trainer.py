@@ -5,6 +5,7 @@ from typing import Any
 
 from ..models import FedMoEPreTrainedModel
 from ..strategies import FedMoE, FedMoESettings
+from .checks import check_parts
 from .federated_arguments import FederatedTrainingArguments
 from .federated_trainer import FederatedTrainer
 
@@ -20,6 +21,12 @@ class FedMoETrainer(FederatedTrainer):
     """
 
     def __init__(self, model: FedMoEPreTrainedModel, args: FederatedTrainingArguments, **kwargs: Any):
+        if "strategy" in kwargs:
+            raise ValueError(
+                f"`strategy` is {kwargs['strategy']!r}, but a `FedMoETrainer` trains by Fed-MoE: leave it out, or "
+                "take a `FederatedTrainer`."
+            )
+        check_parts(model, args, FedMoE())  # before settings are read of `args`
         settings = FedMoESettings(
             **{field.name: vars(args)[field.name] for field in dataclasses.fields(FedMoESettings)}
         )

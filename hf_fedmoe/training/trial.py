@@ -85,9 +85,17 @@ class Trial:
         try:
             batch = reader.collate([reader.dataset[row] for row in rows])
         except Exception as error:
+            remedy = (
+                "Prepare all rows alike, and give the trainer the `processing_class` that they were prepared with."
+            )
+            wanted, columns = self.model.main_input_name, reader.dataset.column_names
+            if wanted not in columns:
+                remedy = (
+                    f"Of the columns that the model takes they have only {columns}, no {wanted!r}: tokenise texts, or "
+                    "decode images, by `data.map(...)`."
+                )
             raise ValueError(
-                f"`{reader.collator}` can make no batch of {named}. It says: {_line(error)}. Prepare all rows alike, "
-                "and give the trainer the `processing_class` that they were prepared with."
+                f"`{reader.collator}` can make no batch of {named}. It says: {_line(error)}. {remedy}"
             ) from error
         if not isinstance(batch, Mapping):
             raise ValueError(f"{begin} a {type(batch).__name__}, where the model takes a `dict` of tensors.")

@@ -323,3 +323,19 @@ def test_plot_writes_an_image(tmp_path, num_classes):
     FederatedDataset(data, np.split(np.arange(90), 9)).plot(tmp_path / "clients.png")
     content = (tmp_path / "clients.png").read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 3000
+
+
+def test_missing_texts_are_named_where_a_tokenizer_fails():
+    rows = Dataset.from_dict({"text": ["a", None, "b"], "label": [0, 1, 2]})
+    data = FederatedDataset.from_clients([rows])
+    with pytest.raises(
+        ValueError, match=r"'text' is missing in 1 of 3 rows, row 1 first.*dataset\.filter.*AttributeE"
+    ):
+        data.map(lambda row: {"length": len(row["text"].split())})
+    with pytest.raises(ZeroDivisionError):
+        FederatedDataset.from_clients([rows.select([0, 2])], num_labels=3).map(lambda row: {"length": 1 // 0})
+
+
+def test_a_partition_is_a_function():
+    with pytest.raises(ValueError, match=r"partition is None: give a function of the rows that divides them"):
+        FederatedDataset.split(Dataset.from_dict({"label": [0, 1] * 4}), None)

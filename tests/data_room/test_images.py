@@ -117,6 +117,11 @@ def test_processors_that_a_collator_cannot_stand_for(processor, message):
         ImageCollator(processor())
 
 
+def test_rows_that_were_never_decoded():
+    with pytest.raises(ValueError, match=r"of an example is missing, .* map the data with `decode_images`"):
+        ImageCollator(SmallImageProcessor(size={"height": 8, "width": 8}))([{"label": 0}])
+
+
 def as_file(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

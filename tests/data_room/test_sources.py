@@ -205,3 +205,38 @@ def test_errors(tmp_path, columns, arguments, message):
     name = write(tmp_path / "d.parquet", **columns)
     with pytest.raises(ValueError, match=message):
         load_source(name, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.csv", "text,label\ncaf\xe9,a\n".encode("latin-1"), r"d.csv' is not UTF-8 \(.*Save the file as UTF-8"),
+        ("d.csv", b"", "d.csv' has no rows"),
+        ("d.csv", b"text,label\n", "d.csv' has no rows"),
+        (
+            "d.jsonl",
+            b'{"text": "a", "label": 0}\n{"text": "b", "la',
+            "d.jsonl' cannot be read as json. It says: Arrow",
+        ),
+        ("d.parquet", b"hello", "d.parquet' cannot be read as parquet. It says: ArrowInvalid"),
+        (
+            "d.csv",
+            b"text,label\na,b\n",
+            "test_size is 0.2, which holds out none of its 1 rows. Give a larger test_size",
+        ),
+        ("d.csv", b"text;label\na;b\n", "has one column, 'text;label', whose name holds ';'.* separated by commas"),
+        ("d.csv", b"text,label\n1,a\n2,b\n", r"has no texts in 'text' but Value\('int64'\)"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_source(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_is_no_pattern(tmp_path):
+    for name in ("data [1]*.csv", "data 1 other.csv"):
+        write(tmp_path / name, text=[name] * 10, label=["a", "b"] * 5)
+    source = load_source(str(tmp_path / "data [1]*.csv"))
+    assert set(source["train"]["text"][:]) == {"data [1]*.csv"}

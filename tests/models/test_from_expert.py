@@ -101,7 +101,7 @@ def test_from_experts_refuses_a_changed_module():
         ({"num_labels": 4, "id2label": {0: "a", 1: "b"}}, "disagree on the number of classes"),
         ({"gate": tiny_distilbert(2)}, "`gate` has 2 labels, but there are 3 routed experts"),
         ({"gate": tiny_distilbert(3, vocab_size=50)}, "`gate_config.vocab_size` is 50"),
-        ({"num_routed_experts": 0}, "`routed` is empty"),
+        ({"num_routed_experts": 0}, "`num_routed_experts` is 0: pass an integer of"),
         ({"num_main_experts": 0}, "`num_main_experts` is 0"),
         ({"expert": GPT2LMHeadModel(tiny_gpt2().config)}, "GPT2LMHeadModel, which is not what AutoModelForSequence"),
     ],
@@ -155,3 +155,9 @@ def test_from_expert_by_name_with_another_number_of_classes(tmp_path, peft_confi
     names = {0: "bad", 1: "fair", 2: "good"}
     model = FedMoEForSequenceClassification.from_expert(tmp_path, id2label=names, peft_config=peft_config)
     assert model.config.id2label == names and model(**text_batch()).logits.shape == (6, 3)
+
+
+@pytest.mark.parametrize(("count", "message"), [(-1, "is -1: pass an integer of at le"), (1.5, r"is 1\.5: pass an")])
+def test_a_number_of_experts_that_is_none(count, message):
+    with pytest.raises(ValueError, match=f"`num_routed_experts` {message}"):
+        FedMoEForSequenceClassification.from_expert(tiny_bert(), num_routed_experts=count)

@@ -353,6 +353,8 @@ def test_other_errors():
     with pytest.raises(TypeError, match="`main\\[0\\]` is a Linear: pass a checkpoint"):
         FedMoEForSequenceClassification.from_expert(torch.nn.Linear(2, 2))
     model = build()
+    with pytest.raises(ValueError, match=r"`top_l` is 1\.0: pass 1 to 3"):
+        model(**text_batch(), top_l=1.0)
     with pytest.raises(ValueError, match="`top_l` is 4: pass 1 to 3"):
         model(**text_batch(), top_l=4)
     with pytest.raises(ValueError, match="`input_ids` is missing"):

@@ -8,10 +8,17 @@ import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.strategies import FedAvg, FedMix, FedMoE, FedRep
+from hf_fedmoe.models import FedMoEForSequenceClassification
+from hf_fedmoe.strategies import FedAvg, FedMix, FedMoE, FedProx, FedRep
 from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
 from hf_fedmoe.training.deepspeed_config import engine_config
 from tests.tiny_federation import (
@@ -31,6 +38,16 @@ from tests.tiny_models import tiny_bert
     ("changes", "message"),
     [
         ({"rounds": 0}, "`rounds` is 0: give at least 1"),
+        ({"rounds": 1.5}, "`rounds` is 1.5: give a whole number"),
+        ({"clients_per_round": None}, "`clients_per_round` is None: give a whole number"),
+        ({"per_device_train_batch_size": 1.5}, "`per_device_train_batch_size` is 1.5: give a whole number"),
+        ({"learning_rate": "1e-3"}, "`learning_rate` is '1e-3': give a number"),
+        ({"max_grad_norm": float("nan")}, "`max_grad_norm` is nan: give a number"),
+        ({"download_epochs": 1.5}, "`download_epochs` is 1.5: give a whole number"),
+        ({"keep_client_optimizer": "no"}, "`keep_client_optimizer` is 'no', a text: give True or False"),
+        ({"adam_epsilon": 0.0}, "`adam_epsilon` is 0.0: give more than 0"),
+        ({"seed": None}, "`seed` is None: give a whole number"),
+        ({"seed": -1}, "`seed` is -1: give a whole number from 0 to 4294967295"),
         ({"clients_per_round": 0}, "`clients_per_round` is 0"),
         ({"max_steps": 5}, "`max_steps` is 5.*set `rounds`"),
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0"),
@@ -296,3 +313,68 @@ def test_a_new_run_does_not_replace_the_checkpoints_of_an_earlier_one(tmp_path):
         trainer(save_strategy="steps").train()
     trainer(save_strategy="no").train()  # writes nothing, replaces nothing
     assert (tmp_path / "checkpoint-1" / "federation.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": FedAvg}, r"`strategy` is the class FedAvg: give an instance, `FedAvg\(\)`"),
+        ({"strategy": "fedavg"}, "`strategy` is 'fedavg', a str: give an instance"),
+        ({"strategy": FedProx(mu=float("nan"))}, "`mu` is nan: give a number"),
+        ({"model": "gpt2"}, "`model` is a str: load a classifier"),
+        ({"model": None}, "`model` is a NoneType: load a classifier"),
+        ({"model": torch.nn.Linear(2, 2)}, "`model` is a Linear: load a classifier"),
+        ({"processing_class": "gpt2"}, "`processing_class` is 'gpt2': load it, `AutoTokenizer.from_pretrained"),
+        ({"args": "runs"}, "`args` is a str: a federated run takes its settings from `FederatedTrainingArguments`"),
+    ],
+)
+def test_parts_of_another_kind(tmp_path, changes, message):
+    parts = {"model": tiny_expert(), "args": tiny_args(tmp_path), "train_dataset": tiny_federation()}
+    with pytest.raises(ValueError, match=message):
+        FederatedTrainer(**(parts | {"strategy": FedAvg()} | changes))
+
+
+def test_parts_of_another_kind_for_fedmoe(tmp_path):
+    args, data = tiny_args(tmp_path), tiny_federation()
+    with pytest.raises(ValueError, match="`args` is a TrainingArguments"):
+        FedMoETrainer(tiny_mixture(), TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=data)
+    with pytest.raises(ValueError, match="a `FedMoETrainer` trains by Fed-MoE: leave it out"):
+        FedMoETrainer(tiny_mixture(), args, train_dataset=data, strategy=FedAvg())
+
+
+def test_models_for_something_else_than_one_class_of_a_row(tmp_path):
+    args, data, model = tiny_args(tmp_path), tiny_federation(), tiny_expert()
+    with pytest.raises(ValueError, match="`model` is a GPT2LMHeadModel, which gives no row one class"):
+        FederatedTrainer(GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=8)), args, data)
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="`problem_type` 'multi_label_classification', but a row"):
+        FederatedTrainer(model, args, data)
+
+
+def test_models_without_weights_that_can_be_trained(tmp_path):
+    args, data = tiny_args(tmp_path), tiny_federation()
+    compiled = torch.compile(tiny_expert())
+    with pytest.raises(ValueError, match=r"`model` is what `torch.compile` returned: give the model itself"):
+        FederatedTrainer(compiled, args, data)
+    with torch.device("meta"):
+        empty = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=8))
+    with pytest.raises(ValueError, match="`model` has no weights, it is on the device 'meta'"):
+        FederatedTrainer(empty, args, data)
+    with pytest.raises(ValueError, match=r"`main\[0\]` has no weights, it is on the device 'meta'"):
+        FedMoEForSequenceClassification.from_expert(empty, num_routed_experts=2)
+    quantised = tiny_expert()
+    quantised.score = torch.ao.nn.quantized.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"`model` holds at `score.*where there should be weights, as quantised"):
+        FederatedTrainer(quantised, args, data)
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/below", "dangling", "x" * 300):
+        args = tiny_args(tmp_path / name)
+        with pytest.raises(ValueError, match=r"`output_dir` is '.*', where no folder can be made: .*\. Choose"):
+            FederatedTrainer(tiny_expert(), args, tiny_federation())
+    trainer = FederatedTrainer(tiny_expert(), tiny_args(tmp_path / "run"), tiny_federation())
+    with pytest.raises(ValueError, match="where no folder can be made: File exists"):
+        trainer.save_model(tmp_path / "file")

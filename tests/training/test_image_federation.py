@@ -95,10 +95,10 @@ def test_training_has_a_collator_of_its_own(tmp_path):
     # Two of the clients and two of the reserved set on trial, 2 clients of 12 examples in batches of 4, then 5 final
     # epochs of 3 experts over 24 reserved examples in batches of 32.
     assert augmenting.sizes == [2, 2] + [4] * 6 + [24] * 15
-    # The reserved set's inputs: probing, gate and experts' outputs see it as it is; two validation rows of the trial.
-    assert plain.sizes == [8] * 3 + [2]
+    # Two validation rows of the trial, then the reserved set's inputs: probing, gate and experts see it as it is.
+    assert plain.sizes == [2] + [8] * 3
     trainer.evaluate()
-    assert plain.sizes == [8] * 3 + [2] + [8, 8, 4]
+    assert plain.sizes == [2] + [8] * 3 + [8, 8, 4]
 
 
 def test_without_an_image_collator_the_processor_makes_one(tmp_path):

@@ -26,6 +26,7 @@ from tests.tiny_federation import (
 )
 from tests.tiny_images import tiny_image_federation, tiny_processor
 from tests.tiny_models import PAD_TOKEN_ID, tiny_bert, tiny_llama
+from tests.tiny_tokenizer import tiny_tokenizer
 
 
 def pad(rows):
@@ -306,3 +307,15 @@ def test_rows_that_are_made_when_they_are_read_are_tried_out_alone(tmp_path):
     data.pool = data.pool.with_transform(lambda rows: {**rows, "input_ids": [[40] * 8 for _ in rows["input_ids"]]})
     with pytest.raises(ValueError, match=r"The model cannot read row 0 of client 0 .*an embedding of 40 rows"):
         make_trainer(tmp_path, data).train()
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedMoE])
+def test_rows_that_were_never_prepared(tmp_path, strategy):
+    """The server collates its reserved set after the trial, whose words a user therefore gets for every method."""
+    rows = datasets.Dataset.from_dict({"text": ["good", "bad", "fair"], "label": [0, 1, 2]})
+    data = FederatedDataset.from_clients([rows, rows], reserved=rows)
+    model = tiny_mixture() if strategy is FedMoE else tiny_expert()
+    trainer = FederatedTrainer(model, tiny_args(tmp_path), data, strategy(), processing_class=tiny_tokenizer())
+    message = r"can make no batch of .*they have only \['label'\], no 'input_ids': tokenise texts, or decode images"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
