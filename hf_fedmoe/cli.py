@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """What the command `hf-fedmoe` calls; errors in what it is told end it with a message, not with a traceback."""
+    """Runs the command `hf-fedmoe`; errors in what it is told end it with a message, not with a traceback."""
     parser = _Parser(
         prog="hf-fedmoe", description="Federated learning with a server-side mixture.", allow_abbrev=False
     )

@@ -159,7 +159,7 @@ class _Decoder:
 
 
 def num_channels(image_processor: BaseImageProcessor) -> int:
-    """Of the images that a processor makes."""
+    """Returns the number of channels of the images that a processor makes."""
     mean = image_processor.image_mean
     return len(mean) if isinstance(mean, Sequence) else 3
 
@@ -297,7 +297,7 @@ def cutout(pixels_BNYX: Tensor, size: int = 16, fill: int = 128) -> Tensor:
 
 
 def _random_stretch(B: int, Z: int, length: int) -> Tensor:
-    """Which of Z places are in a stretch around a random one of them, `[B, Z]`."""
+    """Marks, of Z places, those in a stretch around a random one of them, `[B, Z]`."""
     offset_BZ = torch.arange(Z) - torch.randint(Z, (B, 1)) + length // 2
     return (offset_BZ >= 0) & (offset_BZ < length)
 

@@ -106,7 +106,7 @@ def _draw_until_one_is_exhausted(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """
-    How many rows of each fine label one client draws before one of them runs out, `most` at most.
+    Draws how many rows of each fine label a client gets before one of them runs out, `most` at most.
 
     Until then all draws have the same probabilities, so they are made at once; those after it are thrown away.
     """

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 
 class Partitioner(Protocol):
-    """What [`FederatedDataset.from_partitioner`] needs of a partitioner; those of `flwr_datasets` have it."""
+    """A partitioner as [`FederatedDataset.from_partitioner`] needs it; those of `flwr_datasets` are such."""
 
     dataset: Dataset
 

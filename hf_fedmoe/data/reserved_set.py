@@ -71,7 +71,7 @@ class ReservedSet:
         return self._collated(indices, self._collate)
 
     def training_batch(self, indices: Iterable[int]) -> dict[str, Tensor]:
-        """The same as an expert trains on them: augmented, if clients augment."""
+        """Returns the examples as an expert trains on them: augmented, if clients augment."""
         return self._collated(indices, self._train_collate)
 
     def _collated(self, indices: Iterable[int], collate: Callable) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class Fault:
 @dataclass
 class RowScan:
     """
-    What a pass over a dataset's rows found.
+    Findings of a pass over a dataset's rows.
 
     Args:
         lengths_N (`np.ndarray` of shape `[N]`, *optional*): Tokens of each text; `None` where there are no texts.

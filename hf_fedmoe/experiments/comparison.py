@@ -34,7 +34,7 @@ ELSEWHERE = {
 @dataclass
 class Comparison:
     """
-    What a YAML of `hf-fedmoe compare` says.
+    Settings of a comparison, as a YAML of `hf-fedmoe compare` gives them.
 
     Args:
         kind (`str`): `"texts"`, `"images"` or `"characters"`.

@@ -219,7 +219,7 @@ def train_or_go_on(trainer: FederatedTrainer) -> None:
 
 
 def metrics_of_tests(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, float]:
-    """Of the server's model on the test set, and as `clients_...` of clients' models, where those have test rows."""
+    """Scores the server's model on the test set, and as `clients_...` clients' models, where those have test rows."""
     tested = trainer.evaluate(data.test, metric_key_prefix="test")
     metrics = {name: tested[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
     return metrics | (trainer.evaluate_clients() if trainer.federated_dataset.client_test_indices else {})

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a finished run must have had in common to be taken for this one."""
+        """Gives what a finished run must have had in common to be taken for this one."""
         return json.loads(json.dumps({"method": self.method, **self.settings}))
 
     @property
@@ -73,7 +73,7 @@ class Run:
 
     def stored(self) -> dict[str, Any] | None:
         """
-        What the run has left when it has ended, `None` before that.
+        Reads what the run has left when it has ended; `None` before that.
 
         Raises:
             `ValueError`: When it had other settings, or its file is damaged.

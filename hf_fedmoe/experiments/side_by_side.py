@@ -18,7 +18,7 @@ GRACE = 30
 @dataclass
 class Failure:
     """
-    Why a task did not end.
+    The reason for which a task did not end.
 
     Args:
         reason (`str`): In one line.

@@ -91,7 +91,7 @@ class BatchReader:
         self._end(self._workers)
 
     def _undisturbed(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns. If it is interrupted, at whatever, nothing that was on its way is relied upon."""
+        """Returns what `work` does. If it is interrupted, at whatever, nothing that was on its way is relied upon."""
         try:
             return work()
         except BaseException:
@@ -177,7 +177,7 @@ class BatchReader:
                     batch.answer, batch.worker = answer, None
 
     def _lose(self, worker: BatchWorker) -> None:
-        """Of a worker that has died: all that it was asked for waits again, unless the first of it is to blame."""
+        """Queues again all that a worker that has died was asked for, unless the first of it is to blame."""
         suspect = worker.asked[0]
         suspect.deaths += 1
         (how,) = self._end([worker], patience=1)

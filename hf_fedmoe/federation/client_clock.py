@@ -34,7 +34,7 @@ class ClientClock:
     @contextmanager
     def client(self, count: int = 1) -> Iterator[None]:
         """
-        Here `count` clients are trained, one or several at once.
+        Times a block in which `count` clients are trained, one or several at once.
 
         Raises:
             `TimeoutError`: If that takes longer than `count` times `seconds`.
@@ -65,7 +65,7 @@ class ClientClock:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Here the alarm waits: for what must not be left half done, since the next client finds it."""
+        """Holds the alarm back in a block that must not be left half done, since the next client finds it."""
         self._whole += 1
         try:
             yield

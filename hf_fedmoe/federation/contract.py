@@ -34,7 +34,7 @@ def untracked(items: Collection, what: str) -> Iterable:
 @dataclass
 class Server:
     """
-    What the server holds between rounds.
+    The state of the server between rounds.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): What is evaluated, saved and pushed.
@@ -72,7 +72,7 @@ class Server:
 @dataclass
 class ServerStep:
     """
-    What the server's step works with, besides what was uploaded. With several processes the main one takes the step,
+    The means of the server's step, besides what was uploaded. With several processes the main one takes the step,
     and has the others help by [`ServerStep.share`] and [`ServerStep.join`].
 
     Args:
@@ -177,7 +177,7 @@ class Uploads:
 @dataclass
 class ClientTask:
     """
-    What a client has at hand when it trains.
+    The means of a client for its training.
 
     Args:
         client (`int`): Its number.
@@ -256,7 +256,7 @@ class Strategy(LocalObjective):
         """Called once before the first round (not after a resume): fills `server.tensors`."""
 
     def participants(self, server: Server, drawn: list[int], round_index: int) -> list[int]:
-        """Who takes part in a round: the clients that were drawn."""
+        """Chooses who takes part in a round: the clients that were drawn."""
         return drawn
 
     def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
@@ -268,8 +268,8 @@ class Strategy(LocalObjective):
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         """
-        What a participant does: its upload, and tensors that stay with it until its next round. They are kept only if
-        the upload is accepted.
+        Trains a participant; gives its upload, and tensors that stay with it until its next round, which are kept only
+        if the upload is accepted.
         """
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
         return local.train(*args), {}
@@ -287,7 +287,7 @@ class Strategy(LocalObjective):
 
     def probe(self, server: Server, row_P: Tensor, reserved: ReservedSet | None) -> Tensor | None:
         """
-        What the server asks of a sound upload by itself, for [`Strategy.update`]: nothing. Of several processes the
+        Asks a sound upload, by itself, for what [`Strategy.update`] needs of it: nothing. Of several processes the
         one that has trained the client does it, where its row is in memory.
         """
         return None

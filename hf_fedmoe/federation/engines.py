@@ -11,7 +11,7 @@ from .uploads import Rows
 
 class Plan(NamedTuple):
     """
-    Who trains whom in a round.
+    The division of a round's participants among processes.
 
     Args:
         chosen (`list[int]`): The participants.

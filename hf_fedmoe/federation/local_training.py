@@ -81,7 +81,7 @@ class StepBatches:
         return itertools.islice(self.source, len(self.weights))
 
     def kept(self) -> "StepBatches":
-        """The same, fetched now, for more than one pass."""
+        """Fetches the batches now, for more than one pass."""
         return StepBatches(list(self), self.weights)
 
 
@@ -229,7 +229,7 @@ class LocalTrainer:
             self.reader.expect(self._wanted(*self.reading(clients)) for clients in groups)
 
     def reading(self, clients: Sequence[tuple[Dataset, int]]) -> tuple[Dataset, list[list[int]], int]:
-        """What is read to train a group: a dataset, the indices of each batch, the seed of augmentation."""
+        """Gives what is read to train a group: a dataset, the indices of each batch, the seed of augmentation."""
         ((dataset, seed),) = clients
         return dataset, list(self.own_rows(self.plan(dataset, seed))), seed
 
@@ -340,7 +340,7 @@ class LocalTrainer:
         self._only = only
 
     def _seed(self, seed: int) -> None:
-        """Of dropout and augmentation, whatever library a collator draws from."""
+        """Seeds dropout and augmentation, whatever library a collator draws from."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
         if self.accelerator.device.type == "cpu":

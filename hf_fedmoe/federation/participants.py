@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 @dataclass
 class Reply:
     """
-    What the server hears of a participant besides its row.
+    A participant's answer to the server, besides its row.
 
     Args:
         received_bytes (`int`, *optional*), sent_bytes (`int`, *optional*): Of one exchange.
@@ -179,7 +179,7 @@ class Participants:
         return seed_of(self.seed, Stream.LOCAL_TRAINING, round_index, client)
 
     def task(self, client: int, round_index: int, out_P: Tensor) -> ClientTask:
-        """What a client has at hand in a round, for an upload to `out_P`."""
+        """Returns what a client has at hand in a round, for an upload to `out_P`."""
         kept = self.store.get(client)
         received_P = soundness.download_of(self.strategy, self.server, client, kept.get("row_P")).to(out_P.device)
         if self.server.layout.lora:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Processes:
     """
-    What the processes of a launch tell each other; one process alone tells nobody anything.
+    The processes of a launch, and what they tell each other; one alone tells nobody anything.
 
     Args:
         index (`int`, *optional*, defaults to 0): Number of this one; 0 is the main process.
@@ -35,7 +35,7 @@ class Processes:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Here this process waits for others; [`BrokenOffError`] says so if one does not come."""
+        """Waits for other processes in a block; raises [`BrokenOffError`] if one does not come."""
         try:
             yield
         except RuntimeError as error:
@@ -52,8 +52,8 @@ class Processes:
 
     def gather(self, make: Callable[[], T]) -> list[T]:
         """
-        What `make` returns in each process, in their order. If it fails in one, all raise: none waits for another that
-        has left. It must not communicate by itself, and its tensors must be on the CPU.
+        Returns what `make` returns in each process, in their order. If it fails in one, all raise: none waits for one
+        that has left. It must not communicate by itself, and its tensors must be on the CPU.
         """
         if self.count == 1:
             return [make()]
@@ -73,7 +73,7 @@ class Processes:
         return [made for made, _ in told]
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the main process, the only one that calls it; see [`Processes.gather`]."""
+        """Returns what `make` returns in the main process, the only one that calls it; see [`Processes.gather`]."""
         return self.gather(lambda: make() if self.index == 0 else None)[0]
 
     def tell(self, message: Any = None) -> Any:
@@ -151,14 +151,14 @@ def leave_group() -> None:
 
 class BrokenOffError(BaseException):
     """
-    What all processes do at once failed in this one, and the others may wait for it in a collective. The run has to
+    A failure, in this process, of what all do at once: the others may wait for it in a collective. The run has to
     end, so this is none of the exceptions that are taken for a failing client.
     """
 
 
 @contextmanager
 def unbroken(what: str) -> Iterator[None]:
-    """What must succeed in all processes."""
+    """Ends the run if a block fails that must succeed in all processes."""
     try:
         yield
     except Exception as error:
@@ -172,7 +172,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def balance(sizes: Sequence[int], count: int) -> list[int]:
     """
-    Which of `count` processes trains each client: the largest client first, each to the process that has the least to
+    Gives each client one of `count` processes: the largest client first, each to the process that has the least to
     do so far (longest processing time first, Graham 1969).
     """
     loads, owners = [0] * count, [0] * len(sizes)

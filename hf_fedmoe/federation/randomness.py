@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a seed is for."""
+    """The purposes of seeds."""
 
     CLIENT_DRAW = 0
     LOCAL_TRAINING = 1

@@ -9,7 +9,7 @@ MAX_NAMED = 10
 
 
 class Participation(Protocol):
-    """Who took part in a round, and who of them was refused: a [`RoundReport`]."""
+    """The participants of a round, and who of them was refused: a [`RoundReport`]."""
 
     clients: list[int]
     refused: dict[int, str]

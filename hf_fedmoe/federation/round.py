@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 @dataclass
 class RoundReport:
     """
-    What happened in a round.
+    The record of a round.
 
     Args:
         clients (`list[int]`): Who took part.

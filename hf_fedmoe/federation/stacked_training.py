@@ -46,7 +46,7 @@ class StackedTrainer(LocalTrainer):
 
     @cached_property
     def _twin(self) -> LocalTrainer:
-        """Whose worker becomes the models of several clients."""
+        """Makes the trainer whose worker becomes the models of several clients."""
         (twin,) = self.twins(1)
         return twin
 

@@ -13,7 +13,7 @@ from .randomness import Stream, seed_of
 
 
 class Stage(IntEnum):
-    """Where a process stands in a client's training."""
+    """The stages of a client's training."""
 
     BEGIN = 0
     STEP = 1
@@ -45,7 +45,7 @@ class Team:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Here all processes train the same clients in the same order."""
+        """Marks a block in which all processes train the same clients in the same order."""
         self.at_work = True
         try:
             yield
@@ -68,7 +68,7 @@ class Team:
 
     @contextmanager
     def client(self) -> Iterator[None]:
-        """Of a client's training: it ends in all processes or in none, in which case this raises in all."""
+        """Ends a client's training in all processes or in none, in which case it raises in all."""
         try:
             yield
             self.agree(Stage.END)
@@ -84,7 +84,7 @@ class Team:
             raise LeftAloneError(fault)
 
     def _tell(self, stage: Stage, own_fault: str | None = None) -> str | None:
-        """Why the client cannot go on, `None` if it can."""
+        """Tells all why the client cannot go on, `None` if it can."""
         if not self.at_work:
             return own_fault
         stages = self.processes.gather_numbers(stage)

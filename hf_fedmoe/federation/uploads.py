@@ -134,7 +134,7 @@ class Rows:
         return dict(zip(self.held, self.rows_nP, strict=True))
 
     def row(self, place: int) -> Tensor:
-        """Where the upload of a participant goes in this process, blank."""
+        """Returns the row, blank, to which the upload of a participant goes in this process."""
         row_P = self.rows.get(place)
         if row_P is None:  # of processes that train a client together only the main one keeps its row
             if self.spare_P is None:

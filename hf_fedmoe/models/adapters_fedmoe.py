@@ -289,7 +289,7 @@ class AdapterExpert(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
+        """The device of the base."""
         return self.base.device
 
     @property

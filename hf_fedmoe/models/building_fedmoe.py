@@ -302,7 +302,7 @@ class FedMoEBuilding:
 
     def merge_adapters(self) -> Self:
         """
-        The same mixture with whole experts: each adapter merged into a base of its own, rounded to the base's type.
+        Returns the mixture with whole experts: each adapter merged into a base of its own, rounded to the base's type.
         For machines without PEFT; as large as S bases.
         """
         if self.config.peft_config is None:

@@ -17,7 +17,7 @@ _FACTS = frozenset(
 
 class AdaptedConfig(PreTrainedConfig):
     r"""
-    What an `adapter_config.json` does not say of its classifier: the configuration of the base with the labels, their
+    Holds what an `adapter_config.json` lacks of its classifier: the configuration of the base with the labels, their
     names and the padding token that the adapter was trained with. It lies beside that file as `config.json`.
 
     Args:

@@ -27,7 +27,7 @@ LUMA_N11 = np.array([19595, 38470, 7471], dtype=np.uint32)[:, None, None]
 
 
 class SmallImageProcessorKwargs(TypedDict, total=False):
-    """What [`SmallImageProcessor`] takes, when it is built and in each call."""
+    """The arguments of [`SmallImageProcessor`], when it is built and in each call."""
 
     num_channels: int
     do_resize: bool

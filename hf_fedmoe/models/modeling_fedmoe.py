@@ -266,7 +266,7 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
 
     def gate_features(self, batch: dict[str, Any]) -> Tensor | None:
         """
-        What the gate reads and what does not depend on its weights: worth caching while the experts are frozen.
+        Returns what the gate reads if that does not depend on its weights: worth caching while the experts are frozen.
 
         Args:
             batch (`dict[str, torch.Tensor]`):
@@ -374,7 +374,7 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         return selected_BLC
 
     def _dispatch_at_once(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
-        """The same in one forward of the base over all pairs of an example and an expert, sorted by expert."""
+        """Dispatches in one forward of the base over all pairs of an example and an expert, sorted by expert."""
         order_N = experts_BL.flatten().argsort()
         names = [f"routed_{k}" for k in experts_BL.flatten()[order_N].tolist()]
         share = _rows(batch, size, order_N // experts_BL.shape[1])

@@ -38,7 +38,7 @@ MAX_LISTED_CLIENTS = 30
 
 @dataclass(frozen=True)
 class Usage:
-    """How the card shows a model in use: lines of Python, in which the model's id goes behind `load`."""
+    """The lines of Python by which the card shows a model in use; the model's id goes behind `load`."""
 
     task: str
     imports: str
@@ -80,7 +80,7 @@ USAGES = {
 @dataclass
 class RunFacts:
     """
-    What a trainer knows about its run.
+    A trainer's knowledge of its run.
 
     Args:
         method (`str`): Name of the strategy.
@@ -224,7 +224,7 @@ def write_model_card(
 
 
 def _kind(main_input_name: str, model_type: str) -> str:
-    """What the model reads, as in `USAGES`."""
+    """Names what the model reads, as in `USAGES`."""
     if main_input_name == "input_ids":
         return "character" if model_type == "char_lstm" else "text"
     return "image" if main_input_name == "pixel_values" else "vector"

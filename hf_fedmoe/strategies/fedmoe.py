@@ -272,7 +272,7 @@ class FedMoE(Strategy):
         return torch.tensor(rates, device=server.bank_SP.device)
 
     def _weights(self, server: Server, uploads: Uploads, W_r_Km: Tensor, round_index: int) -> Tensor:
-        """What each expert takes of each upload `[S, m]`: lambda / m in E_0, lambda W^r_k in E_k (Eq. 6)."""
+        """Weighs each upload for each expert `[S, m]`: lambda / m in E_0, lambda W^r_k in E_k (Eq. 6)."""
         rate_S = self._rate(server, round_index)
         mean_m = torch.full_like(uploads.weights_m, 1 / len(uploads.clients))
         weights_Sm = rate_S[:, None] * torch.cat([mean_m.expand(server.model.config.num_main_experts, -1), W_r_Km])

@@ -60,7 +60,7 @@ class FedRolex(Strategy):
             )
 
     def shift(self, round_index: int) -> int:
-        """Where the windows of a round start."""
+        """Returns where the windows of a round start."""
         return round_index
 
     def capacity(self, client: int) -> float:

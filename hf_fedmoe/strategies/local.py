@@ -32,5 +32,5 @@ class Local(Strategy):
 
 
 def kept_or_trained(strategy: Strategy, local: LocalTrainer, task: ClientTask) -> dict[str, Tensor]:
-    """What a client keeps; one that keeps nothing, an unseen one say, does the training of one round first."""
+    """Returns what a client keeps; one that keeps nothing, an unseen one say, does the training of one round first."""
     return task.kept or strategy.train_client(local, task)[1]

@@ -121,7 +121,7 @@ def probe(worker: nn.Module, layout: StateLayout, row_P: Tensor, reserved: Reser
 
 @dataclass
 class ExpertOutputs:
-    """What the frozen experts say of the reserved set: all that the gate's training needs of them."""
+    """The frozen experts' outputs on the reserved set: all that the gate's training needs of them."""
 
     logits_RSC: Tensor
     features_RH: Tensor | None

@@ -15,7 +15,7 @@ from .gate_training import GateFit
 
 
 class GateAndAlpha(nn.Module):
-    """What the server trains of a mixture on the experts' outputs."""
+    """The part of a mixture that the server trains on the experts' outputs."""
 
     def __init__(self, gate: nn.Module, alpha_logit: nn.Parameter):
         super().__init__()

@@ -156,7 +156,7 @@ class Checkpointing:
         return base_fingerprint(self.strategy.server_models(self.model)[0])
 
     def _identity(self) -> dict[str, Any]:
-        """What two runs must have in common for one to resume the other, as it was when this one began."""
+        """Gives what two runs must have in common for one to resume the other, as it was when this one began."""
         if self._identity_of_run is None:
             modules, layout = self._server_models()
             self._identity_of_run = run_identity(

@@ -22,7 +22,7 @@ CLIENT_TABLE_NAME = "client_metrics.csv"
 
 
 class ClientEvaluation:
-    """What [`FederatedTrainer`] can do besides evaluating the server's model."""
+    """Evaluates clients' models, for [`FederatedTrainer`]."""
 
     def evaluate_clients(self) -> dict[str, float]:
         """

@@ -42,7 +42,7 @@ def requested_config(deepspeed: str | dict | None) -> dict[str, Any] | None:
 
 @contextmanager
 def hidden_from_accelerate() -> Iterator[None]:
-    """Here Accelerate does not see that the launcher asks for DeepSpeed."""
+    """Hides from Accelerate, in a block, that the launcher asks for DeepSpeed."""
     asked = os.environ.pop(VARIABLE, None)
     try:
         yield

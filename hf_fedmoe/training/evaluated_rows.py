@@ -38,7 +38,7 @@ class EvaluatedRows:
             raise
 
     def _fault(self, dataset: datasets.Dataset) -> str | None:
-        """What is wrong with the rows, `None` if nothing is known to be."""
+        """Says what is wrong with the rows, `None` if nothing is known to be."""
         client_model = self.strategy.server_models(self.model)[0]
         wanted = client_model.main_input_name
         if wanted not in dataset.column_names:

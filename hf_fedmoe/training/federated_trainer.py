@@ -352,7 +352,7 @@ class FederatedTrainer(
         )
 
     def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
-        """What becomes the rows of the server, and their layout."""
+        """Returns the modules that become the rows of the server, and their layout."""
         modules = self.strategy.server_models(self.model)
         if self.args.lora_fusion == "ffa":
             freeze_lora_a(modules)
@@ -413,5 +413,5 @@ class FederatedTrainer(
 
 
 def _first_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Of a model's outputs only the logits are gathered: gate and expert outputs would fill memory for nothing."""
+    """Picks the logits, all that is gathered of outputs: those of gate and experts would fill memory for nothing."""
     return logits[0] if isinstance(logits, tuple) else logits

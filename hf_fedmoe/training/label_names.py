@@ -35,7 +35,7 @@ def settle_label_names(model: PreTrainedModel | PeftModel, data: FederatedDatase
 
 
 def default_name(label: int) -> str:
-    """What transformers calls a class without a name."""
+    """Returns what transformers calls a class without a name."""
     return f"LABEL_{label}"
 
 

@@ -162,7 +162,7 @@ class Watch:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Here each long loop is told in a line too, when it is through."""
+        """Tells, in a block, each long loop in a line too, when it is through."""
         self._telling = True
         try:
             yield
@@ -188,7 +188,7 @@ def one_line_a_round(
 
 @contextmanager
 def without_bars_of_files() -> Iterator[None]:
-    """Here transformers shows no bar of its own for the files that it writes, one for every checkpoint."""
+    """Keeps transformers, in a block, from showing a bar of its own for the files of every checkpoint."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -253,7 +253,7 @@ def other_line(logs: dict[str, Any]) -> str:
 
 
 def prefix_of(logs: dict[str, Any]) -> str | None:
-    """What the names of an evaluation's metrics begin with, `None` where it is none."""
+    """Returns the beginning of the names of an evaluation's metrics, `None` where it is none."""
     return next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
 
 

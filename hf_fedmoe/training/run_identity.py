@@ -173,6 +173,6 @@ def _not_compared(args: FederatedTrainingArguments) -> set[str]:
 
 
 def _dropout(module: nn.Module) -> dict[str, int]:
-    """How many layers of dropout there are of each probability, which scripts may set without the configuration."""
+    """Counts the layers of dropout of each probability, which scripts may set without the configuration."""
     probabilities = sorted(layer.p for layer in module.modules() if isinstance(layer, _DropoutNd))
     return {str(p): probabilities.count(p) for p in dict.fromkeys(probabilities)}

@@ -282,7 +282,7 @@ class Trial:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Here random numbers may be drawn and the worker trained, and afterwards all is as before."""
+        """Restores, after a block, random numbers and the worker: they may be drawn and trained in it."""
         local, scaler = self.local, self.local.accelerator.scaler
         training, scale = local.worker.training, None if scaler is None else scaler.state_dict()
         states = random.getstate(), np.random.get_state()

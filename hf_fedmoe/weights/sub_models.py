@@ -23,7 +23,7 @@ Places = dict[str, tuple[Tensor, ...]]
 @dataclass(frozen=True)
 class Family:
     """
-    How the models of one type are made narrower.
+    The way in which the models of one type are made narrower.
 
     Args:
         widths (`Callable`): From a configuration and a capacity to the fields that change.
@@ -169,7 +169,7 @@ def sub_places(
     config: PreTrainedConfig, wide: StateLayout, narrow: StateLayout, shift: int, device: torch.device | None = None
 ) -> Places:
     """
-    Where the narrower model's tensors stand in the wider ones. Dimensions of one width and one unit have the same
+    Finds the narrower model's tensors in the wider ones. Dimensions of one width and one unit have the same
     window, so that what one layer gives out is what the next one takes in, residual streams included.
 
     Args:
