@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether a layer normalises by the mean and the variance of a batch, which a single row may not have."""
+    """Tells whether a layer normalises by the mean and the variance of a batch, which a single row may not have."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 

@@ -82,7 +82,7 @@ def _hash_array(array: pa.Array, update: Callable[[bytes | memoryview], None]) -
 
 
 def is_file(kind: pa.DataType) -> bool:
-    """Whether this is how `datasets` stores images and sounds."""
+    """Tells whether this is how `datasets` stores images and sounds."""
     return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
 
 

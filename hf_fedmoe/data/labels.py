@@ -195,7 +195,7 @@ def name_some(values: Sequence) -> str:
 
 
 def holds_names(feature: object) -> bool:
-    """Whether a column's values are names of classes: a `datasets.ClassLabel`, strings or booleans."""
+    """Tells whether a column's values are names of classes: a `datasets.ClassLabel`, strings or booleans."""
     return isinstance(feature, ClassLabel) or (
         isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool")
     )

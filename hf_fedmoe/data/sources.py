@@ -251,7 +251,7 @@ def _rename_columns(
 def _find_content(
     dataset: Dataset, text_column: str | None, label_column: str | None, image_column: str | None
 ) -> tuple[str, str | None]:
-    """Whether the dataset is one of `"text"` or `"image"`, and the column of it, `None` where that is open."""
+    """Says whether the dataset is one of `"text"` or `"image"`, and its column, `None` where that is open."""
     if text_column is not None:
         return "text", text_column
     if image_column is not None:

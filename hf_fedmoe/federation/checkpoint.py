@@ -33,7 +33,7 @@ def save_federation(folder: Path, server: Server, store: ClientStore, identity: 
 
 
 def has_federation(folder: Path) -> bool:
-    """Whether a folder holds what a run needs to go on, besides the model."""
+    """Tells whether a folder holds what a run needs to go on, besides the model."""
     return (folder / STATE_NAME).is_file()
 
 

@@ -311,7 +311,7 @@ class Strategy(LocalObjective):
         return server.model
 
     def needs_reserved_set(self) -> bool:
-        """Whether [`Strategy.probe`], [`Strategy.update`] or [`Strategy.finish`] reads the reserved set."""
+        """Tells whether [`Strategy.probe`], [`Strategy.update`] or [`Strategy.finish`] reads the reserved set."""
         return False
 
 

@@ -46,7 +46,7 @@ def write_manifest(folder: Path, round_index: int, clients: Mapping[str, FileDig
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether a folder has a manifest, readable or not."""
+    """Tells whether a folder has a manifest, readable or not."""
     return (folder / MANIFEST_NAME).is_file()
 
 

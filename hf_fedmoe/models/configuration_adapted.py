@@ -57,6 +57,6 @@ class AdaptedConfig(PreTrainedConfig):
 
 
 def says_the_same(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    """Whether two configurations differ in nothing but facts about where they came from."""
+    """Tells whether two configurations differ in nothing but facts about where they came from."""
     first, second = config.to_dict(), other.to_dict()
     return all(first.get(key) == second.get(key) for key in (first.keys() | second.keys()) - _FACTS)

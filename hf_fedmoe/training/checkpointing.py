@@ -84,7 +84,7 @@ class Checkpointing:
             self._lock = FolderLock(folder)
 
     def _has_unsaved_clients(self) -> bool:
-        """Whether an evaluation of clients needs files that are in no checkpoint."""
+        """Tells whether an evaluation of clients needs files that are in no checkpoint."""
         if self._lock is None or (self.args.load_best_model_at_end and not self.args.save_only_model):
             return False
         _, _, clients = self._left

@@ -40,12 +40,12 @@ def default_name(label: int) -> str:
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Whether classes are called by their numbers, as a `ClassLabel` without names calls them."""
+    """Tells whether classes are called by their numbers, as a `ClassLabel` without names calls them."""
     return list(names) == [str(label) for label in range(len(names))]
 
 
 def has_no_names(names: Sequence[str]) -> bool:
-    """Whether a model's names of classes are those that transformers makes up."""
+    """Tells whether a model's names of classes are those that transformers makes up."""
     return list(names) == [default_name(label) for label in range(len(names))]
 
 

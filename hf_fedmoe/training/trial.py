@@ -320,7 +320,7 @@ def _check_indices(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def _covers(read: dict[str, torch.Size], shapes: dict[str, torch.Size]) -> bool:
-    """Whether a batch that was read is like another of these shapes, with as many rows and as long texts."""
+    """Tells whether a batch that was read is like another of these shapes, with as many rows and as long texts."""
     return read.keys() == shapes.keys() and all(
         read[name][2:] == shape[2:] and all(a >= b for a, b in zip(read[name][:2], shape[:2], strict=True))
         for name, shape in shapes.items()
