@@ -70,7 +70,7 @@ def rows(text):
         (rows("fedavg:"), "The row 'fedavg' has no method: choose from afl"),
         (rows("FedAvg: {mu: 1}"), "The row 'FedAvg' has no `method`: is it fedavg"),
         (rows("FedAvg: 3"), "`methods: FedAvg` is 3: write lines like `method: NAME`"),
-        (rows("FedAvg: fedsgd"), "There is no method 'fedsgd': is it fedavg or fedjets? There are afl"),
+        (rows("FedAvg: fedsgd"), "There is no method 'fedsgd': is it fedavg or fedyogi or fedjets? There are afl"),
         (rows("P: {method: fedprox, nu: 1}"), "The row 'P': 'fedprox' has no setting 'nu': its own are mu."),
         (rows("P: {method: fedavg, mu: 1}"), "The row 'P': 'fedavg' has no setting 'mu', which is one of fedprox."),
         (rows("P: {method: fedprox, mu: -1}"), "The row 'P': `mu` is -1.0: the proximal term needs"),
