@@ -173,7 +173,7 @@ def test_statistics_of_a_frozen_image_expert_do_not_move(tmp_path):
         assert report.bytes_up == report.bytes_down == (3 + 2 * ordinary) * expert + len(report.clients) * gate
     # What the gate reads at a client is what it reads in the end: no statistics of the client's batches.
     federation = trainer._federation_of_the_last_round()
-    task = federation.task(0, 0, torch.zeros(federation.server.layout.size))
+    task = federation.participants.task(0, 0, torch.zeros(federation.server.layout.size))
     features_NH, _ = trainer.strategy.consult_gate(federation.local_trainer, task)
     images = trainer.data_collator([task.dataset[row] for row in range(12)])["pixel_values"]
     with torch.no_grad():
