@@ -175,7 +175,7 @@ def main() -> None:
     parser = benchmark_parser("Accuracies by the precision in which the start is stored.")
     parser.add_argument("--seeds", type=int, default=3, help="How many.")
     parser.add_argument("--rounds", type=int, default=8, help="Of each run.")
-    parser.add_argument("--examples", type=int, default=100, help="Of each of 6 clients.")
+    parser.add_argument("--examples", type=int, default=60, help="Of each of 6 clients.")
     parser.add_argument("--tasks", nargs="+", choices=("reviews", "digits"), default=["digits", "reviews"])
     args = parser.parse_args()
     if args.quick:

@@ -35,12 +35,9 @@ from tests.two_processes import (
 
 QUICK_RUNS = (
     "fedavg_top_k",
-    "apfl",
     "l2sgd",
-    "fedmoe",
     "fedmoe_paper",
     "lora_fedmoe_paper",
-    "lora_fedmoe_ffa_expert_epochs",
 )
 # Of three clients one process trains two; the 20 validation rows fill no batch of 8.
 SETTINGS = {"clients_per_round": 3}
