@@ -13,29 +13,68 @@ from .processes import Processes, unbroken
 T = TypeVar("T")
 
 
-class LedStep(ServerStep):
-    """A [`ServerStep`] of the main process, which has the others help."""
+class SharedStep(ServerStep):
+    """
+    A [`ServerStep`] of several processes: the main one takes it, the others do their part of what it tells them.
 
-    def __init__(self, step: ServerStep, processes: Processes):
+    Args:
+        step ([`ServerStep`]): What this process has of it.
+        processes ([`Processes`]): Of the launch.
+        uploads ([`Uploads`], *optional*): What this process has of them.
+    """
+
+    def __init__(self, step: ServerStep, processes: Processes, uploads: Uploads | None):
         super().__init__(**vars(step))
-        self.processes = processes
+        self.processes, self.uploads = processes, uploads
 
     def share(self, work: Work, items: Sequence[Any]) -> list[dict[str, Tensor]]:
-        self.processes.tell((_share, (work, items)))
-        return _do_share(self, self.processes, work, items)
+        self.processes.tell((SharedStep.do_own, (work, items)))
+        return self.do_own(work, items)
 
     def join(self, work: JointWork, tensors: dict[str, Tensor], settings: Any) -> Any:
         kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        self.processes.tell((_join, (work, kinds, settings)))
-        return _do_join(self, self.processes, work, tensors, settings)
+        self.processes.tell((SharedStep.do_together, (work, kinds, settings)))
+        return self.do_together(work, kinds, settings, tensors)
 
+    def do_own(self, work: Work, items: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Works on every n-th item, with the main process's models; that one gets all results."""
+        broadcast_models_(self.server, self.processes)
+        owners = [place % self.processes.count for place in range(len(items))]
+        results: dict[int, dict[str, Tensor]] = {}
 
-class HelpedStep(ServerStep):
-    """A [`ServerStep`] of another process, which does its part."""
+        def work_on_own() -> dict[int, dict[str, tuple[torch.Size, torch.dtype]]]:
+            for place, owner in enumerate(owners):
+                if owner == self.processes.index:
+                    results[place] = work(self, items[place])
+            return {place: {name: (t.shape, t.dtype) for name, t in found.items()} for place, found in results.items()}
 
-    def __init__(self, step: ServerStep, processes: Processes):
-        super().__init__(**vars(step))
-        self.processes = processes
+        kinds = self.processes.gather(work_on_own)
+        for place, owner in enumerate(owners):
+            if self.processes.index == 0 and owner != 0:
+                results[place] = {
+                    name: torch.empty(shape, dtype=dtype, device=self.server.bank_SP.device)
+                    for name, (shape, dtype) in kinds[owner][place].items()
+                }
+            for tensor in results.get(place, {}).values():
+                self.processes.move_(tensor, owner, 0)
+        return [results[place] for place in sorted(results)]
+
+    def do_together(
+        self,
+        work: JointWork,
+        kinds: dict[str, tuple[torch.Size, torch.dtype]],
+        settings: Any,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """Does what all processes do together, with the main one's models and `tensors`."""
+        broadcast_models_(self.server, self.processes)
+        if tensors is None:
+            device = self.server.bank_SP.device
+            tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in kinds.items()}
+        for tensor in tensors.values():
+            self.processes.broadcast_(tensor)
+        with unbroken("Work of all processes"):
+            return work(self, tensors, settings)
 
 
 def take_step(
@@ -48,22 +87,23 @@ def take_step(
     """
     if processes.count == 1:
         return act(step)
+    shared = SharedStep(step, processes, uploads)
 
     def lead() -> T:
         try:
-            result = act(LedStep(step, processes))
-        except Exception:
+            result = act(shared)
+        except Exception:  # no other: where that comes from, nobody listens
             processes.tell(None)
             raise
         processes.tell(None)
         return result
 
     def help_out() -> None:
-        error, helped = None, HelpedStep(step, processes)
+        error = None
         while (told := processes.tell()) is not None:
             part, arguments = told
             try:
-                part(helped, uploads, *arguments)
+                part(shared, *arguments)
             except Exception as caught:
                 # Of what is shared the main process has heard, which ends its step: that is waited for here.
                 error = caught
@@ -74,57 +114,6 @@ def take_step(
     result = processes.gather(lead if processes.index == 0 else help_out)[0]
     broadcast_server_(step.server, processes)
     return result
-
-
-def _share(step: HelpedStep, uploads: Uploads | None, work: Work, items: Sequence[Any]) -> None:
-    _do_share(step, step.processes, work, items)
-
-
-def _do_share(step: ServerStep, processes: Processes, work: Work, items: Sequence[Any]) -> list[dict[str, Tensor]]:
-    """Each process works on every n-th item, with the main one's models; the main one gets all results."""
-    broadcast_models_(step.server, processes)
-    owners = [place % processes.count for place in range(len(items))]
-    results: dict[int, dict[str, Tensor]] = {}
-
-    def work_on_own() -> dict[int, dict[str, tuple[torch.Size, torch.dtype]]]:
-        for place, owner in enumerate(owners):
-            if owner == processes.index:
-                results[place] = work(step, items[place])
-        return {place: {name: (t.shape, t.dtype) for name, t in found.items()} for place, found in results.items()}
-
-    kinds = processes.gather(work_on_own)
-    for place, owner in enumerate(owners):
-        if processes.index == 0 and owner != 0:
-            results[place] = {
-                name: torch.empty(shape, dtype=dtype, device=step.server.bank_SP.device)
-                for name, (shape, dtype) in kinds[owner][place].items()
-            }
-        for tensor in results.get(place, {}).values():
-            processes.move_(tensor, owner, 0)
-    return [results[place] for place in sorted(results)]
-
-
-def _join(
-    step: HelpedStep,
-    uploads: Uploads | None,
-    work: JointWork,
-    kinds: dict[str, tuple[torch.Size, torch.dtype]],
-    settings: Any,
-) -> None:
-    device = step.server.bank_SP.device
-    tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in kinds.items()}
-    _do_join(step, step.processes, work, tensors, settings)
-
-
-def _do_join(
-    step: ServerStep, processes: Processes, work: JointWork, tensors: dict[str, Tensor], settings: Any
-) -> Any:
-    """All processes do the same work together, with the main one's models and `tensors`."""
-    broadcast_models_(step.server, processes)
-    for tensor in tensors.values():
-        processes.broadcast_(tensor)
-    with unbroken("Work of all processes"):
-        return work(step, tensors, settings)
 
 
 def broadcast_models_(server: Server, processes: Processes) -> None:

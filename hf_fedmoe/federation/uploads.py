@@ -66,9 +66,9 @@ class UploadsApart(FusibleUploads):
             fuse_(server.bank_SP, self.own_nP, weights_Sn, keep_S, server.layout.batchnorm, self.processes.add_up_)
 
 
-def fuse_own_(step: Any, uploads: UploadsApart, weights_Sm: Tensor, keep_S: Tensor) -> None:
-    """Does this process's part of [`UploadsApart.fuse_into_`]."""
-    uploads.fuse_own_(step.server, weights_Sm, keep_S)
+def fuse_own_(step: Any, weights_Sm: Tensor, keep_S: Tensor) -> None:
+    """Does this process's part of [`UploadsApart.fuse_into_`] in a [`SharedStep`]."""
+    step.uploads.fuse_own_(step.server, weights_Sm, keep_S)
 
 
 class MeanOfUploads(AverageableUploads):
