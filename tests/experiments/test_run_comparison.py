@@ -91,8 +91,14 @@ def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
 def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeypatch):
     """A round in which nobody learns leaves every method's server as it was: the same for all that train one model."""
     path = written(tmp_path, methods={method: method for method in METHODS})
-    draws, scores = {}, {}
-    draw = Federation.draw
+    draws, scores, loaded = {}, {}, []
+    draw, load_data = Federation.draw, ImageExperiment.load_data
+
+    def load_once(experiment, processor, seed):  # the clients are those of the settings, which all have in common
+        loaded[:] = loaded or [load_data(experiment, processor, seed)]
+        return loaded[0]
+
+    monkeypatch.setattr(ImageExperiment, "load_data", load_once)
     for row, (run,) in runs_of(path, tmp_path / "out", rounds=1).items():
         drawn = draws.setdefault(row, [])
         monkeypatch.setattr(Federation, "draw", lambda *args, drawn=drawn: drawn.append(draw(*args)) or draw(*args))
