@@ -78,6 +78,8 @@ class ClientStore:
         self.named = frozenset(named)
         kept = self.named.union(self.manifest.values())
         self._delete(path.name for path in self.folder.glob("client-*.safetensors") if path.name not in kept)
+        # What safetensors had begun to write under a name of its own when the process was killed.
+        self._delete(path.name for path in self.folder.glob(".tmp*"))
 
     def adopt(self, folder: Path, names: Iterable[str]) -> None:
         """Copies files of the store in `folder`, from which a run in another place goes on."""

@@ -108,6 +108,15 @@ def put(store, **values):
     store.replace({int(name[1:]): store.put(int(name[1:]), version(value)) for name, value in values.items()})
 
 
+def test_what_safetensors_had_begun_to_write_is_deleted(tmp_path):
+    """Under a name of its own; one of a hundred kills came just then."""
+    store = ClientStore(tmp_path / "clients")
+    put(store, c7=1.0)
+    (tmp_path / "clients" / ".tmpssLP2x").write_bytes(b"half a file")
+    store.prune(store.manifest.values())
+    assert [path.name for path in (tmp_path / "clients").iterdir()] == list(store.manifest.values())
+
+
 def test_client_store_keeps_versions_that_checkpoints_name(tmp_path):
     store = ClientStore(tmp_path / "clients")
     assert store.get(7) == {}
