@@ -73,7 +73,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     try:
         sync(target.parent)
     finally:
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_directory(folder: Path) -> None:

@@ -208,7 +208,8 @@ class Checkpointing:
         if self.args.push_to_hub and self.args.hub_strategy != "end":
             # Trainer's own push of a checkpoint would write a pickle and leave out code and card.
             self.push_to_hub(f"Round {self.state.global_step}", blocking=False)
-        self._rotate(target)
+        with _goes_on():
+            self._rotate(target)
         self._prune(federation.store)
 
     def _rotate(self, newest: Path) -> None:
