@@ -1,5 +1,5 @@
 """
-Whether it matters in which precision a start is stored: accuracies from checkpoints in float32, bf16 and fp16.
+The precision in which a start is stored, and how much it matters: accuracies from float32, bf16 and fp16.
 
 Reviews (the shipped GPT-2) and scikit-learn's digits (a small CNN; for adapters a ViT that was trained on a third of
 the digits), whole models and LoRA adapters, Fed-MoE and FedAvg tuned on the same reserved set.

@@ -1,9 +1,9 @@
 """Federated learning with a server-side Mixture-of-Experts, in Hugging Face terms."""
 
 import sys
-from importlib import import_module
 from pathlib import PurePath
-from typing import Any
+
+from .lazy_names import lazy_names
 
 
 __version__ = "0.1.0"
@@ -70,14 +70,4 @@ __all__ = list(_ROOMS)
 if PurePath(*sys.argv[:1]).name != "hf-fedmoe":
     from . import models  # noqa: F401
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
-    globals()[name] = value  # asked once
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(globals() | _ROOMS)
+__getattr__, __dir__ = lazy_names(__name__, _ROOMS)

@@ -11,7 +11,18 @@ import hf_fedmoe
 
 PACKAGE = Path(hf_fedmoe.__file__).parent
 # From the ground up (docs/architecture.md). A room is a folder, or a file at the top.
-ROOMS = ("models", "weights", "data", "federation", "strategies", "reporting", "training", "experiments", "cli")
+ROOMS = (
+    "lazy_names",
+    "models",
+    "weights",
+    "data",
+    "federation",
+    "strategies",
+    "reporting",
+    "training",
+    "experiments",
+    "cli",
+)
 FILES = {
     ".".join(("hf_fedmoe", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

@@ -1,4 +1,4 @@
-"""What the fork server of `warm_processes` imports: all that a run needs, once for all the processes of a module."""
+"""The imports of the fork server of `warm_processes`: all that a run needs, once for all the processes of a module."""
 
 import gc
 

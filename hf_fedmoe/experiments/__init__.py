@@ -1,7 +1,6 @@
 """Experiments from settings: recipes, and comparisons of methods over seeds."""
 
-from importlib import import_module
-from typing import Any
+from ..lazy_names import lazy_names
 
 
 # What each name is of. A module is imported with the first of its names: a process of `side_by_side` is there at once,
@@ -25,14 +24,4 @@ _MODULES = {
 
 __all__ = list(_MODULES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value  # asked once
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(globals() | _MODULES)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,4 +1,4 @@
-"""How the processes of a launch have the participants of a round trained: each its own, or all together."""
+"""Engines, by which the processes of a launch train a round's participants: each its own, or all together."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

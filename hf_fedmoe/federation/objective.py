@@ -1,4 +1,4 @@
-"""What a client minimises."""
+"""The local objective, which a client minimises."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""What the participants of a round do: training, probing, and what each upload costs and leaves behind.
+"""The participants of a round at work: training, probing, and what each upload costs and leaves behind.
 
 Shape suffixes: m participants, P elements of a model's row.
 """

@@ -199,7 +199,8 @@ class Federation:
     def step(self, round_index: int) -> ServerStep:
         """Returns what the server's step of a round works with; of `rounds`, the last one's."""
         seed = seed_of(self.seed, Stream.SERVER, round_index)
-        return ServerStep(self.server, self.reserved, round_index, seed, self.track, self.gate_fit)
+        gate_fit = self.gate_fit if self.processes.count > 1 else None
+        return ServerStep(self.server, self.reserved, round_index, seed, self.track, gate_fit)
 
     def server_step(self, uploads: Uploads, round_index: int) -> dict[str, float]:
         """Takes the server's step of a round, in the main process with the help of the others."""

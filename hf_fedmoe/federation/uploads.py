@@ -113,6 +113,8 @@ class Rows:
         needs (`str`): What the method says of itself, [`Strategy.needs`].
     """
 
+    main_takes_all = True
+
     def __init__(
         self,
         server: Server,
@@ -127,8 +129,8 @@ class Rows:
         self.spare_P: Tensor | None = None
 
     def allocate(self, memory: UploadMemory, groups: list[list[int]]) -> dict[int, Tensor]:
-        """Returns a row for each participant that this process trains; the main one has a row for all."""
-        takes_all = self.processes.index == 0
+        """Returns a row for each participant that this process trains; the main one may have a row for all."""
+        takes_all = self.main_takes_all and self.processes.index == 0
         self.held = [place for place, owner in enumerate(self.owners) if takes_all or owner == self.processes.index]
         self.rows_nP = memory.rows(len(self.held))
         return dict(zip(self.held, self.rows_nP, strict=True))
@@ -172,10 +174,7 @@ class Rows:
 class RowsApart(Rows):
     """Leaves each upload in the process that trained it, for a method that `needs` "fusion"."""
 
-    def allocate(self, memory: UploadMemory, groups: list[list[int]]) -> dict[int, Tensor]:
-        self.held = [place for place, owner in enumerate(self.owners) if owner == self.processes.index]
-        self.rows_nP = memory.rows(len(self.held))
-        return dict(zip(self.held, self.rows_nP, strict=True))
+    main_takes_all = False
 
     def bring(self, place: int) -> None:
         """Leaves it where it is."""
@@ -193,7 +192,6 @@ class Sum(Rows):
         # One row for each client of a group that is trained at once, again and again.
         rows_nP = memory.rows(max(map(len, groups), default=1))
         self.sum_P = torch.zeros(self.server.layout.size, device=rows_nP.device)
-        self.examples = 0
         self.mean_1P = rows_nP[:1]
         return {place: rows_nP[index] for group in groups for index, place in enumerate(group)}
 

@@ -2,7 +2,7 @@
 
 import os
 
-import torch
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def check_parts(model: nn.Module, args: FederatedTrainingArguments, strategy: St
             "`hf_fedmoe.strategies`, for example `FedAvg()`."
         )
     check_setting_kinds(strategy)
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if is_compiled_module(model):
         raise ValueError(
             "`model` is what `torch.compile` returned: give the model itself, and `torch_compile=True` in the "
             "arguments."

@@ -1,4 +1,4 @@
-"""What `evaluate` and `predict` are given, and which of its rows a model could not read."""
+"""The datasets that `evaluate` and `predict` are given, and the rows of them that a model could not read."""
 
 from typing import Any
 

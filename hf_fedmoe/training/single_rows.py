@@ -1,4 +1,4 @@
-"""Who has a single row to train on, of which a model with batch statistics may make none."""
+"""Clients with a single row to train on, of which a model with batch statistics may make none."""
 
 import torch
 

@@ -18,7 +18,7 @@ METHOD, SETTINGS = "fedmoe_paper", {"rounds": 5, "save_steps": 4}
 
 
 def _terminated(index, port, output_dir):
-    """Of two clients in a round each process trains one: SIGTERM comes while they train in the third."""
+    """Sends SIGTERM in the third round, while each process trains one of two clients."""
     join_group(index, port)
     train, calls = LocalTrainer.train, []
 

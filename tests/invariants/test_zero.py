@@ -132,7 +132,7 @@ GATES = {**{f"gate_model-{stage}": ("model", stage) for stage in STAGES}, "gate_
 def gate_by_name(name, output_dir):
     kind, stage = GATES[name]
     run = shared_gate(kind, output_dir, **engine(stage))
-    assert isinstance(run._federation().server.gate_fit, ZeroGateFit) == (kind == "model")
+    assert isinstance(run._federation().gate_fit, ZeroGateFit) == (kind == "model")
     return run
 
 

@@ -5,6 +5,7 @@ import enum
 import functools
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ from tests.tiny_federation import tiny_args, tiny_decoder, tiny_expert, tiny_fed
 from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
 
 
+# Nothing is written there.
+FOLDER = tempfile.mkdtemp()
 DATA = tiny_federation()
 
 
 def identity(model=None, strategy=None, data=DATA, collator=None, **changes):
-    args = tiny_args("/tmp/never-written", **{"save_strategy": "steps"} | changes)
+    args = tiny_args(FOLDER, **{"save_strategy": "steps"} | changes)
     trainer = FederatedTrainer(
         model or tiny_expert(), args, data, strategy, data_collator=collator or DataCollatorWithPadding(None)
     )
@@ -74,7 +77,7 @@ def test_another_argument_is_refused_by_its_name(change, own):
 @pytest.mark.parametrize(
     "change",
     [
-        {"output_dir": "/tmp/elsewhere", "run_name": "again", "report_to": "tensorboard"},
+        {"output_dir": f"{FOLDER}/elsewhere", "run_name": "again", "report_to": "tensorboard"},
         {"logging_steps": 5, "disable_tqdm": False, "log_level": "info"},
         {"save_steps": 7, "save_total_limit": 1, "save_only_model": True, "save_strategy": "no"},
         {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss"},
@@ -88,7 +91,7 @@ def test_another_argument_is_refused_by_its_name(change, own):
 )
 def test_what_is_harmless_may_be_another(change, own):
     if "output_dir" in change:
-        args = tiny_args("/tmp/elsewhere", **{n: v for n, v in change.items() if n != "output_dir"})
+        args = tiny_args(change["output_dir"], **{n: v for n, v in change.items() if n != "output_dir"})
         trainer = FederatedTrainer(tiny_expert(), args, DATA, data_collator=DataCollatorWithPadding(None))
         other = trainer._identity()
     else:
@@ -159,7 +162,7 @@ def test_settings_of_a_mixture_and_of_adapters_count():
     assert found == ("model_config.peft_config.lora_alpha", 8, 3)
     found = first_difference(plain_one, identity(adapters(), FedMoE(FedMoESettings(fusion_rate=0.5))))
     assert found == ("strategy_settings.fusion_rate", 0.3, 0.5)
-    args = tiny_args("/tmp/never-written")
+    args = tiny_args(FOLDER)
     made = [
         FederatedTrainer(tiny_expert(), args, DATA, peft_config=LoraConfig(target_modules=["query"], lora_alpha=alpha))
         for alpha in (8, 16)
@@ -210,7 +213,7 @@ def test_what_augments_counts():
         processor = tiny_processor()
         processor.image_mean = [mean] * len(processor.image_mean)
         collator = ImageCollator(processor, augmentations)
-        args = tiny_args("/tmp/never-written")
+        args = tiny_args(FOLDER)
         made = FederatedTrainer(tiny_resnet(), args, data, processing_class=processor, train_data_collator=collator)
         return json.loads(json.dumps(made._identity()))
 
