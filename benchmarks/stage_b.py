@@ -33,7 +33,7 @@ from hf_fedmoe.models import FedMoEForSequenceClassification, gating_entropy
 from hf_fedmoe.strategies import Server, ServerStep
 from hf_fedmoe.strategies.gate_training import GateFit, train_gate
 from hf_fedmoe.strategies.server_training import expert_outputs
-from hf_fedmoe.weights import StateLayout, collapse, fuse_, fusion
+from hf_fedmoe.weights import StateLayout, collapse, fuse_
 
 
 GPT2_SIZES = {
@@ -201,12 +201,10 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[3], help="Epochs of the gate.")
     parser.add_argument("--layers", type=int, default=2, help="Layers of the experts of gate and inference.")
     parser.add_argument("--hidden", type=int, default=128, help="Their width.")
-    parser.add_argument("--columns", type=int, default=fusion._CHUNK, help="That `fuse_` takes at a time.")
     parser.add_argument("--repetitions", type=int, default=5, help="Turns of each pair.")
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.experts, args.epochs, args.hidden, args.repetitions = ["1M"], [3], [3], 64, 3
-    fusion._CHUNK = args.columns
     clock = pin_threads(args, args.device)
     logging.set_verbosity_error()
     benchmark_fusion(args, clock)

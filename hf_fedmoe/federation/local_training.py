@@ -19,13 +19,14 @@ from ..models import AdapterExpert, guard_narrow_convolutions
 from ..weights import Payload, StateLayout, copy_module
 from .batch_reader import BatchReader
 from .batch_worker import Wanted
+from .captured_passes import CapturedPasses
 from .client_clock import ClientClock
+from .local_updates import CapturedUpdates, LocalUpdates
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
 from .randomness import Stream, seed_of
 from .team import Stage, Team
 
 
-OPTIMIZER_PREFIX = "optimizer."
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
@@ -111,6 +112,8 @@ class LocalTrainer:
         reader ([`BatchReader`], *optional*): Worker processes that read clients' batches; this one does if left out.
         clock ([`ClientClock`], *optional*): How long a client may take; as long as it likes if left out.
         objective (`Callable`, *optional*): Of (model, batch), in the place of the model's own loss.
+        cuda_graphs (`bool`, *optional*, defaults to `False`): Whether forward and backward passes of shapes that come
+            again are replayed as CUDA graphs, on a GPU.
     """
 
     worker: nn.Module
@@ -126,6 +129,7 @@ class LocalTrainer:
     reader: BatchReader | None = None
     clock: ClientClock = field(default_factory=ClientClock)
     objective: Loss = own_loss
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
@@ -141,10 +145,19 @@ class LocalTrainer:
         # else, but on TPUs.
         if self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.XLA:
             self.optimizer = self.optimizer.optimizer
-        self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._pass, self._updates = self._plain_pass, LocalUpdates(self.optimizer, self._clip)
+        if self._can_capture():
+            grads: dict[nn.Parameter, Tensor] = {}
+            self._pass = CapturedPasses(self.worker, self._plain_pass, self.clock.whole, grads)
+            self._updates = CapturedUpdates(self.optimizer, self._clip, grads)
         if self.args.torch_compile:
             # In place: strategies see the module itself.
             self.worker.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+
+    def _can_capture(self) -> bool:
+        """Tells whether passes may become CUDA graphs."""
+        compiled, scaler = self.args.torch_compile, self.accelerator.scaler
+        return self.cuda_graphs and self.accelerator.device.type == "cuda" and not compiled and scaler is None
 
     def train(
         self,
@@ -185,6 +198,8 @@ class LocalTrainer:
 
     def loss_near(self, received_P: Tensor) -> Loss:
         """The loss of (model, batch) of a client that received a row: [`LocalObjective.loss`] of `objective`."""
+        if has_own_loss(self.strategy) and not self.strategy.proximal_weight:
+            return self.objective
         received = self.layout.views(received_P)
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -254,21 +269,26 @@ class LocalTrainer:
         """The gradients of a step, left in the worker's parameters; returns the mean loss."""
         total = torch.zeros((), device=self.accelerator.device)
         for batch, weight in zip(batches, batches.weights, strict=True):
-            with self.accelerator.autocast():
-                value = loss(self.worker, batch)
-            self.accelerator.backward(value * weight / len(batches.weights))
-            total += value.detach() * weight / len(batches.weights)
+            total += self._pass(loss, batch, weight, len(batches.weights))
         self.team.agree(Stage.STEP)
         return self.team.add_up_(self._parameters, total)
+
+    def _plain_pass(self, loss: Loss, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
+        """Adds the gradients of `loss * weight / count` of a batch and returns that."""
+        with self.accelerator.autocast():
+            value = loss(self.worker, batch)
+        self.accelerator.backward(value * weight / count)
+        return value.detach() * weight / count
 
     def apply_gradients(self) -> None:
         """Clips the gradients, if asked, and lets the optimizer take its step."""
         with self.clock.whole():
-            if self.args.max_grad_norm:
-                self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
-            self.optimizer.step()
+            self._updates()
             self._scheduler.step()
-            self.optimizer.zero_grad()
+
+    def _clip(self) -> None:
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
 
     def payload(self, out_P: Tensor, num_examples: int, total_loss: Tensor, num_steps: int) -> Payload:
         """The worker as an upload, its row written to `out_P`."""
@@ -343,10 +363,12 @@ class LocalTrainer:
         """Seeds dropout and augmentation, whatever library a collator draws from."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        if self.accelerator.device.type == "cpu":
-            # `torch.manual_seed` formats a stack trace for every accelerator that is not there: half a millisecond.
-            torch.default_generator.manual_seed(seed)
-        else:
+        # `torch.manual_seed` formats a stack trace for every accelerator that is not there: half a millisecond.
+        device = self.accelerator.device
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+        elif device.type != "cpu":
             torch.manual_seed(seed)
 
     def _batches(self, dataset: Dataset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
@@ -371,20 +393,8 @@ class LocalTrainer:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state after [`LocalTrainer.train`] as named tensors, for the client store."""
-        return {
-            f"{OPTIMIZER_PREFIX}{index}.{key}": value.detach().clone()
-            for index, entries in self.optimizer.state_dict()["state"].items()
-            for key, value in entries.items()
-            if isinstance(value, Tensor)
-        }
+        return self._updates.tensors()
 
     def _reset_optimizer(self, kept: dict[str, Tensor] | None) -> None:
         self.has_kept_optimizer = kept is not None
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for name, tensor in (kept or {}).items():
-            _, index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = tensor
-        for group, learning_rate in zip(state["param_groups"], self._learning_rates, strict=True):
-            group["lr"] = learning_rate
-        self.optimizer.load_state_dict(state)
+        self._updates.reset(kept)

@@ -17,7 +17,8 @@ from ..weights import Codec, Payload, all_finite, bytes_at_rank, compress_upload
 from . import soundness
 from .client_store import ClientStore
 from .contract import ClientTask, Server, Strategy, has_plain_clients
-from .local_training import OPTIMIZER_PREFIX, LocalTrainer
+from .local_training import LocalTrainer
+from .local_updates import OPTIMIZER_PREFIX
 from .randomness import Stream, seed_of
 from .team import LeftAloneError
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..data import ReservedSet
 from ..weights import Payload, StateLayout, all_finite, negative_variance, payload_fault
 from .contract import ClientTask, Server, ServerStep, Strategy, Uploads
-from .local_training import OPTIMIZER_PREFIX, LocalTrainer
+from .local_training import LocalTrainer
+from .local_updates import OPTIMIZER_PREFIX
 from .uploads import NotKeptError
 
 

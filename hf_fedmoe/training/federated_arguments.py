@@ -73,6 +73,10 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
             models and adapters. It takes the memory of that many models with their gradients and optimizer states.
             With a constant learning rate any clients are taken together, otherwise those with equally many steps. A
             run ends like one by one but for rounding, dropout and augmentation.
+        cuda_graphs (`bool`, *optional*, defaults to `True`):
+            Whether a GPU replays a client's forward and backward passes as CUDA graphs: batches of shapes that come
+            again, trained by the model's own loss. Each graph is compared with the plain pass before it is used. A
+            graph takes the memory of one pass, all graphs of a run together that of the largest.
         client_timeout (`float`, *optional*):
             Seconds that a client's training may take in a round; one that takes longer, because it is slow or hangs,
             is refused, and the round goes on. As long as it likes if left out or 0.
@@ -92,6 +96,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         default=None, metadata={"help": "What processes share: clients, sums, data."}
     )
     clients_at_once: int = field(default=1, metadata={"help": "How many clients a process trains at once."})
+    cuda_graphs: bool = field(default=True, metadata={"help": "Replay passes of clients as CUDA graphs on a GPU."})
     client_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a client that still trains is refused (none)."}
     )

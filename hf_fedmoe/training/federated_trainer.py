@@ -319,6 +319,7 @@ class FederatedTrainer(
             BatchReader(pool, self.train_data_collator, args) if args.dataloader_num_workers else None,
             ClientClock(args.client_timeout),
             self._objective(),
+            args.cuda_graphs,
         )
         # Collated when they are asked for, after the trial of what the collators make.
         known_rows = cache(

@@ -11,8 +11,14 @@ from torch import Tensor
 from .layout import Slot
 
 
-# Columns fused at a time: the slices of all rows stay in the second-level cache between the two passes over them.
-_CHUNK = 131_072
+try:
+    from .fusion_kernel import fuse_on_gpu_
+except ImportError:  # Triton comes with PyTorch for GPUs, on Linux
+    fuse_on_gpu_ = None
+
+# Columns fused at a time. On a CPU the slices of all rows stay in the second-level cache between the two passes over
+# them; on a GPU a launch has to be worth it.
+_COLUMNS = {"cpu": 131_072, "cuda": 33_554_432}
 
 
 @torch.no_grad()
@@ -43,8 +49,8 @@ def fuse_(
     Returns:
         `Tensor`: `bank_SP`.
     """
-    weights_Sm = weights_Sm.to(bank_SP.dtype)
-    keep_S1 = keep_S.to(bank_SP.dtype)[:, None]
+    weights_Sm, keep_S = weights_Sm.to(bank_SP.dtype), keep_S.to(bank_SP.dtype)
+    keep_S1 = keep_S[:, None]
     fused_variances = []
     for mean, variance in batchnorm:
         own, taken = (
@@ -55,18 +61,44 @@ def fuse_(
         if add_up_ is not None:
             add_up_(taken)
         fused_variances.append(keep_S1 * own + taken)
-    for start in range(0, bank_SP.shape[1], _CHUNK):
-        columns = slice(start, start + _CHUNK)
-        if add_up_ is None:
-            bank_SP[:, columns].mul_(keep_S1).addmm_(weights_Sm, uploads_mP[:, columns])
-        else:
-            add_up_(taken := weights_Sm @ uploads_mP[:, columns])
-            bank_SP[:, columns].mul_(keep_S1).add_(taken)
+    if add_up_ is None and _has_kernel(bank_SP, uploads_mP):
+        fuse_on_gpu_(bank_SP, uploads_mP, weights_Sm, keep_S)
+    else:
+        _fuse_blocks_(bank_SP, uploads_mP, weights_Sm, keep_S1, add_up_)
     for (mean, variance), second_moment_SF in zip(batchnorm, fused_variances, strict=True):
         fused_mean_SF = bank_SP[:, mean.start : mean.stop]
         # Rounding may bring one of almost 0 below.
         bank_SP[:, variance.start : variance.stop] = (second_moment_SF - fused_mean_SF.square()).clamp_min_(0)
     return bank_SP
+
+
+def _has_kernel(bank_SP: Tensor, uploads_mP: Tensor) -> bool:
+    return (
+        fuse_on_gpu_ is not None
+        and bank_SP.is_cuda
+        and bank_SP.dtype == uploads_mP.dtype
+        and bank_SP.dtype in (torch.float32, torch.float64)
+        and bank_SP.stride(1) == uploads_mP.stride(1) == 1
+    )
+
+
+def _fuse_blocks_(
+    bank_SP: Tensor,
+    uploads_mP: Tensor,
+    weights_Sm: Tensor,
+    keep_S1: Tensor,
+    add_up_: Callable[[Tensor], None] | None,
+) -> None:
+    """bank <- keep * bank + weights @ uploads, block of columns by block."""
+    for block_SP, block_mP in zip(
+        *(rows.split(_COLUMNS.get(bank_SP.device.type, rows.shape[1]), dim=1) for rows in (bank_SP, uploads_mP)),
+        strict=True,
+    ):
+        if add_up_ is None:
+            block_SP.mul_(keep_S1).addmm_(weights_Sm, block_mP)
+        else:
+            add_up_(taken := weights_Sm @ block_mP)
+            block_SP.mul_(keep_S1).add_(taken)
 
 
 @torch.no_grad()

@@ -145,16 +145,16 @@ class StateLayout:
         state = module.state_dict(keep_vars=True)
         if out is None:
             out = torch.zeros(self.size, dtype=self.dtype, device=state[self.slots[0].name].device)
-        for name, view in self.views(out).items():
-            view.copy_(state[name])
+        views = self.views(out)
+        torch._foreach_copy_(list(views.values()), [state[name] for name in views])
         return out
 
     @torch.no_grad()
     def write(self, row_P: Tensor, module: nn.Module) -> None:
         """Copies a row `[P]` into the module."""
         state = module.state_dict(keep_vars=True)
-        for name, view in self.views(row_P).items():
-            state[name].copy_(view)
+        views = self.views(row_P)
+        torch._foreach_copy_([state[name] for name in views], list(views.values()))
 
     @torch.no_grad()
     def bind(self, module: nn.Module, row_P: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_fedmoe.federation import Federation
-from hf_fedmoe.federation.local_training import OPTIMIZER_PREFIX
+from hf_fedmoe.federation.local_updates import OPTIMIZER_PREFIX
 from hf_fedmoe.strategies import (
     APFL,
     QFFL,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fedmoe.weights import StateLayout, add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
+from hf_fedmoe.weights import StateLayout, add_to_sum_, collapse, fuse_, fuse_integers, fusion, mean_of_sum_
 
 
 VECTORS = Path(__file__).parents[1] / "data"
@@ -103,7 +103,7 @@ def test_a_moving_average_keeps_its_own_part_in_the_batchnorm_mixture():
 
 
 def test_processes_that_hold_other_uploads_fuse_them_all(monkeypatch):
-    monkeypatch.setattr("hf_fedmoe.weights.fusion._CHUNK", 7)
+    monkeypatch.setitem(fusion._COLUMNS, "cpu", 7)
     layout = StateLayout.of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double())
     bank_SP, rows_mP = torch.rand(6, layout.size, generator=torch.Generator().manual_seed(0)).double().split([2, 4])
     weights_Sm = float64([[0.1, 0.2, 0.3, 0.1], [0.0, 0.4, 0.1, 0.1]])

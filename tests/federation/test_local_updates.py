@@ -1,0 +1,134 @@
+"""
+The logic of captured steps, by a stand-in for CUDA graphs that does the work anew; tests/training/test_on_gpu.py has
+the graphs.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_fedmoe.federation import local_updates
+from hf_fedmoe.federation.local_updates import TIMES_SEEN, CapturedUpdates, LocalUpdates
+from tests.federation.test_captured_passes import Again, Nothing
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 0.1, weight_decay=0.1),
+    "adam": lambda parameters: torch.optim.Adam(parameters, 0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "groups": lambda parameters: torch.optim.AdamW(
+        [{"params": parameters[:1], "lr": 0.3}, {"params": parameters[1:], "weight_decay": 0.0}], 0.1
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    Again.made = []
+    monkeypatch.setattr(local_updates, "CudaGraph", Again)
+    monkeypatch.setattr(local_updates, "new_pool", lambda: None)
+    # Adam refuses to count its steps on a CPU as a graph would.
+    monkeypatch.setattr(local_updates, "_to_device", lambda optimizer: None)
+
+
+def parameters():
+    return [nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((2, 2), 0.5)), nn.Parameter(torch.ones(1))]
+
+
+def clients(make, kind, num_clients=3, num_steps=5, keep=False):
+    """Weights after each of some clients who start alike, each with gradients of its own and a falling rate."""
+    weights, start = parameters(), [p.detach().clone() for p in parameters()]
+    optimizer = make(weights)
+    arguments = (optimizer, lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0))
+    updates = LocalUpdates(*arguments) if kind is LocalUpdates else CapturedUpdates(*arguments, {})
+    generator, found, kept = torch.Generator().manual_seed(0), [], None
+    for _ in range(num_clients):
+        for weight, value in zip(weights, start, strict=True):
+            weight.data.copy_(value)
+        updates.reset(kept)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
+        for _ in range(num_steps):
+            for weight in weights[:2]:  # the last one has no gradient
+                weight.grad = 3 * torch.randn(weight.shape, generator=generator)
+            updates()
+            schedule.step()
+            optimizer.zero_grad()
+        found.append([weight.detach().clone() for weight in weights])
+        kept = updates.tensors() if keep else None
+    return found, updates
+
+
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_clients_end_with_the_same_weights(name, keep):
+    found, updates = clients(OPTIMIZERS[name], CapturedUpdates, keep=keep)
+    expected, plain = clients(OPTIMIZERS[name], LocalUpdates, keep=keep)
+    assert_close(found, expected)
+    (graph,) = Again.made
+    # All steps but those before it, and the compared one in the place of the one that it is compared with.
+    assert graph.replays == 15 - (TIMES_SEEN - 1)
+    assert found[0][2].item() == 1
+    tensors = updates.tensors()
+    assert tensors.keys() == plain.tensors().keys()
+    for key, tensor in plain.tensors().items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_of_other_gradients_or_settings_is_plain():
+    weights = parameters()
+    optimizer = torch.optim.SGD(weights, 0.5)
+    updates = CapturedUpdates(optimizer, lambda: None, {})
+
+    def step(count):
+        for weight in weights[:count]:
+            weight.grad = torch.ones_like(weight)
+        updates()
+        optimizer.zero_grad()
+
+    for _ in range(TIMES_SEEN):
+        step(2)
+    replays = Again.made[0].replays
+    step(3)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    step(2)
+    assert Again.made[0].replays == replays
+    assert weights[2].item() == 0.5
+    assert weights[0][0].item() == pytest.approx(-1.0 - 0.5 * (1 - 0.1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9, dampening=0.5),
+        lambda weights: torch.optim.AdamW(weights, 0.1, amsgrad=True),
+        lambda weights: torch.optim.Adagrad(weights, 0.1),
+    ],
+)
+def test_an_optimizer_whose_fresh_state_is_not_of_zeros_stays_plain(make):
+    found, _ = clients(make, CapturedUpdates)
+    assert_close(found, clients(make, LocalUpdates)[0])
+    assert not Again.made
+
+
+def test_a_replay_that_is_wrong_is_not_used(monkeypatch):
+    monkeypatch.setattr(local_updates, "CudaGraph", Nothing)
+    found, updates = clients(OPTIMIZERS["adamw"], CapturedUpdates)
+    assert_close(found, clients(OPTIMIZERS["adamw"], LocalUpdates)[0])
+    assert updates._captured is None
+
+
+def test_what_cannot_be_captured_stays_plain(monkeypatch):
+    def refuse(work, pool):
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(local_updates, "CudaGraph", refuse)
+    found, _ = clients(OPTIMIZERS["momentum"], CapturedUpdates)
+    assert_close(found, clients(OPTIMIZERS["momentum"], LocalUpdates)[0])
