@@ -363,15 +363,18 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             and not self.training
         ):
             return self._dispatch_at_once(batch, size, experts_BL)
-        selected_BLC = torch.zeros(*experts_BL.shape, self.config.num_labels, device=experts_BL.device)
-        for k in range(self.config.num_routed_experts):
-            rows_N, slots_N = (experts_BL == k).nonzero(as_tuple=True)
-            if len(rows_N) == 0:
-                continue
-            logits_NC = self._run_expert(self.config.num_main_experts + k, _rows(batch, size, rows_N))
-            logits_NC = at_least_float32(logits_NC).to(experts_BL.device)
-            selected_BLC = selected_BLC.to(logits_NC.dtype).index_put((rows_N, slots_N), logits_NC)
-        return selected_BLC
+        K, L = self.config.num_routed_experts, experts_BL.shape[1]
+        # On a GPU the host waits once, for how many rows each expert has.
+        counts_K = (experts_BL.reshape(-1, 1) == torch.arange(K, device=experts_BL.device)).sum(0).tolist()
+        order_N = experts_BL.flatten().argsort(stable=True)
+        logits = [
+            self._run_expert(self.config.num_main_experts + k, _rows(batch, size, pairs_N // L))
+            for k, pairs_N in enumerate(order_N.split(counts_K))
+            if len(pairs_N)
+        ]
+        logits_NC = torch.cat([at_least_float32(own).to(experts_BL.device) for own in logits])
+        restored_NC = torch.empty_like(logits_NC).index_copy(0, order_N, logits_NC)
+        return restored_NC.view(*experts_BL.shape, -1)
 
     def _dispatch_at_once(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
         """Dispatches in one forward of the base over all pairs of an example and an expert, sorted by expert."""

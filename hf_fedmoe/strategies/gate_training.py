@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW
 
 from ..data import ReservedSet, has_batch_statistics, split_rows
 from ..federation import Processes, ServerStep, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
-from .server_training import ExpertOutputs
+from .server_training import ExpertOutputs, adamw
 
 
 def fit_gate(step: ServerStep, cached: ExpertOutputs, *settings: Any) -> dict[str, float]:
@@ -52,7 +51,7 @@ class GateFit:
         self._gate_parameters = self.model.gate_parameters()
         self._parameters = [*self._gate_parameters, self.model.alpha_logit]
         # Weight decay on alpha would pull it to one half whatever the data say.
-        self._optimizer = AdamW(
+        self._optimizer = adamw(
             [
                 {"params": self._gate_parameters, "weight_decay": weight_decay},
                 {"params": [self.model.alpha_logit], "weight_decay": 0.0},
