@@ -5,6 +5,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -42,7 +43,14 @@ def _executor(module: str) -> ProcessPoolExecutor:
 
 
 def _prepare(module: str) -> None:
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     importlib.import_module(module)
     torch = importlib.import_module("torch")
     assert not torch.cuda.is_available()
     torch.set_num_threads(1)  # models are tiny, and there is a process beside each of the tests
+
+
+def _end_with_the_tests() -> None:
+    """Ends this process when that of the tests was killed: it would wait for tasks for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

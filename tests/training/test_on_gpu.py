@@ -83,12 +83,12 @@ def test_a_faster_run_ends_like_a_plain_one_on_the_cpu(method, way, tmp_path):
 def test_every_method_has_the_losses_of_the_cpu(name, tmp_path):
     found, expected = both(run_of_a_method, tmp_path, name)
     assert (found["device"], expected["device"]) == (DEVICE, "cpu")
-    # What decides by comparing numbers (which coordinates travel, which client weighs most) may decide otherwise
-    # where two are equal but for rounding.
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+    # As above. Noise of 3e-7 in every linear layer on the CPU made a difference of 1e-6 at most; a coordinate or a
+    # client that is chosen otherwise, being equal to another but for rounding, makes a larger one.
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
     if name in PERSONAL_RUNS:
         assert found["names"] == expected["names"]
-        assert_allclose(found["logits"], expected["logits"], rtol=0, atol=1e-2)
+        assert_allclose(found["logits"], expected["logits"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,8 +96,8 @@ def test_images_have_the_losses_of_the_cpu(method, tmp_path, monkeypatch):
     # On by default, for convolutions alone: it keeps 10 of 23 bits, and is not what is tested.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     found, expected = both(image_run, tmp_path, method)
-    # BatchNorm divides by the deviation of maps of few pixels.
-    assert found == pytest.approx(expected, rel=1e-2)
+    # BatchNorm divides by the deviation of maps of few pixels: noise of 3e-7 in linear layers alone came to 5e-6.
+    assert found == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
