@@ -50,6 +50,16 @@ def tiny_federation(num_clients: int = 4, client_size: int = 12, reserved_size: 
     return FederatedDataset(rows, clients, reserved=rest[:reserved_size], validation=rest[reserved_size:])
 
 
+def with_padding(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A collator of texts of different lengths, which follow from their first token."""
+    lengths = [3 + row["input_ids"][0] % 6 for row in rows]
+    batch = {"labels": torch.tensor([row["label"] for row in rows])}
+    for name, filler in (("input_ids", PAD_TOKEN_ID), ("attention_mask", 0)):
+        parts = [torch.tensor(row[name][:length]) for row, length in zip(rows, lengths, strict=True)]
+        batch[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=filler)
+    return batch
+
+
 def tiny_expert(**config):
     """The same bits every time."""
     torch.manual_seed(7)

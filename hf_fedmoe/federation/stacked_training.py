@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, Subset
 from transformers import masking_utils
 
@@ -211,7 +212,9 @@ class Stack:
         def loss(state: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
             return functional_call(self.module, state, kwargs=own).loss
 
-        with masks_without_shortcuts():
+        # Of the kinds of attention only this one consists of what `vmap` has rules for, on every device. Its gradient
+        # does too: the backward needs to be told nothing.
+        with masks_without_shortcuts(), sdpa_kernel(SDPBackend.MATH):
             return vmap(loss, randomness="different")(self._by_inner_name, batch)
 
     def backward(self, loss: Tensor) -> None:

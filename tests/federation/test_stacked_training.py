@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -26,9 +27,10 @@ from tests.tiny_federation import (
     tiny_federation,
     tiny_mixture,
     tiny_rows,
+    with_padding,
 )
 from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
-from tests.tiny_models import PAD_TOKEN_ID, tiny_bert, tiny_char_lstm
+from tests.tiny_models import tiny_bert, tiny_char_lstm
 
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
@@ -43,16 +45,6 @@ def uneven_federation():
     rows = tiny_rows(sum(SIZES) + 24)
     *clients, reserved = np.split(np.arange(len(rows)), np.cumsum(SIZES))
     return FederatedDataset(rows, clients, reserved=reserved)
-
-
-def with_padding(rows):
-    """A collator of texts of different lengths, which follow from their first token."""
-    lengths = [3 + row["input_ids"][0] % 6 for row in rows]
-    batch = {"labels": torch.tensor([row["label"] for row in rows])}
-    for name, filler in (("input_ids", PAD_TOKEN_ID), ("attention_mask", 0)):
-        parts = [torch.tensor(row[name][:length]) for row, length in zip(rows, lengths, strict=True)]
-        batch[name] = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=filler)
-    return batch
 
 
 def bert(attention):
@@ -340,6 +332,33 @@ def test_nothing_is_learned_from_padding():
     for grad in stack.weights["embedding.weight"].grad:
         torch.testing.assert_close(grad, model.embedding.weight.grad)
     assert not model.embedding.weight.grad[0].any() and model.embedding.weight.grad[1].any()
+
+
+@pytest.mark.parametrize("make", [tiny_expert, tiny_decoder], ids=["bert", "gpt2"])
+def test_no_fused_attention_goes_through_vmap(make):
+    """A GPU refuses it, and a CPU takes it apart."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **kwargs or {})
+
+    def fused():
+        return [name for name in names if "scaled_dot_product" in name]
+
+    names, model = [], make()
+    assert model.config._attn_implementation == "sdpa"
+    batch = with_padding(list(tiny_rows(4)))
+    with Recorder():
+        model(**batch).loss.backward()
+    assert fused()  # one by one it stays
+    names.clear()
+    layout = StateLayout.of(model)
+    stack = Stack(make(), layout)
+    stack.load([layout.read(model)] * 2, [{}] * 2)
+    with Recorder():
+        stack.backward(stack.losses({name: torch.stack([tensor] * 2) for name, tensor in batch.items()}).sum())
+    assert names and not fused()
 
 
 def test_models_that_cannot_be_stacked_are_refused_before_the_first_round(tmp_path):
