@@ -1,7 +1,7 @@
 """
-Rounds whose clients are trained one by one, and at once (`clients_at_once`): whole runs of `FederatedTrainer` in
-turns, of which the clients' part of each round counts. Without dropout both end with the same weights but for
-rounding.
+Rounds whose clients are trained one by one, and at once (`clients_at_once`); on a GPU also one by one without CUDA
+graphs. Whole runs of `FederatedTrainer` in turns, of which the clients' part of each round counts. Without dropout all
+end with the same weights but for rounding.
 """
 
 import tempfile
@@ -106,7 +106,7 @@ def with_unequal_clients(data: FederatedDataset) -> FederatedDataset:
 
 
 def run(
-    kind: Kind, data: FederatedDataset, at_once: int, rounds: int, device: str
+    kind: Kind, data: FederatedDataset, way: dict[str, Any], rounds: int, device: str
 ) -> tuple[list[float], list[Tensor]]:
     """Seconds of the clients' part of each round but the first, and the weights in the end."""
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def run(
             output_dir=folder,
             rounds=rounds + 1,
             clients_per_round=data.num_clients,
-            clients_at_once=at_once,
+            **way,
             per_device_train_batch_size=BATCH,
             learning_rate=0.01,
             optim="sgd",
@@ -150,22 +150,27 @@ def main() -> None:
     pin_threads(args, args.device)
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    ways: dict[str, dict[str, Any]] = {"one by one": {}, f"{args.at_once} at once": {"clients_at_once": args.at_once}}
+    if args.device == "cuda":
+        ways = {"no graphs": {"cuda_graphs": False}, **ways}
     rows = []
     for kind in (KINDS[name] for name in args.kinds):
         data = kind.data(args.clients, args.examples)
         if args.unequal:
             data = with_unequal_clients(data)
-        seconds: dict[int, list[float]] = {1: [], args.at_once: []}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.repetitions):
             ends = []
-            for at_once, values in seconds.items():
-                found, weights = run(kind, data, at_once, args.rounds, args.device)
+            for name, values in seconds.items():
+                found, weights = run(kind, data, ways[name], args.rounds, args.device)
                 values += found
                 ends.append(weights)
-        gap = max((a - b).abs().max().item() for a, b in zip(*ends, strict=True))
+        gap = max((a - b).abs().max().item() for own in ends for a, b in zip(own, ends[0], strict=True))
+        first, *others = seconds.values()
         milliseconds = [spread(values, 1e3 / args.clients, 1) for values in seconds.values()]
-        rows.append([kind.title, *milliseconds, spread(ratios(*seconds.values())), f"{gap:.0e}"])
-    header = ["", "one by one, ms a client", f"{args.at_once} at once, ms a client", "one by one / at once", "gap"]
+        rows.append([kind.title, *milliseconds, *(spread(ratios(first, other)) for other in others), f"{gap:.0e}"])
+    first, *others = ways
+    header = ["", *(f"{name}, ms a client" for name in ways), *(f"{first} / {name}" for name in others), "gap"]
     examples = f"{args.examples} examples" + (" on average" if args.unequal else "")
     print_table(f"A round of {args.clients} clients of {examples}, batches of {BATCH}", header, rows)
 

@@ -32,13 +32,13 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(local_updates, "_to_device", lambda optimizer: None)
 
 
-def parameters():
-    return [nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((2, 2), 0.5)), nn.Parameter(torch.ones(1))]
+def parameters(device="cpu"):
+    return [nn.Parameter(tensor.to(device)) for tensor in (torch.ones(3), torch.full((2, 2), 0.5), torch.ones(1))]
 
 
-def clients(make, kind, num_clients=3, num_steps=5, keep=False):
+def clients(make, kind, num_clients=3, num_steps=5, keep=False, device="cpu"):
     """Weights after each of some clients who start alike, each with gradients of its own and a falling rate."""
-    weights, start = parameters(), [p.detach().clone() for p in parameters()]
+    weights, start = parameters(device), [p.detach().clone() for p in parameters(device)]
     optimizer = make(weights)
     arguments = (optimizer, lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0))
     updates = LocalUpdates(*arguments) if kind is LocalUpdates else CapturedUpdates(*arguments, {})
@@ -50,7 +50,7 @@ def clients(make, kind, num_clients=3, num_steps=5, keep=False):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
         for _ in range(num_steps):
             for weight in weights[:2]:  # the last one has no gradient
-                weight.grad = 3 * torch.randn(weight.shape, generator=generator)
+                weight.grad = 3 * torch.randn(weight.shape, generator=generator).to(device)
             updates()
             schedule.step()
             optimizer.zero_grad()

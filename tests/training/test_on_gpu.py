@@ -3,15 +3,23 @@ What runs on a GPU ends like what runs on the CPU, but for rounding: `pytest -m 
 CPU's side runs in another process, see `tests/cpu_process.py`.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from numpy.testing import assert_allclose
 from torch import nn
 
+from hf_fedmoe.federation.captured_passes import CapturedPasses
+from hf_fedmoe.federation.cuda_graph import CudaGraph
+from hf_fedmoe.federation.local_updates import CapturedUpdates, LocalUpdates
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import StateLayout, fuse_
 from tests.cpu_process import both, on_the_cpu
 from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, trainer
+from tests.federation.test_captured_passes import Model, batches, plain_pass
+from tests.federation.test_captured_passes import trained as trained_by_hand
+from tests.federation.test_local_updates import OPTIMIZERS, clients
 from tests.runs_on_a_device import (
     SETTINGS,
     device_of,
@@ -194,3 +202,49 @@ def test_clients_at_once_have_the_losses_of_one_by_one(model, tmp_path):
 
     # Two rounds of six steps with the same attention but for its kernel.
     assert run(2) == pytest.approx(run(1), rel=1e-4)
+
+
+def test_replayed_passes_are_the_plain_ones():
+    models = [Model().to(DEVICE), Model().to(DEVICE)]
+    models[1].load_state_dict(models[0].state_dict())
+    steps = [[{"x": batch["x"].to(DEVICE)}] for batch in batches(*[4] * 5, *[3, 4] * 5)]
+    take = CapturedPasses(models[0], plain_pass(models[0]), nullcontext, {})
+    found, expected = trained_by_hand(models[0], take, steps), trained_by_hand(models[1], plain_pass(models[1]), steps)
+    assert len(take._captured) == 2 and None not in take._captured.values()
+    # Masks of dropout are those of the plain passes, or the losses would part at once.
+    assert found[0] == pytest.approx(expected[0], rel=1e-4)
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_replayed_steps_are_the_plain_ones(name, keep):
+    found, updates = clients(OPTIMIZERS[name], CapturedUpdates, keep=keep, device=DEVICE)
+    expected, plain = clients(OPTIMIZERS[name], LocalUpdates, keep=keep, device=DEVICE)
+    assert updates._captured is not None
+    # The rate is a float32 on the device, and a double on the host.
+    for one, other in zip([*found, updates.tensors().values()], [*expected, plain.tensors().values()], strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a.to(DEVICE), b.to(DEVICE), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}, {"bf16": True}], ids=["adamw", "momentum", "bf16"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_with_graphs_ends_like_one_without(method, changes, tmp_path, monkeypatch):
+    made, make = [], CudaGraph.__init__
+
+    def counted(graph, work, pool):
+        made.append(graph)
+        make(graph, work, pool)
+
+    monkeypatch.setattr(CudaGraph, "__init__", counted)
+    # Enough steps that most are replayed.
+    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 4, **changes}
+    found = trained(method, tmp_path, False, **settings)
+    assert len(made) >= 2
+    expected = trained(method, tmp_path, False, cuda_graphs=False, **settings)
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-3)
+    assert_allclose(logits(found.model), logits(expected.model), rtol=0, atol=2e-2 if "bf16" in changes else 2e-3)
