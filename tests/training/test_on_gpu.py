@@ -60,6 +60,7 @@ FASTER_WAYS = {
     "read_ahead": {"dataloader_num_workers": 2},
     "compiled": {"torch_compile": True},
 }
+GRAPH_RUNS = {"adamw": {}, "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"}, "bf16": {"bf16": True}}
 # With a state of the optimizer, of the server or of the clients; with dropout, whose masks follow from the seed.
 RESUMED = (
     *("fedavg_client_optimizer", "fedmoe_paper", "fedmoe_download_mixture"),
@@ -229,11 +230,9 @@ def test_replayed_steps_are_the_plain_ones(name, keep):
             torch.testing.assert_close(a.to(DEVICE), b.to(DEVICE), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}, {"bf16": True}], ids=["adamw", "momentum", "bf16"]
-)
+@pytest.mark.parametrize("settings", GRAPH_RUNS.values(), ids=GRAPH_RUNS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_with_graphs_ends_like_one_without(method, changes, tmp_path, monkeypatch):
+def test_a_run_with_graphs_ends_like_one_without(method, settings, tmp_path, monkeypatch):
     made, make = [], CudaGraph.__init__
 
     def counted(graph, work, pool):
@@ -242,9 +241,9 @@ def test_a_run_with_graphs_ends_like_one_without(method, changes, tmp_path, monk
 
     monkeypatch.setattr(CudaGraph, "__init__", counted)
     # Enough steps that most are replayed.
-    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 4, **changes}
+    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 4, **settings}
     found = trained(method, tmp_path, False, **settings)
     assert len(made) >= 2
     expected = trained(method, tmp_path, False, cuda_graphs=False, **settings)
     assert losses(found) == pytest.approx(losses(expected), rel=1e-3)
-    assert_allclose(logits(found.model), logits(expected.model), rtol=0, atol=2e-2 if "bf16" in changes else 2e-3)
+    assert_allclose(logits(found.model), logits(expected.model), rtol=0, atol=2e-2 if "bf16" in settings else 2e-3)
