@@ -1,6 +1,7 @@
 """The round: drawing clients, sending, local training, receiving, the client store, checkpoints."""
 
 from .batch_reader import BatchReader
+from .captured_passes import CapturedPasses, Pass
 from .checkpoint import has_federation, load_federation, read_identity, save_federation
 from .client_choice import CLIENT_CHOICES
 from .client_clock import ClientClock
@@ -40,6 +41,7 @@ __all__ = [
     "CLIENT_CHOICES",
     "BatchReader",
     "BrokenPromiseError",
+    "CapturedPasses",
     "ClientClock",
     "ClientStore",
     "ClientTask",
@@ -51,6 +53,7 @@ __all__ = [
     "LocalObjective",
     "LocalTrainer",
     "Loss",
+    "Pass",
     "Processes",
     "RoundReport",
     "Server",

@@ -68,8 +68,8 @@ class CapturedPass:
 @dataclass
 class CapturedPasses:
     """
-    Takes forward and backward passes, by CUDA graphs where that is the same: passes by the model's own loss, of shapes
-    that have come before, whose replay has been compared with the plain pass. All others are plain.
+    Takes forward and backward passes, by CUDA graphs where that is the same: passes of shapes that have come before,
+    whose replay has been compared with the plain pass. All others are plain.
 
     Args:
         worker (`nn.Module`): The client's model, whose tensors stay where they are.
@@ -77,12 +77,15 @@ class CapturedPasses:
             that.
         whole (`Callable`): Makes the context of what must not be left half done, [`ClientClock.whole`].
         grads (`dict[nn.Parameter, Tensor]`): The memory of gradients, filled here.
+        loss (`Callable`): The only one whose passes are captured. What another does on the host, one of the user's
+            own perhaps, would happen at the capture only.
     """
 
     worker: nn.Module
     plain: Pass
     whole: Callable[[], AbstractContextManager[None]]
     grads: dict[nn.Parameter, Tensor]
+    loss: Callable = own_loss
     _seen: Counter = field(default_factory=Counter, init=False)
     _captured: dict[tuple, CapturedPass | None] = field(default_factory=dict, init=False)
     _pool: Any = field(default=None, init=False)
@@ -92,8 +95,7 @@ class CapturedPasses:
 
     def __call__(self, loss: Callable, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
         """Adds the gradients of `loss * weight / count` of a batch and returns that."""
-        # What a user's own loss does on the host would happen once, at the capture.
-        if loss is not own_loss:
+        if loss is not self.loss:
             return self.plain(loss, batch, weight, count)
         shapes = tuple((name, t.shape, t.dtype, t.stride()) for name, t in sorted(batch.items()))
         learning = tuple(parameter.requires_grad for parameter in self._parameters)

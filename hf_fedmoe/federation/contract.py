@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..data import ReservedSet
 from ..models import as_expert
 from ..weights import Payload, StateLayout, fuse_integers, fuse_models_
+from .captured_passes import CapturedPasses
 from .local_training import LocalTrainer
 from .objective import LocalObjective, has_own_loss
 
@@ -83,6 +84,8 @@ class ServerStep:
         track (`Callable`, *optional*): From the items of a loop that takes long, and what it does, to the same items,
             for a bar of progress: `for batch in step.track(batches, "Training the gate")`.
         gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
+        captured (`dict[nn.Module, CapturedPasses]`, *optional*): Passes of the models that the server trains, round
+            after round, if these are replayed as CUDA graphs.
     """
 
     server: Server
@@ -91,6 +94,7 @@ class ServerStep:
     seed: int
     track: Track = untracked
     gate_fit: Any = None
+    captured: dict[nn.Module, CapturedPasses] | None = None
 
     def share(self, work: Work, items: Sequence[Any]) -> list[dict[str, Tensor]]:
         """

@@ -146,7 +146,7 @@ class LocalTrainer:
         if self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.XLA:
             self.optimizer = self.optimizer.optimizer
         self._pass, self._updates = self._plain_pass, LocalUpdates(self.optimizer, self._clip)
-        if self._can_capture():
+        if self.captures:
             grads: dict[nn.Parameter, Tensor] = {}
             self._pass = CapturedPasses(self.worker, self._plain_pass, self.clock.whole, grads)
             self._updates = CapturedUpdates(self.optimizer, self._clip, grads)
@@ -154,8 +154,9 @@ class LocalTrainer:
             # In place: strategies see the module itself.
             self.worker.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
-    def _can_capture(self) -> bool:
-        """Tells whether passes may become CUDA graphs."""
+    @property
+    def captures(self) -> bool:
+        """Whether passes may become CUDA graphs."""
         compiled, scaler = self.args.torch_compile, self.accelerator.scaler
         return self.cuda_graphs and self.accelerator.device.type == "cuda" and not compiled and scaler is None
 

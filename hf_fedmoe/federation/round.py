@@ -130,6 +130,7 @@ class Federation:
         self.engine = ENGINES[self.parallelism](self.participants, self.processes)
         self.collect = APART[self.strategy.needs] if self.parallelism == "sums" else Rows
         self.memory = UploadMemory(self.server)
+        self.captured = {} if self.local_trainer.captures else None
         # Whether the server, and what clients keep, are those of a finished round.
         self.settled = True
 
@@ -200,7 +201,7 @@ class Federation:
         """Returns what the server's step of a round works with; of `rounds`, the last one's."""
         seed = seed_of(self.seed, Stream.SERVER, round_index)
         gate_fit = self.gate_fit if self.processes.count > 1 else None
-        return ServerStep(self.server, self.reserved, round_index, seed, self.track, gate_fit)
+        return ServerStep(self.server, self.reserved, round_index, seed, self.track, gate_fit, self.captured)
 
     def server_step(self, uploads: Uploads, round_index: int) -> dict[str, float]:
         """Takes the server's step of a round, in the main process with the help of the others."""

@@ -63,7 +63,7 @@ class FedAvgReserved(Strategy):
     def fine_tune(self, server: Server, step: ServerStep) -> float:
         """The server's training by itself; returns its mean loss."""
         settings = (self.epochs, self.learning_rate, server.weight_decay, self.batch_size, step.seed)
-        return fine_tune(server.model, step.reserved, *settings, track=step.track)
+        return fine_tune(server.model, step.reserved, *settings, track=step.track, captured=step.captured)
 
 
 @dataclass

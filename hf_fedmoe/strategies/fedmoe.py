@@ -306,6 +306,7 @@ class FedMoE(Strategy):
             step.seed,
             track=step.track,
             what="Fine-tuning the clients' start",
+            captured=step.captured,
         )
         server.tensors["start_P"] = server.layout.read(server.worker)
         return {"start_loss": loss}

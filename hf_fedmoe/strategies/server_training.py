@@ -3,6 +3,7 @@
 Shape suffixes: R reserved examples, S experts (main ones first), C classes, H features, m clients, K routed experts.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from ..data import ReservedSet, has_batch_statistics, split_rows
-from ..federation import ServerStep, Track, untracked
+from ..federation import CapturedPasses, Loss, Pass, ServerStep, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..weights import StateLayout
 
@@ -35,12 +36,14 @@ def fine_tune(
     weights_R: Tensor | None = None,
     track: Track = untracked,
     what: str = "Fine-tuning on the reserved set",
+    captured: dict[nn.Module, CapturedPasses] | None = None,
 ) -> float:
     """
     Trains a classifier on the reserved set by AdamW, its learning rate falling to 0, and returns its mean loss.
 
     `weights_R`, if given, weighs the examples: routed experts learn from those that the gate sends them. All
     randomness (order, dropout) follows from `seed`. `track` ([`Server.track`]) watches the epochs, which do `what`.
+    `captured` ([`ServerStep`]) has passes of this and other models.
 
     Raises:
         ValueError: When there are weights, and the loss is one of the user's own, which has none of single examples.
@@ -54,35 +57,43 @@ def fine_tune(
     num_steps = epochs * len(split_rows(torch.arange(len(reserved)), batch_size, never_one))
     # At a constant rate what comes out depends on the last few batches: up to five points of accuracy on the reviews.
     scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)
+    loss = _cross_entropy if reserved.objective is None else reserved.objective
+    take = _passes(model, reserved)
+    if captured is not None:
+        take = captured.setdefault(model, CapturedPasses(model, take, nullcontext, {}, _cross_entropy))
     model.train()
     total = torch.zeros((), device=reserved.labels_R.device)
     for _ in track(range(epochs), what):
         for indices in split_rows(torch.randperm(len(reserved), generator=generator), batch_size, never_one):
             batch = reserved.training_batch(indices)
-            if reserved.objective is None:
-                loss = _cross_entropy(model, batch, reserved, None if weights_R is None else weights_R[indices])
-            else:
-                with reserved.autocast():
-                    loss = reserved.objective(model, batch)
-            loss.backward()
+            if weights_R is not None:
+                batch["weights"] = weights_R[indices]
+            total += take(loss, batch, 1.0, 1)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss.detach()
     model.eval()
     return (total / num_steps).item()
 
 
-def _cross_entropy(
-    model: nn.Module, batch: dict[str, Tensor], reserved: ReservedSet, weights_B: Tensor | None
-) -> Tensor:
-    """Returns the mean cross-entropy of a batch, its examples weighed if weights are given."""
-    labels_B = batch.pop("labels")
-    with reserved.autocast():
-        logits_BC = model(**batch).logits
-    losses_B = cross_entropy(logits_BC.float(), labels_B, reduction="none")
-    return (losses_B if weights_B is None else losses_B * weights_B).mean()
+def _passes(model: nn.Module, reserved: ReservedSet) -> Pass:
+    """Returns what takes a forward and a backward pass of a batch."""
+
+    def take(loss: Loss, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
+        with reserved.autocast():
+            value = loss(model, batch)
+        (value * weight / count).backward()
+        return value.detach() * weight / count
+
+    return take
+
+
+def _cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the mean cross-entropy of a batch, its examples weighed by its `weights` if there are any."""
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "weights")}
+    losses_B = cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="none")
+    return (losses_B * batch["weights"] if "weights" in batch else losses_B).mean()
 
 
 def fine_tune_experts(
@@ -111,7 +122,7 @@ def _fine_tune_expert(step: ServerStep, item: tuple[Any, ...]) -> dict[str, Tens
     if weights_R is not None:
         weights_R = weights_R.to(reserved.labels_R.device)
     what = f"Fine-tuning expert {s + 1}/{len(server.bank_SP)}"
-    loss = fine_tune(expert, reserved, *settings, weights_R, step.track, what)
+    loss = fine_tune(expert, reserved, *settings, weights_R, step.track, what, step.captured)
     return {**server.layout.read_integers(expert), "row_P": server.bank_SP[s], "loss": torch.tensor(loss)}
 
 
