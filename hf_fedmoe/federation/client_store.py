@@ -10,12 +10,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .files import FileDigest, sync
+from .write_behind import WriteBehind, host_copies
+
+
+# How much of clients' tensors is in memory because the disk has not got them yet: three of GPT-2-medium.
+MAX_UNWRITTEN_BYTES = 4 * 2**30
 
 
 class ClientStore:
     """
     Named tensors per client as safetensors files; a new version never overwrites an old one, so that every checkpoint
     keeps the versions its manifest names. What neither a checkpoint nor the run names any more is deleted.
+
+    Files are written and deleted behind the run, by one thread in the order of the calls: a version is deleted when
+    the one in its place is there. What fails there is raised by the next [`ClientStore.put`],
+    [`ClientStore.finish_writing`], [`ClientStore.seal`] or [`ClientStore.close`].
 
     Args:
         folder (`Path`): Where the files are; made with the first of them.
@@ -31,11 +40,18 @@ class ClientStore:
         self.manifest: dict[int, str] = {}
         self.digests: dict[str, FileDigest] = {}
         self.named: frozenset[str] | None = None
+        self._behind = WriteBehind(MAX_UNWRITTEN_BYTES)
+        # By name of the file; the thread takes out what is on disk.
+        self._unwritten: dict[str, dict[str, Tensor]] = {}
 
     def get(self, client: int) -> dict[str, Tensor]:
         """The client's tensors, an empty dict if it has none."""
         if client not in self.manifest:
             return {}
+        unwritten = self._unwritten.get(self.manifest[client])
+        if unwritten is not None:
+            # As from a file: whoever changes them in place changes nothing that is still to be written.
+            return {name: tensor.clone() for name, tensor in unwritten.items()}
         path = self.folder / self.manifest[client]
         if not path.is_file():
             raise FileNotFoundError(
@@ -45,25 +61,36 @@ class ClientStore:
         return load_file(path)
 
     def put(self, client: int, tensors: dict[str, Tensor]) -> str:
-        """Writes a new version of the client's tensors, whole or not at all; returns the name of the file."""
+        """
+        Has a new version of the client's tensors written, whole or not at all; returns the name of the file. They are
+        copied at once, and may change afterwards.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"client-{client:06d}-{uuid.uuid4().hex[:12]}.safetensors"
-        try:
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.folder / name)
-        except BaseException:
-            (self.folder / name).unlink(missing_ok=True)
-            raise
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._behind.make_room(num_bytes)
+        self._unwritten[name] = host_copies(tensors)
+        self._behind.add(num_bytes, self._write, name)
         return name
 
     def replace(self, written: dict[int, str]) -> None:
         """Makes these versions the current ones, and deletes those in their place that no checkpoint names."""
-        replaced = [self.manifest[client] for client in written if client in self.manifest]
+        replaced = {self.manifest[client]: name for client, name in written.items() if client in self.manifest}
         self.manifest |= written
-        if self.named is not None:
-            self._delete(name for name in replaced if name not in self.named)
+        if self.named is not None and replaced:
+            self._behind.add(0, self._delete_replaced, replaced)
+
+    def finish_writing(self) -> None:
+        """Waits until all versions are on disk, where other processes can read them."""
+        self._behind.finish()
+
+    def close(self) -> None:
+        """Ends the thread when all versions are on disk. What is there can still be read."""
+        self._behind.close()
 
     def seal(self) -> dict[str, FileDigest]:
         """Forces the current versions to disk, before a checkpoint names them; returns by what each is known again."""
+        self.finish_writing()
         new = [name for name in self.manifest.values() if name not in self.digests]
         if new:
             with ThreadPoolExecutor() as pool:
@@ -75,6 +102,7 @@ class ClientStore:
 
     def prune(self, named: Collection[str]) -> None:
         """Deletes the versions that neither checkpoints, as `named` here, nor the run names."""
+        self._behind.rest()  # or what is being written were taken for a leftover
         self.named = frozenset(named)
         kept = self.named.union(self.manifest.values())
         self._delete(path.name for path in self.folder.glob("client-*.safetensors") if path.name not in kept)
@@ -89,6 +117,18 @@ class ClientStore:
                 unfinished = self.folder / f"client-copy-{uuid.uuid4().hex}.safetensors"
                 shutil.copyfile(folder / name, unfinished)
                 unfinished.rename(self.folder / name)
+
+    def _write(self, name: str) -> None:
+        try:
+            save_file(self._unwritten[name], self.folder / name)
+        except BaseException:
+            (self.folder / name).unlink(missing_ok=True)
+            raise
+        del self._unwritten[name]
+
+    def _delete_replaced(self, replaced: dict[str, str]) -> None:
+        """Deletes versions, given with those in their place, unless a checkpoint or a failed write is in the way."""
+        self._delete(old for old, new in replaced.items() if old not in self.named and new not in self._unwritten)
 
     def _seal(self, name: str) -> FileDigest:
         sync(self.folder / name)

@@ -226,7 +226,10 @@ class Federation:
         take_step(act, self.step(rounds), self.processes)
 
     def synchronise(self, uploads: Uploads, plan: Plan, stays: dict[int, dict[str, Tensor]]) -> None:
-        """Hands what the server has for participants to their processes, each of which writes what its own keep."""
+        """
+        Hands what the server has for participants to their processes, each of which writes what its own keep: behind
+        what comes next if it is alone.
+        """
         owners, rows = dict(zip(plan.chosen, plan.owners, strict=True)), {}
 
         def rows_to_keep() -> list[int]:
@@ -247,6 +250,8 @@ class Federation:
                     tensors |= {"row_P": rows[client]}
                 if tensors:
                     written[client] = self.store.put(client, tensors)
+            if self.processes.count > 1:
+                self.store.finish_writing()  # another one may train a client next, and reads its file
             return written
 
         for written in self.processes.gather(write):

@@ -208,6 +208,7 @@ class FederatedTrainer(
                 super()._load_best_model()
             with self._watch.telling():
                 federation.finish(rounds)
+            federation.store.finish_writing()
             output = self._finalize_training(trial, trained * rounds / done, start_time)
             self._tell_who_was_never_accepted()
             if "contribution_SM" in federation.server.tensors:
@@ -219,6 +220,7 @@ class FederatedTrainer(
             for module in self.strategy.server_models(self.model):
                 release(module)
             self._active_federation = None
+            federation.store.close()
         return output
 
     def _load_best_model(self) -> None:

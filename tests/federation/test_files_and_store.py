@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_fedmoe.federation import (
     ClientStore,
@@ -104,8 +105,9 @@ def version(value):
 
 
 def put(store, **values):
-    """New versions of the clients `c7`, `c8`, ..., as a round writes them."""
+    """New versions of the clients `c7`, `c8`, ..., as a round writes them; waited for."""
     store.replace({int(name[1:]): store.put(int(name[1:]), version(value)) for name, value in values.items()})
+    store.finish_writing()
 
 
 def test_what_safetensors_had_begun_to_write_is_deleted(tmp_path):
@@ -159,6 +161,7 @@ def test_a_version_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeyp
     store = ClientStore(tmp_path / "clients")
     store.prune([])
     put(store, c7=1.0)
+    older = store.manifest[7]
 
     def full(tensors, path):
         Path(path).write_bytes(b"half")
@@ -167,8 +170,8 @@ def test_a_version_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeyp
     monkeypatch.setattr("hf_fedmoe.federation.client_store.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         put(store, c7=2.0)
-    assert [path.name for path in (tmp_path / "clients").iterdir()] == [store.manifest[7]]
-    assert store.get(7)["row_P"].item() == 1.0
+    assert [path.name for path in (tmp_path / "clients").iterdir()] == [older]
+    assert load_file(tmp_path / "clients" / older)["row_P"].item() == 1.0
 
 
 def test_a_file_is_sealed_once(tmp_path, monkeypatch):

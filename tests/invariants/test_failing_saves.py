@@ -2,12 +2,15 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from hf_fedmoe.training.resuming import CLIENTS_FOLDER, choose_checkpoint
@@ -37,6 +40,7 @@ def in_place_of_the_third_save(output_dir, instead):
 
     def watched(target):
         if target.name == f"checkpoint-{SAVED}":
+            run._active_federation.store.finish_writing()  # operations of its thread are none of the save's
             instead(lambda: write(target), output_dir)
         write(target)
 
@@ -164,3 +168,81 @@ def test_a_disk_that_is_full_at_any_operation_leaves_the_checkpoint_before_or_th
     assert len(synced_last) <= 2 and set(synced_last) <= set(told[-2:])  # its new name has not reached the disk
     left = {path.name for path in Path(tmp_path, "run").iterdir()} - {"_lock"}  # a copy, whose run had another one
     assert left == {"checkpoint-3", "checkpoint-4", CLIENTS_FOLDER}
+
+
+# Client files, which a thread writes behind the rounds: of two clients in each of four rounds, with a checkpoint after
+# the second and the fourth.
+BEHIND = {"rounds": 4, "save_steps": 2}
+CLIENT_FILES = "hf_fedmoe.federation.client_store.save_file"
+
+
+def at_the_write(number, act):
+    """In the place of `save_file`: the `number`-th file of a client, from 1, is written by half; then comes `act`."""
+    writes = []
+
+    def save(tensors, path):
+        writes.append(path)
+        if len(writes) == number:
+            Path(path).write_bytes(b"half")
+            act()
+        safetensors.torch.save_file(tensors, path)
+
+    return save
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def assert_goes_on(run_dir, tmp_path):
+    """From its first checkpoint, with the bits of a run that was never interrupted, and without a file too many."""
+    assert choose_checkpoint(True, run_dir).name == "checkpoint-2"
+    resumed, whole = (trainer(METHOD, folder, **BEHIND) for folder in (run_dir, tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert_equal_states(state(resumed.model), state(whole.model))
+    assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]
+    assert {path.name for path in (run_dir / CLIENTS_FOLDER).iterdir()} == named_files(run_dir)
+
+
+# The file that fails, and the rounds that have ended when the run hears of it: in the fourth, or in its checkpoint.
+@pytest.mark.parametrize(("number", "rounds"), [(5, 3), (6, 3), (8, 4)])
+def test_a_client_file_that_cannot_be_written_ends_the_run(number, rounds, tmp_path, monkeypatch):
+    run = trainer(METHOD, tmp_path / "run", **BEHIND)
+    with monkeypatch.context() as patched:
+        patched.setattr(CLIENT_FILES, at_the_write(number, no_space))
+        with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device$"):
+            run.train()
+    assert len(run.rounds) in (rounds, rounds - 1)  # the round itself may hear of its first file
+    assert not any(thread.name.startswith("write-behind") for thread in threading.enumerate())
+    assert b"half" not in contents(tmp_path / "run").values()
+    assert_goes_on(tmp_path / "run", tmp_path)
+
+
+def test_without_a_checkpoint_the_end_of_the_run_tells(tmp_path, monkeypatch):
+    run = trainer(METHOD, tmp_path / "run", rounds=1, save_strategy="no")
+    monkeypatch.setattr(CLIENT_FILES, at_the_write(2, no_space))
+    with pytest.raises(OSError, match="No space left"):
+        run.train()
+    assert b"half" not in contents(tmp_path / "run").values()
+
+
+def _killed_at(number, output_dir):
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CLIENT_FILES, at_the_write(number, kill))
+        trainer(METHOD, output_dir, **BEHIND).train()
+
+
+@pytest.mark.parametrize("number", [6, 7])
+def test_a_run_that_is_killed_while_a_client_file_is_written_goes_on(number, tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_killed_at, args=(number, tmp_path / "run"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert b"half" in contents(tmp_path / "run" / CLIENTS_FOLDER).values()
+    assert_goes_on(tmp_path / "run", tmp_path)

@@ -71,8 +71,13 @@ def test_a_checkpoint_lists_all_that_it_consists_of(tmp_path):
 
 def test_without_checkpoints_each_client_has_one_file(tmp_path):
     counts = []
-    watch = AfterEachRound(lambda: counts.append(len(client_files(tmp_path))))
-    run(tmp_path, rounds=8, save_strategy="no", callbacks=[watch]).train()
+
+    def count():
+        trainer._active_federation.store.finish_writing()
+        counts.append(len(client_files(tmp_path)))
+
+    trainer = run(tmp_path, rounds=8, save_strategy="no", callbacks=[AfterEachRound(count)])
+    trainer.train()
     assert counts[-1] == 3 and max(counts) == 3 and counts == sorted(counts)
 
 
@@ -80,6 +85,7 @@ def test_between_checkpoints_no_more_is_kept_than_they_and_the_run_need(tmp_path
     counts = []
 
     def count():
+        trainer._active_federation.store.finish_writing()
         checkpoints = [path.name for path in tmp_path.glob("checkpoint-*")]
         current = set(trainer._active_federation.store.manifest.values())
         assert client_files(tmp_path) == named_by(tmp_path, *checkpoints) | current

@@ -1,0 +1,69 @@
+"""Writing behind a run: what files take is copied at once and written by a thread, while the run goes on."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class WriteBehind:
+    """
+    Does the jobs that it is given in one thread, one after another, while the caller goes on. When one fails, its
+    error is raised by the next call that may raise it, and by every one after that.
+
+    Args:
+        max_bytes (`int`): How much jobs may hold in memory until they are done; a single one may hold more.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._jobs: deque[tuple[Future, int]] = deque()
+        self._held_bytes = 0
+
+    def make_room(self, num_bytes: int) -> None:
+        """Waits until there is room for a job of `num_bytes`; raises the error of one that has failed."""
+        while self._jobs and (self._jobs[0][0].done() or self._held_bytes + num_bytes > self.max_bytes):
+            self._take_first()
+
+    def add(self, num_bytes: int, work: Callable[..., None], *arguments: Any) -> None:
+        """Adds the job `work(*arguments)`, which holds `num_bytes`."""
+        self._jobs.append((self._thread.submit(work, *arguments), num_bytes))
+        self._held_bytes += num_bytes
+
+    def rest(self) -> None:
+        """Waits until the thread has nothing to do; errors are left for the next call."""
+        wait([job for job, _ in self._jobs])
+
+    def finish(self) -> None:
+        """Waits until all jobs are done; raises the error of one that has failed."""
+        self.rest()
+        while self._jobs:
+            self._take_first()
+
+    def close(self) -> None:
+        """Ends the thread when all jobs are done; raises as [`WriteBehind.finish`] does."""
+        self._thread.shutdown()
+        self.finish()
+
+    def _take_first(self) -> None:
+        job, num_bytes = self._jobs[0]
+        job.result()  # one that has failed stays the first
+        self._jobs.popleft()
+        self._held_bytes -= num_bytes
+
+
+def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors to CPU memory of their own; from a GPU at once, to memory that is pinned for that."""
+    copies, streams = {}, set()
+    for name, tensor in tensors.items():
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if tensor.is_cuda:
+            streams.add(torch.cuda.current_stream(tensor.device))
+    for stream in streams:
+        stream.synchronize()
+    return copies
