@@ -151,7 +151,8 @@ class Contestant:
         self.spent = [Seconds(time.perf_counter() - started, self._cpu_seconds())]
 
     def run_round(self, watch_memory: bool) -> Seconds:
-        started, used = time.perf_counter(), self._cpu_seconds()
+        used = self._cpu_seconds()  # takes milliseconds where there are many processes
+        started = time.perf_counter()
         self.process.stdin.write(b"go\n")
         self._await_ready(watch_memory)
         self.spent.append(Seconds(time.perf_counter() - started, self._cpu_seconds() - used))
