@@ -1,4 +1,8 @@
-"""`FederatedTrainer` with FedAvg, logging included, on a dataset in memory."""
+"""
+`FederatedTrainer` with FedAvg, logging included, on a dataset in memory, whose batches it brings to the device itself.
+
+As the contestant `ours_at_once` it trains ten clients at once.
+"""
 
 from functools import partial
 from types import SimpleNamespace
@@ -69,8 +73,8 @@ def images(work: Work) -> SimpleNamespace:
 
 
 def texts(work: Work) -> SimpleNamespace:
-    model = work.model()
-    columns = {"input_ids": work.data["input_ids"].numpy(), "label": work.data["labels"].numpy()}
+    model, data = work.model(), load_file(work.folder / "data.safetensors")
+    columns = {"input_ids": data["input_ids"].numpy(), "label": data["labels"].numpy()}
     features = Features({"input_ids": List(Value("int64")), "label": ClassLabel(4)})
     rows = Dataset.from_dict(columns, features=features)
     return SimpleNamespace(model=model, sent=model, rows=rows, processor=None, optim="adamw_torch_fused")
@@ -83,10 +87,11 @@ def main() -> None:
     rows = np.arange(len(parts.rows))
     data = FederatedDataset(parts.rows, np.split(rows, len(rows) // work.examples))
     args = FederatedTrainingArguments(
-        output_dir=str(work.folder / "runs"),
+        output_dir=str(work.folder / f"{gate.name}-runs"),
         rounds=work.rounds,
         clients_per_round=work.participants,
         client_parallelism="sums",  # uploads are added up as they come, as by the others
+        clients_at_once=10 if gate.name == "ours_at_once" else 1,
         per_device_train_batch_size=work.batch_size,
         learning_rate=work.learning_rate,
         lr_scheduler_type="constant",
@@ -96,7 +101,7 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=work.device == "cpu",
     )
     callbacks = [GateBeforeRounds(gate, parts.sent)]
     FederatedTrainer(parts.model, args, data, processing_class=parts.processor, callbacks=callbacks).train()

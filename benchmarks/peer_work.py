@@ -49,9 +49,10 @@ class Work:
         torch.set_num_threads(1)
         self.folder = folder
         settings = json.loads((folder / "settings.json").read_text())
-        self.shape, self.batch_size = settings["shape"], settings["batch_size"]
+        self.shape, self.batch_size, self.device = settings["shape"], settings["batch_size"], settings["device"]
         plan = load_file(folder / "plan.safetensors")
-        self.clients_Rm, self.seeds_Rm, self.orders_Rmn = plan["clients"], plan["seeds"], plan["orders"]
+        self.clients_Rm, self.seeds_Rm = plan["clients"], plan["seeds"]
+        self.orders_Rmn = plan["orders"].to(self.device)
         self.rounds, self.participants, self.examples = self.orders_Rmn.shape
         self.data = load_file(folder / "data.safetensors")
         images = self.data.get("pixel_values")
@@ -60,11 +61,12 @@ class Work:
             if settings["channels_last"]:
                 images = images.contiguous(memory_format=torch.channels_last)
             self.data["pixel_values"] = images
+        self.data = {name: column.to(self.device) for name, column in self.data.items()}
 
     def model(self) -> nn.Module:
         model = MODELS[self.shape]()
         model.load_state_dict(load_file(self.folder / "start.safetensors"))
-        return model.train()
+        return model.to(self.device).train()
 
     def loss(self, model: nn.Module, **batch: Tensor) -> Tensor:
         if self.shape == "cifar":
@@ -100,21 +102,24 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 class Gate:
     """
     Holds a contestant before each round, and after its last, until `peers.py` lets it go on; then saves the weights
-    after the first round and the last. The second round, to whose time the former is added, does not count.
+    after the first round and the last. The second round, to whose time the former is added, does not count. A GPU has
+    done all that it was asked for before a round counts as ended.
     """
 
-    def __init__(self, folder: Path, name: str, rounds: int):
-        self.folder, self.name, self.rounds, self.passed = folder, name, rounds, -1
+    def __init__(self, folder: Path, name: str, rounds: int, device: str):
+        self.folder, self.name, self.rounds, self.device, self.passed = folder, name, rounds, device, -1
         self.replies = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a framework prints must not reach `peers.py`
 
     def wait(self, weights: Callable[[], dict[str, Tensor]]) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         self.replies.write("ready\n")
         self.replies.flush()
         sys.stdin.readline()
         self.passed += 1
         if self.passed in (1, self.rounds):
-            tensors = {key: tensor.detach().contiguous() for key, tensor in weights().items()}
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights().items()}
             save_file(tensors, self.folder / f"{self.name}-{self.passed}.safetensors")
 
 
@@ -122,4 +127,4 @@ def enter() -> tuple[Work, Gate]:
     """What the command line names: the folder of the work, and the contestant."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
     work = Work(folder)
-    return work, Gate(folder, name, work.rounds)
+    return work, Gate(folder, name, work.rounds, work.device)

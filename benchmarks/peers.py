@@ -5,7 +5,8 @@ Each contestant is a process of its own with one thread (`peer_*.py`), which wai
 turn, so that rounds alternate (A B C D A B ...). Seconds are taken from outside, by wall clock and as processor time
 of the contestant's process and all its children. Clients, their participation, the order of examples, start weights,
 seeds of dropout and optimizers are equal (`peer_work.py`); how far the weights agree is printed. Contestants whose
-packages are not installed are named and left out.
+packages are not installed, and those that are not for a device or a shape, are named and left out; so is one that
+fails, with the end of its log, while the others go on.
 """
 
 import argparse
@@ -18,15 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import psutil
 import torch
-from machine import print_table, ratios, spread
+from machine import add_device, device_name, print_table, ratios, spread
 from peer_work import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -55,7 +58,31 @@ QUICK = {
     "cifar": Shape(clients=8, participants=4, examples=20, batch_size=10),
     "lora": Shape(clients=2, participants=2, examples=16, batch_size=8),
 }
-CONTESTANTS = {"bare": (), "ours": (), "pfl": ("pfl",), "flower": ("flwr", "ray")}
+
+
+@dataclass(frozen=True)
+class Peer:
+    module: str
+    packages: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    not_on: dict[str, str] = field(default_factory=dict)  # why not on a device
+
+    def missing(self, device: str) -> str | None:
+        """Says why it cannot take part."""
+        if device in self.not_on:
+            return self.not_on[device]
+        absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        return f"{', '.join(absent)} is not installed" if absent else None
+
+
+CONTESTANTS = {
+    "bare": Peer("peer_bare"),
+    "ours": Peer("peer_ours"),
+    "ours_at_once": Peer("peer_ours", shapes=("cifar",)),
+    "pfl": Peer("peer_pfl", packages=("pfl",)),
+    "flower": Peer("peer_flower", ("flwr", "ray"), not_on={"cuda": "here its actor is one of a CPU alone"}),
+}
+BY_DEFAULT = {"cpu": [name for name in CONTESTANTS if name != "ours_at_once"], "cuda": list(CONTESTANTS)}
 WARM_UP = 2  # rounds that do not count
 ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
@@ -81,7 +108,7 @@ def images(count: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.tensor(pixels), "labels": torch.tensor(rows["label"])}
 
 
-def write_work(folder: Path, name: str, shape: Shape, rounds: int, channels_last: bool) -> None:
+def write_work(folder: Path, name: str, shape: Shape, rounds: int, channels_last: bool, device: str) -> None:
     """Data, start weights and plan, whose draws are those of `FederatedTrainer` with seed 42."""
     torch.manual_seed(0)
     count = shape.clients * shape.examples
@@ -102,7 +129,7 @@ def write_work(folder: Path, name: str, shape: Shape, rounds: int, channels_last
         orders.append([[row for step in plan for batch in step for row in batch] for plan in plans])
     plan = {"clients": clients, "seeds": seeds, "orders": orders}
     save_file({key: torch.tensor(values) for key, values in plan.items()}, folder / "plan.safetensors")
-    settings = {"shape": name, "batch_size": shape.batch_size, "channels_last": channels_last}
+    settings = {"shape": name, "batch_size": shape.batch_size, "channels_last": channels_last, "device": device}
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
@@ -134,7 +161,8 @@ class Contestant:
         self.memory, self.seen = 0, set()
         started = time.perf_counter()
         # Not as a script: Ray hands over by name what it can import, and piecemeal, in every call, what it cannot.
-        command = [sys.executable, "-c", f"from peer_{name} import main; main()", str(folder), name]
+        module = CONTESTANTS[name].module
+        command = [sys.executable, "-c", f"from {module} import main; main()", str(folder), name]
         here = Path(__file__).parent
         paths = os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(folder / f"{name}.log", "w") as log:
@@ -151,7 +179,8 @@ class Contestant:
         self.spent = [Seconds(time.perf_counter() - started, self._cpu_seconds())]
 
     def run_round(self, watch_memory: bool) -> Seconds:
-        started, used = time.perf_counter(), self._cpu_seconds()
+        used = self._cpu_seconds()  # takes milliseconds where there are many processes
+        started = time.perf_counter()
         self.process.stdin.write(b"go\n")
         self._await_ready(watch_memory)
         self.spent.append(Seconds(time.perf_counter() - started, self._cpu_seconds() - used))
@@ -201,26 +230,41 @@ class Contestant:
         return total
 
     def _look_at_memory(self) -> None:
-        """Proportional set size: memory that processes share counts once."""
+        """Proportional set size, in which memory that processes share counts once, where the system tells it."""
         total = 0
         for process in self._tree():
             try:
-                total += process.memory_full_info().pss
+                found = process.memory_full_info()
             except psutil.NoSuchProcess:
                 continue
+            total += getattr(found, "pss", found.rss)
         self.memory = max(self.memory, total)
 
 
-def launch(
-    folder: Path, names: list[str], rounds: int, results: dict[str, Result], environment: dict[str, str]
-) -> None:
-    """Starts all contestants and lets them run their rounds in turns."""
+def launch(folder: Path, rounds: int, results: dict[str, Result], environment: dict[str, str]) -> None:
+    """Starts all contestants and lets them run their rounds in turns; the results of one that fails are taken out."""
     running: dict[str, Contestant] = {}
+
+    def attempt(name: str, act: Callable[[], Any]) -> Any:
+        """Returns what `act` does, or `None` if the contestant fails."""
+        try:
+            return act()
+        except (RuntimeError, OSError, psutil.Error) as error:
+            print(f"Without {name} from here on: {error}", flush=True)
+            del results[name]
+            if name in running:
+                running.pop(name).end()
+            return None
+
     try:
-        for name in names:
-            running[name] = Contestant(name, folder, environment)
+        for name in list(results):
+            contestant = attempt(name, partial(Contestant, name, folder, environment))
+            if contestant is not None:
+                running[name] = contestant
         for round_index in range(rounds):
-            taken = {name: c.run_round(watch_memory=round_index < WARM_UP) for name, c in running.items()}
+            watch_memory = round_index < WARM_UP
+            taken = {name: attempt(name, partial(c.run_round, watch_memory)) for name, c in list(running.items())}
+            taken = {name: seconds for name, seconds in taken.items() if seconds is not None}
             numbers = [f"{name} {seconds.cpu:.2f}/{seconds.wall:.2f}" for name, seconds in taken.items()]
             print(f"round {round_index + 1}, s of cpu/wall:", ", ".join(numbers), flush=True)
             for name, seconds in taken.items():
@@ -228,8 +272,8 @@ def launch(
                     results[name].first_round.append(seconds)
                 elif round_index >= WARM_UP:
                     results[name].rounds.append(seconds)
-        for contestant in running.values():
-            contestant.finish()
+        for name, contestant in list(running.items()):
+            attempt(name, contestant.finish)
     finally:
         for contestant in running.values():
             contestant.end()
@@ -239,7 +283,7 @@ def launch(
         result.whole.append(Seconds(sum(s.wall for s in spent), sum(s.cpu for s in spent)))
         result.memory.append(contestant.memory / 2**20)
         result.processes = max(result.processes, 1 + len(contestant.seen))
-        reference = running[names[0]]
+        reference = next(iter(running.values()))
         result.first_gap = max(result.first_gap, largest_gap(contestant.weights(1), reference.weights(1)))
         result.last_gap = max(result.last_gap, largest_gap(contestant.weights(rounds), reference.weights(rounds)))
 
@@ -248,15 +292,16 @@ def largest_gap(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     return max((weights[name] - tensor).abs().max().item() for name, tensor in others.items())
 
 
-def print_results(title: str, results: dict[str, Result], rounds: int) -> None:
+def print_results(title: str, results: dict[str, Result], rounds: int, device: str) -> None:
     clocks = ("cpu", "wall")
+    compared = clocks if device == "cpu" else ("wall",)  # a processor that waits for a GPU takes its time, too
     seconds = {name: {c: [vars(s)[c] for s in result.rounds] for c in clocks} for name, result in results.items()}
     references = [name for name in ("bare", "ours") if name in results]
     header = ["", *(f"{clock}, s" for clock in clocks)]
-    header += [f"{clock} / {reference}" for reference in references for clock in clocks]
+    header += [f"{clock} / {reference}" for reference in references for clock in compared]
     rows = [
         [name, *(spread(of[clock]) for clock in clocks)]
-        + [spread(ratios(of[clock], seconds[reference][clock])) for reference in references for clock in clocks]
+        + [spread(ratios(of[clock], seconds[reference][clock])) for reference in references for clock in compared]
         for name, of in seconds.items()
     ]
     print_table(f"{title}: a round", header, rows)
@@ -279,7 +324,13 @@ def main() -> None:
         description="A federated round in several frameworks.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="Which to measure.")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="In turns.")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        help="In turns; all if left out, but for `ours_at_once` on a CPU.",
+    )
+    add_device(parser)
     parser.add_argument("--launches", type=int, default=3, help="How often all contestants are started anew.")
     parser.add_argument("--rounds", type=int, default=5, help=f"Per launch, after {WARM_UP} that do not count.")
     parser.add_argument(
@@ -296,23 +347,33 @@ def main() -> None:
         args.launches, args.rounds = 1, 2
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
-    print(f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread")
-    names, environment = [], ENVIRONMENT | (KEEP_PAGES if args.malloc == "keep" else {})
-    for name in args.contestants:
-        missing = [package for package in CONTESTANTS[name] if importlib.util.find_spec(package) is None]
+    print(f"PyTorch {torch.__version__}, {device_name(args.device)}, 1 thread")
+    environment = ENVIRONMENT | (KEEP_PAGES if args.malloc == "keep" else {}) | {"PFL_PYTORCH_DEVICE": args.device}
+    names, failed = [], set()
+    for name in args.contestants or BY_DEFAULT[args.device]:
+        missing = CONTESTANTS[name].missing(args.device)
         if missing:
-            print(f"Without {name}: {', '.join(missing)} is not installed")
+            print(f"Without {name}: {missing}")
         else:
             names.append(name)
     for name in args.shapes:
         shape = (QUICK if args.quick else SHAPES)[name]
-        results = {contestant: Result() for contestant in names}
+        results = {}
+        for contestant in names:
+            if name in CONTESTANTS[contestant].shapes:
+                results[contestant] = Result()
+            else:
+                print(f"{name} without {contestant}: it is for {', '.join(CONTESTANTS[contestant].shapes)} only")
+        started = set(results)
         with tempfile.TemporaryDirectory() as folder:
-            write_work(Path(folder), name, shape, WARM_UP + args.rounds, args.channels_last)
+            write_work(Path(folder), name, shape, WARM_UP + args.rounds, args.channels_last, args.device)
             for _ in range(args.launches):
-                launch(Path(folder), names, WARM_UP + args.rounds, results, environment)
+                launch(Path(folder), WARM_UP + args.rounds, results, environment)
+        failed |= started - set(results)
         title = f"{name}, {shape.participants} of {shape.clients} clients, {shape.examples} examples each"
-        print_results(f"{title}, batches of {shape.batch_size}", results, WARM_UP + args.rounds)
+        print_results(f"{title}, batches of {shape.batch_size}", results, WARM_UP + args.rounds, args.device)
+    if failed:
+        raise SystemExit(f"What failed, see above: {', '.join(sorted(failed))}")
 
 
 if __name__ == "__main__":
