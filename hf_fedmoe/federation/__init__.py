@@ -23,6 +23,7 @@ from .engines import EachItsOwn, Together
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
+from .local_updates import CapturedUpdates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
 from .processes import Processes, balance, leave_group
@@ -42,6 +43,7 @@ __all__ = [
     "BatchReader",
     "BrokenPromiseError",
     "CapturedPasses",
+    "CapturedUpdates",
     "ClientClock",
     "ClientStore",
     "ClientTask",

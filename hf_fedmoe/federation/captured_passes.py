@@ -116,7 +116,8 @@ class CapturedPasses:
 
     def _capture(self, key: tuple, loss: Callable, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
         """Takes a plain pass, captures its like, and keeps the graph if its replay gives the same."""
-        before = {parameter: parameter.grad for parameter in self._parameters}
+        # Copies: they may be the very memory that the graph writes to.
+        before = {p: None if p.grad is None else p.grad.clone() for p in self._parameters}
         buffers = {buffer: buffer.clone() for buffer in self.worker.buffers()}
         random_state = _random_state(self._parameters[0].device)
         self._go_back(buffers, None)

@@ -156,7 +156,7 @@ class LocalTrainer:
 
     @property
     def captures(self) -> bool:
-        """Whether passes may become CUDA graphs."""
+        """Tells whether passes may become CUDA graphs."""
         compiled, scaler = self.args.torch_compile, self.accelerator.scaler
         return self.cuda_graphs and self.accelerator.device.type == "cuda" and not compiled and scaler is None
 

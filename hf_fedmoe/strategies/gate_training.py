@@ -4,14 +4,16 @@ Shape suffixes: R reserved examples, B of a batch, b those of them that this pro
 K routed experts, C classes, H features.
 """
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..data import ReservedSet, has_batch_statistics, split_rows
-from ..federation import Processes, ServerStep, Track, untracked
+from ..federation import CapturedPasses, CapturedUpdates, Processes, ServerStep, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
 from .server_training import ExpertOutputs, adamw
@@ -20,7 +22,10 @@ from .server_training import ExpertOutputs, adamw
 def fit_gate(step: ServerStep, cached: ExpertOutputs, *settings: Any) -> dict[str, float]:
     """[`train_gate`], by all processes if they work together and the gate is more than a layer on features."""
     if step.gate_fit is None or cached.features_RH is not None:
-        return train_gate(GateFit(step.server.model), cached, step.reserved, *settings, track=step.track)
+        fit = GateFit(step.server.model)
+        if step.captured is not None and cached.features_RH is not None:
+            fit = step.server.cache.setdefault("gate_fit", CapturedGateFit(step.server.model))
+        return train_gate(fit, cached, step.reserved, *settings, track=step.track)
     return step.join(_fit_gate_together, {"logits_RSC": cached.logits_RSC}, settings)
 
 
@@ -78,6 +83,14 @@ class GateFit:
         self._processes.sum_(Q_BK)
         return Q_BK.index_copy(0, rows_b, Q_bK)
 
+    def learn(
+        self, reserved: ReservedSet, cached: ExpertOutputs, indices_B: Tensor, objective: "GateObjective"
+    ) -> tuple[Tensor, Tensor]:
+        """Takes a step on reserved examples; returns the cross-entropy before, and the gradient's norm."""
+        Q_BK = self.choices(reserved, cached, indices_B)
+        loss, total = objective(Q_BK, self.alpha, cached.logits_RSC[indices_B], reserved.labels_R[indices_B])
+        return loss.detach(), self.step(total)
+
     def gate_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Scores `[b, K]` of the routed experts."""
         return self.model.gate_logits(None, batch)
@@ -107,6 +120,79 @@ class GateFit:
         self.model.gate.eval()
 
 
+@dataclass(frozen=True)
+class GateObjective:
+    """
+    The objective of the gate and alpha (Fed-MoE Eq. 7-9): L = CE(P_bar, y) + entropy_weight * GEnt +
+    balance_weight * KL(mean gate || uniform).
+    """
+
+    num_main_experts: int
+    mix: str
+    entropy_weight: float
+    balance_weight: float
+
+    def __call__(self, Q_BK: Tensor, alpha: Tensor, logits_BSC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the cross-entropy and L."""
+        log_P_BC = dense_mixture(logits_BSC, Q_BK, alpha, self.num_main_experts, self.mix)
+        loss = cross_entropy(log_P_BC, labels_B)
+        entropy, imbalance = gating_entropy(Q_BK), load_imbalance(Q_BK)
+        return loss, loss + self.entropy_weight * entropy + self.balance_weight * imbalance
+
+
+class CapturedGateFit(GateFit):
+    """
+    A gate on features and alpha while they are trained, in one process on a GPU. A step is a tiny matrix product and
+    some dozens of launches, which CUDA graphs replay.
+
+    Args:
+        model ([`~models.FedMoEPreTrainedModel`]): The mixture.
+    """
+
+    def __init__(self, model: FedMoEPreTrainedModel):
+        super().__init__(model)
+        self._settings: tuple[Any, ...] | None = None
+        self._trained = nn.ModuleDict({"gate": model.gate})
+        self._trained.register_parameter("alpha_logit", model.alpha_logit)
+
+    def begin(self, learning_rate: float, weight_decay: float) -> None:
+        settings = (learning_rate, weight_decay)
+        if settings == self._settings:
+            self._updates.reset(None)
+            self.model.gate.train()
+            return
+        super().begin(learning_rate, weight_decay)
+        self._settings, grads = settings, {}
+        self._norm = torch.zeros((), device=self.model.alpha_logit.device)
+        self._updates = CapturedUpdates(self._optimizer, self._clip, grads)
+        self._passes: dict[GateObjective, CapturedPasses] = {}
+        self._grads = grads
+
+    def learn(
+        self, reserved: ReservedSet, cached: ExpertOutputs, indices_B: Tensor, objective: GateObjective
+    ) -> tuple[Tensor, Tensor]:
+        batch = {
+            "features": cached.features_RH[indices_B],
+            "logits": cached.logits_RSC[indices_B],
+            "labels": reserved.labels_R[indices_B],
+        }
+        if objective not in self._passes:
+            self._passes[objective] = CapturedPasses(self._trained, self._pass, nullcontext, self._grads, objective)
+        take = self._passes[objective]
+        loss = take(take.loss, batch, 1.0, 1)
+        self._updates()
+        return loss, self._norm
+
+    def _pass(self, objective: GateObjective, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
+        Q_BK = self.model.gate_logits(batch["features"], {}).float().softmax(-1)
+        loss, total = objective(Q_BK, self.alpha, batch["logits"], batch["labels"])
+        total.backward()
+        return loss.detach()
+
+    def _clip(self) -> None:
+        self._norm.copy_(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
+
+
 def train_gate(
     fit: GateFit,
     cached: ExpertOutputs,
@@ -121,9 +207,7 @@ def train_gate(
     track: Track = untracked,
 ) -> dict[str, float]:
     """
-    Trains the gate and alpha, and nothing else, on the experts' cached outputs (Fed-MoE Eq. 7-9).
-
-    L = CE(P_bar, y) + entropy_weight * GEnt + balance_weight * KL(mean gate || uniform). `track` watches
+    Trains the gate and alpha, and nothing else, on the experts' cached outputs by [`GateObjective`]. `track` watches
     the epochs, see [`ServerStep`].
 
     Returns:
@@ -134,6 +218,7 @@ def train_gate(
     torch.manual_seed(seed + fit.index)
     generator = torch.Generator().manual_seed(seed)
     config = fit.model.config
+    objective = GateObjective(config.num_main_experts, config.mix, entropy_weight, balance_weight)
     fit.begin(learning_rate, weight_decay)
     never_one = has_batch_statistics(fit.model.gate)
     total = norm = torch.zeros((), device=reserved.labels_R.device)
@@ -142,12 +227,8 @@ def train_gate(
         total, steps = torch.zeros_like(total), 0
         for indices in split_rows(torch.randperm(len(reserved), generator=generator), batch_size, never_one):
             indices = indices.to(reserved.labels_R.device)
-            Q_BK = fit.choices(reserved, cached, indices)
-            log_P_BC = dense_mixture(cached.logits_RSC[indices], Q_BK, fit.alpha, config.num_main_experts, config.mix)
-            loss = cross_entropy(log_P_BC, reserved.labels_R[indices])
-            objective = loss + entropy_weight * gating_entropy(Q_BK) + balance_weight * load_imbalance(Q_BK)
-            norm = norm + fit.step(objective)
-            total = total + loss.detach()
+            loss, grad_norm = fit.learn(reserved, cached, indices, objective)
+            norm, total = norm + grad_norm, total + loss
             steps += 1
     fit.end()
     if steps == 0:

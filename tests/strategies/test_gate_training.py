@@ -7,9 +7,11 @@ import torch
 from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
+from hf_fedmoe.federation import captured_passes, local_updates
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from hf_fedmoe.strategies.gate_training import GateFit, train_gate
+from hf_fedmoe.strategies.gate_training import CapturedGateFit, GateFit, train_gate
 from hf_fedmoe.strategies.server_training import ExpertOutputs
+from tests.federation.test_captured_passes import Again
 from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_gate, tiny_rows
 from tests.tiny_models import make_different
 
@@ -68,3 +70,41 @@ def test_three_processes_end_like_one(batch_size):
         assert_equal_states(state(models[index]), state(alone), rtol=1e-4, atol=1e-4)
         changed = {name for name, tensor in state(models[index]).items() if not torch.equal(tensor, before[name])}
         assert "alpha_logit" in changed and all(name.startswith(("gate.", "alpha_logit")) for name in changed)
+
+
+def gates_on_features(monkeypatch):
+    """Two mixtures alike and what their gates learn from, with a stand-in for graphs."""
+    Again.made = []
+    for module in (captured_passes, local_updates):
+        monkeypatch.setattr(module, "CudaGraph", Again)
+        monkeypatch.setattr(module, "new_pool", lambda: None)
+    monkeypatch.setattr(local_updates, "_to_device", lambda optimizer: None)
+    models = [FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    reserved = ReservedSet(tiny_rows(22), default_data_collator, 8)
+    generator = torch.Generator().manual_seed(0)
+    logits_RSC = torch.randn(22, 3, models[0].config.num_labels, generator=generator)
+    features_RH = torch.randn(22, models[0].gate.in_features, generator=generator)
+    return models, reserved, ExpertOutputs(logits_RSC, features_RH)
+
+
+def test_captured_steps_are_the_plain_ones_round_after_round(monkeypatch):
+    (plain, captured), reserved, cached = gates_on_features(monkeypatch)
+    fit = CapturedGateFit(captured)
+    for seed in range(3):
+        settings = (cached, reserved, 4, 1e-2, 0.01, 8, 0.1, 0.3, seed)
+        expected, found = train_gate(GateFit(plain), *settings), train_gate(fit, *settings)
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert_equal_states(state(plain), state(captured), rtol=0, atol=1e-6)
+    # Two shapes of batches and the optimizer's step, for all rounds.
+    assert len(Again.made) == 3
+
+
+def test_other_weights_of_the_objective_are_captured_anew(monkeypatch):
+    (plain, captured), reserved, cached = gates_on_features(monkeypatch)
+    fit = CapturedGateFit(captured)
+    for entropy_weight in (0.1, 5.0):
+        settings = (cached, reserved, 4, 1e-2, 0.0, 8, entropy_weight, 0.0, 0)
+        expected, found = train_gate(GateFit(plain), *settings), train_gate(fit, *settings)
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert_equal_states(state(plain), state(captured), rtol=0, atol=1e-6)
