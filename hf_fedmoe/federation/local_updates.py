@@ -268,12 +268,14 @@ class _CapturedUpdate:
         tensors = [tensor for entries in self.state.values() for tensor in entries.values()]
         if tensors:
             torch._foreach_zero_(tensors)
-        numbers = {parameter: number for number, parameter in enumerate(_parameters(self.optimizer))}
-        for parameter, entries in self.state.items():
-            for key, tensor in entries.items():
-                name = f"{OPTIMIZER_PREFIX}{numbers[parameter]}.{key}"
-                if kept is not None and name in kept:
-                    tensor.copy_(kept[name])
+        numbered = _parameters(self.optimizer)
+        for name, tensor in (kept or {}).items():
+            _, index, key = name.split(".")
+            parameter = numbered[int(index)]
+            if parameter in self.state:
+                self.state[parameter][key].copy_(tensor)
+            else:
+                self.optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
