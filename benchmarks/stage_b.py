@@ -31,7 +31,7 @@ from transformers.utils import logging
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.models import FedMoEForSequenceClassification, gating_entropy
 from hf_fedmoe.strategies import Server, ServerStep
-from hf_fedmoe.strategies.gate_training import GateFit, train_gate
+from hf_fedmoe.strategies.gate_training import fit_gate
 from hf_fedmoe.strategies.server_training import expert_outputs
 from hf_fedmoe.weights import StateLayout, collapse, fuse_
 
@@ -158,8 +158,10 @@ def gate_without_cache(server: Server, reserved: ReservedSet, epochs: int) -> No
 
 
 def gate_with_cache(server: Server, reserved: ReservedSet, epochs: int) -> None:
-    cached = expert_outputs(ServerStep(server, reserved, 0, 0))
-    train_gate(GateFit(server.model), cached, reserved, epochs, 1e-3, 0.0, 32, 1e-3, 0.0, seed=0)
+    """As a round does, on a GPU by CUDA graphs."""
+    captured = {} if server.bank_SP.is_cuda else None
+    step = ServerStep(server, reserved, 0, seed=0, captured=captured)
+    fit_gate(step, expert_outputs(step), epochs, 1e-3, 0.0, 32, 1e-3, 0.0, 0)
 
 
 def benchmark_gate(args: argparse.Namespace, clock: Callable[[], float]) -> None:

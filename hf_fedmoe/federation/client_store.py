@@ -22,9 +22,9 @@ class ClientStore:
     Named tensors per client as safetensors files; a new version never overwrites an old one, so that every checkpoint
     keeps the versions its manifest names. What neither a checkpoint nor the run names any more is deleted.
 
-    Files are written and deleted behind the run, by one thread in the order of the calls: a version is deleted when
-    the one in its place is there. What fails there is raised by the next [`ClientStore.put`],
-    [`ClientStore.finish_writing`], [`ClientStore.seal`] or [`ClientStore.close`].
+    Files are written and deleted behind the run, by threads: a version is deleted when the one in its place is there.
+    What fails there is raised by the next [`ClientStore.put`], [`ClientStore.finish_writing`], [`ClientStore.seal`] or
+    [`ClientStore.close`].
 
     Args:
         folder (`Path`): Where the files are; made with the first of them.
@@ -41,7 +41,7 @@ class ClientStore:
         self.digests: dict[str, FileDigest] = {}
         self.named: frozenset[str] | None = None
         self._behind = WriteBehind(MAX_UNWRITTEN_BYTES)
-        # By name of the file; the thread takes out what is on disk.
+        # By name of the file; the threads take out what is on disk.
         self._unwritten: dict[str, dict[str, Tensor]] = {}
 
     def get(self, client: int) -> dict[str, Tensor]:
@@ -78,14 +78,14 @@ class ClientStore:
         replaced = {self.manifest[client]: name for client, name in written.items() if client in self.manifest}
         self.manifest |= written
         if self.named is not None and replaced:
-            self._behind.add(0, self._delete_replaced, replaced)
+            self._behind.add_last(self._delete_replaced, replaced)
 
     def finish_writing(self) -> None:
         """Waits until all versions are on disk, where other processes can read them."""
         self._behind.finish()
 
     def close(self) -> None:
-        """Ends the thread when all versions are on disk. What is there can still be read."""
+        """Ends the threads when all versions are on disk. What is there can still be read."""
         self._behind.close()
 
     def seal(self) -> dict[str, FileDigest]:

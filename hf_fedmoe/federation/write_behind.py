@@ -1,5 +1,6 @@
-"""Writing behind a run: what files take is copied at once and written by a thread, while the run goes on."""
+"""Writing behind a run: what files take is copied at once and written by threads, while the run goes on."""
 
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,8 +12,8 @@ from torch import Tensor
 
 class WriteBehind:
     """
-    Does the jobs that it is given in one thread, one after another, while the caller goes on. When one fails, its
-    error is raised by the next call that may raise it, and by every one after that.
+    Does the jobs that it is given in threads of its own, while the caller goes on. When one fails, its error is raised
+    by the next call that may raise it, and by every one after that.
 
     Args:
         max_bytes (`int`): How much jobs may hold in memory until they are done; a single one may hold more.
@@ -20,7 +21,9 @@ class WriteBehind:
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        # To write one file keeps a core busy with copying it: a disk can take several.
+        num_threads = min(4, max(1, (os.cpu_count() or 1) // 4))
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="write-behind")
         self._jobs: deque[tuple[Future, int]] = deque()
         self._held_bytes = 0
 
@@ -31,11 +34,21 @@ class WriteBehind:
 
     def add(self, num_bytes: int, work: Callable[..., None], *arguments: Any) -> None:
         """Adds the job `work(*arguments)`, which holds `num_bytes`."""
-        self._jobs.append((self._thread.submit(work, *arguments), num_bytes))
+        self._jobs.append((self._threads.submit(work, *arguments), num_bytes))
         self._held_bytes += num_bytes
 
+    def add_last(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Adds a job that begins when all before it have ended, however they did."""
+        before = [job for job, _ in self._jobs]
+
+        def wait_and_work() -> None:
+            wait(before)  # they were begun before this one
+            work(*arguments)
+
+        self.add(0, wait_and_work)
+
     def rest(self) -> None:
-        """Waits until the thread has nothing to do; errors are left for the next call."""
+        """Waits until there is nothing to do; errors are left for the next call."""
         wait([job for job, _ in self._jobs])
 
     def finish(self) -> None:
@@ -45,8 +58,8 @@ class WriteBehind:
             self._take_first()
 
     def close(self) -> None:
-        """Ends the thread when all jobs are done; raises as [`WriteBehind.finish`] does."""
-        self._thread.shutdown()
+        """Ends the threads when all jobs are done; raises as [`WriteBehind.finish`] does."""
+        self._threads.shutdown()
         self.finish()
 
     def _take_first(self) -> None:

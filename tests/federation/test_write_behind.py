@@ -35,7 +35,7 @@ def store(tmp_path):
     store = ClientStore(tmp_path / "clients")
     store.prune([])
     yield store
-    store._behind._thread.shutdown()
+    store._behind._threads.shutdown()
 
 
 def kept(value):
@@ -186,3 +186,26 @@ def test_copies_own_their_memory():
     for name, copy in copies.items():
         assert copy.is_contiguous() and not copy.requires_grad and torch.equal(copy, tensors[name].detach())
         assert copy.untyped_storage().nbytes() == copy.nbytes
+
+
+def test_what_comes_last_begins_when_all_before_has_ended(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    behind, held, done = WriteBehind(100), threading.Event(), []
+
+    def first():
+        held.wait(30)
+        done.append("first")
+
+    def second():
+        done.append("second")
+        raise OSError("the disk is full")
+
+    behind.add(1, first)
+    behind.add(1, second)
+    behind.add_last(done.append, "last")
+    while done != ["second"]:  # in a thread of its own
+        time.sleep(0.01)
+    held.set()
+    with pytest.raises(OSError, match="full"):
+        behind.close()
+    assert done == ["second", "first", "last"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from torch import nn
+from transformers.utils.import_utils import enable_tf32
 
 from hf_fedmoe.federation.captured_passes import CapturedPasses
 from hf_fedmoe.federation.cuda_graph import CudaGraph
@@ -68,6 +69,12 @@ RESUMED = (
 )
 
 
+@pytest.fixture(autouse=True)
+def without_tf32():
+    """It keeps 10 of 23 bits. Convolutions have it by default, and `torch_compile` turns it on in all of a process."""
+    enable_tf32(False)
+
+
 def assert_alike(found, expected):
     assert (found["device"], expected["device"]) == (DEVICE, "cpu")
     # Means over a dozen rows and more, which part by less than single logits do.
@@ -101,9 +108,7 @@ def test_every_method_has_the_losses_of_the_cpu(name, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_images_have_the_losses_of_the_cpu(method, tmp_path, monkeypatch):
-    # On by default, for convolutions alone: it keeps 10 of 23 bits, and is not what is tested.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_images_have_the_losses_of_the_cpu(method, tmp_path):
     found, expected = both(image_run, tmp_path, method)
     # BatchNorm divides by the deviation of maps of few pixels: noise of 3e-7 in linear layers alone came to 5e-6.
     assert found == pytest.approx(expected, rel=2e-3)
