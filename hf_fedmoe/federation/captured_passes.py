@@ -21,8 +21,9 @@ from .objective import own_loss
 
 logger = logging.get_logger(__name__)
 
-# A shape is captured when it comes for the third time, and no more shapes than this: what is rare does not pay.
-TIMES_SEEN, MOST_GRAPHS = 3, 16
+# To capture a shape takes as long as some twenty plain passes of a small model, so that it waits until it has come as
+# often; and no more shapes than this: what is rare does not pay.
+TIMES_SEEN, MOST_GRAPHS = 20, 16
 # Of the gradient's norm. A replay that differs by more than rounding, in bf16 too, is not used.
 TOLERANCE = 0.05
 

@@ -18,8 +18,8 @@ from .cuda_graph import CudaGraph, new_pool
 logger = logging.get_logger(__name__)
 
 OPTIMIZER_PREFIX = "optimizer."
-# An update is captured when it comes for the third time.
-TIMES_SEEN = 3
+# As for passes: to capture one takes as long as some twenty plain ones.
+TIMES_SEEN = 20
 # Of the norm of the step. A replay that differs by more than rounding is not used.
 TOLERANCE = 0.01
 

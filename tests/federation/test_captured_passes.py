@@ -6,36 +6,14 @@ the graphs.
 import random
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from hf_fedmoe.federation import captured_passes
-from hf_fedmoe.federation.captured_passes import MOST_GRAPHS, TIMES_SEEN, CapturedPasses
+from hf_fedmoe.federation.captured_passes import MOST_GRAPHS, CapturedPasses
 from hf_fedmoe.strategies import own_loss
-
-
-class Again:
-    """Does the work when it is replayed."""
-
-    made: ClassVar[list["Again"]] = []
-
-    def __init__(self, work, pool):
-        self.work, self.replays = work, 0
-        self.made.append(self)
-        for _ in range(3):
-            work()
-
-    def replay(self):
-        self.replays += 1
-        self.work()
-
-
-class Nothing(Again):
-    def replay(self):
-        pass
+from tests.eager_graphs import TIMES_SEEN, EagerGraph, IdleGraph, refused_graph, stand_in
 
 
 class Model(nn.Module):
@@ -52,10 +30,8 @@ class Model(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch):
-    Again.made = []
-    monkeypatch.setattr(captured_passes, "CudaGraph", Again)
-    monkeypatch.setattr(captured_passes, "new_pool", lambda: None)
+def eager_graphs(monkeypatch):
+    stand_in(monkeypatch)
 
 
 def plain_pass(model):
@@ -104,7 +80,7 @@ def test_training_leaves_the_same_bits():
     one, other = two_models()
     assert_same(trained(one, passes(one), steps), trained(other, plain_pass(other), steps))
     # One pass is compared and the others are training: of the shape 4 two, of the shape 2 one.
-    assert [graph.replays for graph in Again.made] == [1 + 2, 1 + 1]
+    assert [graph.replays for graph in EagerGraph.made] == [1 + 2, 1 + 1]
     torch.testing.assert_close(one.idle, torch.ones(2), rtol=0, atol=0)
 
 
@@ -113,7 +89,7 @@ def test_gradients_of_captured_and_plain_passes_add_up():
     steps = [batches(*pair) for pair in sizes]
     one, other = two_models()
     assert_same(trained(one, passes(one), steps), trained(other, plain_pass(other), steps))
-    assert len(Again.made) == 2
+    assert len(EagerGraph.made) == 2
 
 
 def test_a_shape_is_captured_when_it_has_come_often_enough():
@@ -121,11 +97,11 @@ def test_a_shape_is_captured_when_it_has_come_often_enough():
     take = passes(model)
     for number, (batch,) in enumerate([batches(4)] * TIMES_SEEN, 1):
         take(own_loss, batch, 1.0, 1)
-        assert len(Again.made) == (number == TIMES_SEEN)
+        assert len(EagerGraph.made) == (number == TIMES_SEEN)
     for size in range(5, 5 + 2 * MOST_GRAPHS):
         for _ in range(TIMES_SEEN):
             take(own_loss, *batches(size), 1.0, 1)
-    assert len(Again.made) == MOST_GRAPHS
+    assert len(EagerGraph.made) == MOST_GRAPHS
 
 
 def test_what_else_differs_has_a_graph_of_its_own():
@@ -142,7 +118,7 @@ def test_what_else_differs_has_a_graph_of_its_own():
     often()
     model.first.requires_grad_(False)
     often()
-    assert len(Again.made) == 4
+    assert len(EagerGraph.made) == 4
 
 
 def test_a_loss_of_ones_own_is_never_captured():
@@ -153,7 +129,7 @@ def test_a_loss_of_ones_own_is_never_captured():
         return own_loss(model, batch)
 
     trained(model, passes(model), [batches(4)] * 6, loss)
-    assert len(called) == 6 and not Again.made
+    assert len(called) == 6 and not EagerGraph.made
 
 
 def test_a_model_that_draws_on_the_host_stays_plain():
@@ -162,21 +138,17 @@ def test_a_model_that_draws_on_the_host_stays_plain():
     found = trained(models[0], passes(models[0]), [batches(4)] * 6)
     random.seed(0)
     assert_same(found, trained(models[1], plain_pass(models[1]), [batches(4)] * 6))
-    assert not Again.made
+    assert not EagerGraph.made
 
 
 def test_a_replay_that_is_wrong_is_not_used(monkeypatch):
-    monkeypatch.setattr(captured_passes, "CudaGraph", Nothing)
+    stand_in(monkeypatch, IdleGraph)
     one, other = two_models()
     assert_same(trained(one, passes(one), [batches(4)] * 6), trained(other, plain_pass(other), [batches(4)] * 6))
 
 
 def test_what_cannot_be_captured_stays_plain(monkeypatch):
-    def refuse(work, pool):
-        work()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(captured_passes, "CudaGraph", refuse)
+    stand_in(monkeypatch, refused_graph)
     one, other = two_models()
     assert_same(trained(one, passes(one), [batches(4)] * 6), trained(other, plain_pass(other), [batches(4)] * 6))
 
@@ -189,4 +161,4 @@ def test_a_model_whose_memory_has_moved_is_captured_anew():
     model.first.weight.data = model.first.weight.data.clone()
     for _ in range(2):
         take(own_loss, batch, 1.0, 1)
-    assert len(Again.made) == 2
+    assert len(EagerGraph.made) == 2

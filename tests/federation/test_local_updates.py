@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fedmoe.federation import captured_passes, local_updates
 from hf_fedmoe.federation.captured_passes import CapturedPasses
-from hf_fedmoe.federation.local_updates import TIMES_SEEN, CapturedUpdates, LocalUpdates
+from hf_fedmoe.federation.local_updates import CapturedUpdates, LocalUpdates
 from hf_fedmoe.strategies import own_loss
-from tests.federation.test_captured_passes import Again, Nothing, batches, plain_pass, two_models
+from tests.eager_graphs import TIMES_SEEN, EagerGraph, IdleGraph, refused_graph, stand_in
+from tests.federation.test_captured_passes import batches, plain_pass, two_models
 
 
 OPTIMIZERS = {
@@ -28,13 +28,8 @@ OPTIMIZERS = {
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch):
-    Again.made = []
-    for module in (captured_passes, local_updates):
-        monkeypatch.setattr(module, "CudaGraph", Again)
-        monkeypatch.setattr(module, "new_pool", lambda: None)
-    # Adam refuses to count its steps on a CPU as a graph would.
-    monkeypatch.setattr(local_updates, "_to_device", lambda optimizer: None)
+def eager_graphs(monkeypatch):
+    stand_in(monkeypatch)
 
 
 def parameters(device="cpu"):
@@ -76,7 +71,7 @@ def test_clients_end_with_the_same_weights(name, keep):
     found, updates = clients(OPTIMIZERS[name], CapturedUpdates, keep=keep)
     expected, plain = clients(OPTIMIZERS[name], LocalUpdates, keep=keep)
     assert_close(found, expected)
-    (graph,) = Again.made
+    (graph,) = EagerGraph.made
     # All steps but those before it, and the compared one in the place of the one that it is compared with.
     assert graph.replays == 15 - (TIMES_SEEN - 1)
     assert found[0][2].item() == 1
@@ -99,11 +94,11 @@ def test_a_step_of_other_gradients_or_settings_is_plain():
 
     for _ in range(TIMES_SEEN):
         step(2)
-    replays = Again.made[0].replays
+    replays = EagerGraph.made[0].replays
     step(3)
     optimizer.param_groups[0]["weight_decay"] = 0.1
     step(2)
-    assert Again.made[0].replays == replays
+    assert EagerGraph.made[0].replays == replays
     assert weights[2].item() == 0.5
     assert weights[0][0].item() == pytest.approx(-1.0 - 0.5 * (1 - 0.1))
 
@@ -119,22 +114,18 @@ def test_a_step_of_other_gradients_or_settings_is_plain():
 def test_an_optimizer_whose_fresh_state_is_not_of_zeros_stays_plain(make):
     found, _ = clients(make, CapturedUpdates)
     assert_close(found, clients(make, LocalUpdates)[0])
-    assert not Again.made
+    assert not EagerGraph.made
 
 
 def test_a_replay_that_is_wrong_is_not_used(monkeypatch):
-    monkeypatch.setattr(local_updates, "CudaGraph", Nothing)
+    stand_in(monkeypatch, IdleGraph)
     found, updates = clients(OPTIMIZERS["adamw"], CapturedUpdates)
     assert_close(found, clients(OPTIMIZERS["adamw"], LocalUpdates)[0])
     assert updates._captured is None
 
 
 def test_what_cannot_be_captured_stays_plain(monkeypatch):
-    def refuse(work, pool):
-        work()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(local_updates, "CudaGraph", refuse)
+    stand_in(monkeypatch, refused_graph)
     found, _ = clients(OPTIMIZERS["momentum"], CapturedUpdates)
     assert_close(found, clients(OPTIMIZERS["momentum"], LocalUpdates)[0])
 
@@ -158,7 +149,7 @@ def test_captured_passes_and_steps_go_together():
                 losses += [take(own_loss, batch, 1.0, 2).item() for batch in pair]
                 update()
         found.append((losses, [*model.state_dict().values()]))
-    assert len(Again.made) == 4
+    assert len(EagerGraph.made) == 4
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-3)

@@ -7,11 +7,10 @@ import torch
 from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
-from hf_fedmoe.federation import captured_passes, local_updates
 from hf_fedmoe.models import FedMoEForSequenceClassification
 from hf_fedmoe.strategies.gate_training import CapturedGateFit, GateFit, train_gate
 from hf_fedmoe.strategies.server_training import ExpertOutputs
-from tests.federation.test_captured_passes import Again
+from tests.eager_graphs import EagerGraph, stand_in
 from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_gate, tiny_rows
 from tests.tiny_models import make_different
 
@@ -74,11 +73,7 @@ def test_three_processes_end_like_one(batch_size):
 
 def gates_on_features(monkeypatch):
     """Two mixtures alike and what their gates learn from, with a stand-in for graphs."""
-    Again.made = []
-    for module in (captured_passes, local_updates):
-        monkeypatch.setattr(module, "CudaGraph", Again)
-        monkeypatch.setattr(module, "new_pool", lambda: None)
-    monkeypatch.setattr(local_updates, "_to_device", lambda optimizer: None)
+    stand_in(monkeypatch)
     models = [FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     reserved = ReservedSet(tiny_rows(22), default_data_collator, 8)
@@ -97,7 +92,7 @@ def test_captured_steps_are_the_plain_ones_round_after_round(monkeypatch):
         assert found == pytest.approx(expected, rel=1e-5)
     assert_equal_states(state(plain), state(captured), rtol=0, atol=1e-6)
     # Two shapes of batches and the optimizer's step, for all rounds.
-    assert len(Again.made) == 3
+    assert len(EagerGraph.made) == 3
 
 
 def test_other_weights_of_the_objective_are_captured_anew(monkeypatch):
