@@ -34,7 +34,7 @@ from hf_fedmoe.models import (
     SmallImageProcessor,
 )
 from hf_fedmoe.strategies import FedAvgReserved, FedMoE
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
+from hf_fedmoe.training import FederatedTrainer, FedMoETrainingArguments
 
 
 START = "hf_fedmoe/assets/gpt2-reviews"
@@ -134,8 +134,8 @@ def digits(seed: int, size: int) -> Task:
     )
 
 
-def arguments(folder: str, seed: int, **changes: object) -> FederatedTrainingArguments:
-    return FederatedTrainingArguments(
+def arguments(folder: str, seed: int, **changes: object) -> FedMoETrainingArguments:
+    return FedMoETrainingArguments(
         folder,
         seed=seed,
         use_cpu=True,

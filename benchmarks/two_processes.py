@@ -25,7 +25,7 @@ from transformers.utils import logging
 from hf_fedmoe.federation import EachItsOwn, Federation, Together
 from hf_fedmoe.models import FedMoEForSequenceClassification
 from hf_fedmoe.strategies import FedAvg, FedMoE
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
+from hf_fedmoe.training import FederatedTrainer, FedMoETrainingArguments
 
 
 METHODS = ("FedAvg", "Fed-MoE")
@@ -69,7 +69,7 @@ def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[st
     if method == "Fed-MoE":
         gate = GPT2ForSequenceClassification(GPT2Config(**config, num_labels=3)) if args.gate == "model" else args.gate
         model = FedMoEForSequenceClassification.from_expert(model, gate, num_routed_experts=3)
-    training = FederatedTrainingArguments(
+    training = FedMoETrainingArguments(
         folder,
         rounds=args.rounds + 1,
         clients_per_round=args.clients,

@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallb
 from transformers.utils import logging
 
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from hf_fedmoe.training import FederatedTrainingArguments, FedMoETrainer
+from hf_fedmoe.training import FedMoETrainer, FedMoETrainingArguments
 
 
 EXPERT, GATE = dict(n_layer=24, n_embd=1024, n_head=16), dict(n_layer=12, n_embd=768, n_head=12)
@@ -66,7 +66,7 @@ def run(models: str, stage: int, folder: str, args: argparse.Namespace) -> dict[
     torch.manual_seed(0)
     expert, gate = (gpt2(QUICK if args.quick else shape, n) for shape, n in ((EXPERT, LABELS), (GATE, K)))
     model = FedMoEForSequenceClassification.from_expert(expert, gate, K, **MODELS[models])
-    training = FederatedTrainingArguments(
+    training = FedMoETrainingArguments(
         folder,
         preset="paper",
         rounds=args.rounds + 1,

@@ -59,6 +59,7 @@ _ROOMS = {
     "plot_clients": "reporting",
     "FedMoETrainer": "training",
     "FederatedTrainer": "training",
+    "FedMoETrainingArguments": "training",
     "FederatedTrainingArguments": "training",
     "compare": "experiments",
 }

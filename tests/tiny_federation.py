@@ -15,7 +15,7 @@ from hf_fedmoe.models import (
     MultiHeadForSequenceClassification,
 )
 from hf_fedmoe.strategies import PFedMoE
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
+from hf_fedmoe.training import FederatedTrainer, FedMoETrainingArguments
 from tests.tiny_models import PAD_TOKEN_ID, VOCAB_SIZE, tiny_bert, tiny_gpt2
 
 
@@ -101,7 +101,7 @@ def tiny_pfedmoe(**settings) -> PFedMoE:
     return PFedMoE(own, **{"gate_hidden_size": 5} | settings)
 
 
-def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:
+def tiny_args(output_dir: str | Path, **changes) -> FedMoETrainingArguments:
     fields = dict(
         rounds=3,
         clients_per_round=2,
@@ -114,7 +114,7 @@ def tiny_args(output_dir: str | Path, **changes) -> FederatedTrainingArguments:
         save_strategy="no",
         seed=11,
     )
-    return FederatedTrainingArguments(output_dir=str(output_dir), **(fields | changes))
+    return FedMoETrainingArguments(output_dir=str(output_dir), **(fields | changes))
 
 
 def interrupted_and_resumed(make: Callable[[], FederatedTrainer], after: int = 2) -> FederatedTrainer:

@@ -43,7 +43,7 @@ class Comparison:
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): One run of each method for each.
         recipe (`str`, *optional*): A recipe's YAML, relative to this one. Its block `quick`, or what a size names as
             `recipe_preset`, gives settings.
-        settings (`dict`, *optional*): Any of an experiment and of [`FederatedTrainingArguments`].
+        settings (`dict`, *optional*): Any of an experiment and of [`FedMoETrainingArguments`].
         sizes (`dict[str, dict]`, *optional*): By name, settings that make the comparison small or large, and under
             `methods` those of single rows. The first is taken unless told.
         columns (`list[str]`, *optional*): Metrics of the table.

@@ -16,7 +16,7 @@ from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
 from ..reporting import ExpertAnalysis, analyse_experts, scores
 from ..strategies import FedAvgReserved, FedMoE, Strategy, freeze_common_expert
-from ..training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
+from ..training import FederatedTrainer, FedMoETrainer, FedMoETrainingArguments
 from .experiment import Experiment
 from .settings import Setting, nearest, settings_of, typed_settings
 
@@ -38,7 +38,7 @@ TUNING_EPOCHS = 5
 
 def train_on_reserved_set(
     model: PreTrainedModel,
-    args: FederatedTrainingArguments,
+    args: FedMoETrainingArguments,
     data: FederatedDataset,
     shared: dict[str, Any],
     folder: str,
@@ -63,7 +63,7 @@ def leave_as_it_is(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
 def make_trainer(
     method: str,
     experiment: Experiment,
-    args: FederatedTrainingArguments,
+    args: FedMoETrainingArguments,
     data: FederatedDataset,
     processor: Any,
     train_first: Callable[..., None] = train_on_reserved_set,
@@ -73,7 +73,7 @@ def make_trainer(
 
     Args:
         method (`str`): One of [`METHODS`].
-        experiment ([`Experiment`]), args ([`FederatedTrainingArguments`]): The settings.
+        experiment ([`Experiment`]), args ([`FedMoETrainingArguments`]): The settings.
         data ([`~data.FederatedDataset`]), processor: As [`Experiment.load_data`] and its `load_processor` give them.
         train_first (`Callable`, *optional*): Trains what a run starts from, where it is trained.
     """
@@ -143,7 +143,7 @@ def fedjets_mixture(
     return freeze_common_expert(mixture)
 
 
-def check_method(method: str, experiment: Experiment, args: FederatedTrainingArguments) -> None:
+def check_method(method: str, experiment: Experiment, args: FedMoETrainingArguments) -> None:
     """
     Raises `ValueError` when there is no such method, or one of its settings has another name, type or range. What
     depends on the model is left to [`make_trainer`].
@@ -173,7 +173,7 @@ def own_settings(method: str) -> dict[str, Setting]:
 def make_strategy(
     method: str,
     experiment: Experiment,
-    args: FederatedTrainingArguments,
+    args: FedMoETrainingArguments,
     expert: PreTrainedModel | None = None,
 ) -> Strategy:
     """
@@ -196,7 +196,7 @@ def make_strategy(
     return STRATEGIES[method](**settings)
 
 
-def centralised(args: FederatedTrainingArguments, data: FederatedDataset) -> dict[str, Any]:
+def centralised(args: FedMoETrainingArguments, data: FederatedDataset) -> dict[str, Any]:
     """The reserved set as the only client, with as many rounds and local steps as an average client has."""
     if data.reserved is None:
         raise ValueError(

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from ..reporting import plot_clients, plot_gate
-from ..training import FederatedTrainingArguments
+from ..training import FedMoETrainingArguments
 from .experiment import Experiment, find_model
 from .folders import check_writable
 from .methods import (
@@ -29,7 +29,7 @@ from .settings import parse_settings, read_preset, read_words
 
 def parse(
     experiment_class: type[Experiment], settings_file: Path, argv: list[str]
-) -> tuple[Experiment, FederatedTrainingArguments]:
+) -> tuple[Experiment, FedMoETrainingArguments]:
     """
     One preset of a recipe's YAML (`--preset quick` unless told), overridden by the rest of the command line. Fed-MoE's
     own `preset` argument is `--preset_of_method` there.

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from transformers import TrainingArguments
 
 from ..strategies import FedMoESettings
-from ..training import FederatedTrainingArguments
+from ..training import FedMoETrainingArguments
 from .experiment import Experiment
 from .methods import METHODS
 from .settings import Setting, read_preset, settings_of
@@ -59,16 +59,14 @@ def recipe_help(
         everything (`bool`, *optional*, defaults to `False`): Whether with all of `TrainingArguments`.
     """
     in_force = read_preset(settings_file, preset)
-    known = settings_of(experiment_class, FederatedTrainingArguments)
+    known = settings_of(experiment_class, FedMoETrainingArguments)
     fields = {
-        field.name: field
-        for part in (FederatedTrainingArguments, experiment_class)
-        for field in dataclasses.fields(part)
+        field.name: field for part in (FedMoETrainingArguments, experiment_class) for field in dataclasses.fields(part)
     }
     of_fedmoe = [field.name for field in dataclasses.fields(FedMoESettings)]
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     of_experiment = [field.name for field in dataclasses.fields(experiment_class) if field.name != "preset_name"]
-    of_federation = [field.name for field in dataclasses.fields(FederatedTrainingArguments)]
+    of_federation = [field.name for field in dataclasses.fields(FedMoETrainingArguments)]
     groups = {
         "experts and gate": [name for name in MODELS if name in known],
         "clients, reserved set and test": [name for name in of_experiment if name not in (*FIRST, *MODELS)],

@@ -20,7 +20,7 @@ from ..reporting import (
     read_client_table,
     write_comparison,
 )
-from ..training import FederatedTrainingArguments
+from ..training import FedMoETrainingArguments
 from ..training.client_evaluation import CLIENT_TABLE_NAME
 from .comparison import KINDS, MAJORITY, Comparison, check_seeds, check_settings, read_comparison
 from .experiment import Experiment
@@ -57,7 +57,7 @@ def plan_runs(
         size (`str`, *optional*): One of `comparison.sizes`.
         overrides (`dict`, *optional*): Settings that go before all others; values may be texts of a command line.
     """
-    known = settings_of(KINDS[comparison.kind], FederatedTrainingArguments)
+    known = settings_of(KINDS[comparison.kind], FedMoETrainingArguments)
     common, with_lora = common_settings(comparison, where, size)
     _check_kind(comparison, common, known)
     common, with_lora = typed_settings(common, known), typed_settings(with_lora, known)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import FederatedDataset
 from ..reporting import RunResult
-from ..training import FederatedTrainer, FederatedTrainingArguments
+from ..training import FederatedTrainer, FedMoETrainingArguments
 from .comparison import KINDS, MAJORITY
 from .experiment import Experiment
 from .methods import (
@@ -49,7 +49,7 @@ class Run:
     def __str__(self) -> str:
         return f"{self.row}, seed {self.seed}"
 
-    def parse(self) -> tuple[Experiment, FederatedTrainingArguments]:
+    def parse(self) -> tuple[Experiment, FedMoETrainingArguments]:
         """The experiment and the arguments; raises `ValueError` when a setting is wrong."""
         settings = {"save_total_limit": 1, "disable_tqdm": True, **self.settings}
         settings |= {"seed": self.seed, "output_dir": str(self.folder)}
@@ -101,7 +101,7 @@ class Run:
 
 def _canonical(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without regard to how they were written: `1e-3` may be a text, a configuration JSON."""
-    known = settings_of(KINDS[kind], FederatedTrainingArguments)
+    known = settings_of(KINDS[kind], FedMoETrainingArguments)
     return {name: typed(name, value, known[name]) if name in known else value for name, value in settings.items()}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..training import FederatedTrainingArguments
+from ..training import FedMoETrainingArguments
 from .experiment import Experiment
 from .yaml_files import read_yaml
 
@@ -191,20 +191,20 @@ def read_preset(settings_file: Path, name: str, asked_by: str = "--preset") -> d
 
 def parse_settings(
     experiment_class: type[Experiment], settings: dict[str, Any], told: dict[str, Any] | None = None
-) -> tuple[Experiment, FederatedTrainingArguments]:
+) -> tuple[Experiment, FedMoETrainingArguments]:
     """
     An experiment and the arguments of its runs from settings.
 
     Args:
         experiment_class (`type[Experiment]`): What to make.
-        settings (`dict`): Any of its fields and of [`FederatedTrainingArguments`]. Those under `with_lora` take the
+        settings (`dict`): Any of its fields and of [`FedMoETrainingArguments`]. Those under `with_lora` take the
             place of others where experts are adapters, which learn at other rates than whole models.
         told (`dict`, *optional*): Settings that go before all others: those of the command line.
 
     Raises:
         `ValueError`: When a setting is unknown, of another type or out of its range.
     """
-    known = settings_of(experiment_class, FederatedTrainingArguments)
+    known = settings_of(experiment_class, FedMoETrainingArguments)
     told = typed_settings(told or {}, known)
     settings = dict(settings)
     with_lora = typed_settings(settings.pop("with_lora", {}), known)
@@ -218,7 +218,7 @@ def parse_settings(
         if not 0 <= (settings.get(name) or 0) <= LARGEST_SEED:
             raise ValueError(f"`{name}` is {settings[name]}: give a whole number from 0 to {LARGEST_SEED}.")
     parts = []
-    for part in (experiment_class, FederatedTrainingArguments):
+    for part in (experiment_class, FedMoETrainingArguments):
         own = {field.name for field in dataclasses.fields(part)}
         parts.append(part(**{name: value for name, value in settings.items() if name in own}))
     experiment, args = parts

@@ -2,8 +2,15 @@
 
 from .federated_arguments import FederatedTrainingArguments
 from .federated_trainer import FederatedTrainer
+from .fedmoe_arguments import FedMoETrainingArguments
 from .fedmoe_trainer import FedMoETrainer
 from .metrics import classification_metrics
 
 
-__all__ = ["FedMoETrainer", "FederatedTrainer", "FederatedTrainingArguments", "classification_metrics"]
+__all__ = [
+    "FedMoETrainer",
+    "FedMoETrainingArguments",
+    "FederatedTrainer",
+    "FederatedTrainingArguments",
+    "classification_metrics",
+]

@@ -9,7 +9,7 @@ from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from ..federation import CLIENT_CHOICES, leave_group
-from ..strategies import FedMoESettings, check_setting_kinds
+from ..strategies import check_setting_kinds
 from ..weights import COMPRESSIONS, make_codec
 from .deepspeed_config import hidden_from_accelerate, requested_config
 
@@ -21,7 +21,7 @@ NOT_NEGATIVE += ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass
-class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
+class FederatedTrainingArguments(TrainingArguments):
     """
     [`~transformers.TrainingArguments`] of a federated run.
 
@@ -30,7 +30,7 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
     `bf16` and so on are those of local training; `dataloader_num_workers` processes read clients' batches meanwhile,
     the same ones for all. What counts steps counts rounds: `logging_steps`, `eval_steps`, `save_steps`. A round is
     logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Processes besides the main
-    one log what that logs (`log_level_replica`). Fed-MoE's own settings are those of [`FedMoESettings`].
+    one log what that logs (`log_level_replica`). [`FedMoETrainingArguments`] has Fed-MoE's besides.
 
     Args:
         rounds (`int`, *optional*, defaults to 10):
@@ -120,7 +120,6 @@ class FederatedTrainingArguments(FedMoESettings, TrainingArguments):
         if device.type == "cpu":
             atexit.register(leave_group)
         self.deepspeed = config
-        self.resolve_preset()
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in ("rounds", "clients_per_round", "clients_at_once", *sizes):
             if vars(self)[name] < 1:

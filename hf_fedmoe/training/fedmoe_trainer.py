@@ -5,9 +5,8 @@ from typing import Any
 
 from ..models import FedMoEPreTrainedModel
 from ..strategies import FedMoE, FedMoESettings
-from .checks import check_parts
-from .federated_arguments import FederatedTrainingArguments
 from .federated_trainer import FederatedTrainer
+from .fedmoe_arguments import FedMoETrainingArguments
 
 
 class FedMoETrainer(FederatedTrainer):
@@ -16,17 +15,21 @@ class FedMoETrainer(FederatedTrainer):
 
     Args:
         model ([`~models.FedMoEForSequenceClassification`]): The mixture; all experts from one initialisation.
-        args ([`FederatedTrainingArguments`]): Including Fed-MoE's own settings.
+        args ([`FedMoETrainingArguments`]): With Fed-MoE's own settings.
         kwargs: As in [`FederatedTrainer`], without `strategy`.
     """
 
-    def __init__(self, model: FedMoEPreTrainedModel, args: FederatedTrainingArguments, **kwargs: Any):
+    def __init__(self, model: FedMoEPreTrainedModel, args: FedMoETrainingArguments, **kwargs: Any):
         if "strategy" in kwargs:
             raise ValueError(
                 f"`strategy` is {kwargs['strategy']!r}, but a `FedMoETrainer` trains by Fed-MoE: leave it out, or "
                 "take a `FederatedTrainer`."
             )
-        check_parts(model, args, FedMoE())  # before settings are read of `args`
+        if not isinstance(args, FedMoETrainingArguments):
+            raise ValueError(
+                f"`args` is a {type(args).__name__}, which has no settings of Fed-MoE: make it a "
+                "`FedMoETrainingArguments`, which takes the same arguments and those."
+            )
         settings = FedMoESettings(
             **{field.name: vars(args)[field.name] for field in dataclasses.fields(FedMoESettings)}
         )

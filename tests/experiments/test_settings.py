@@ -7,10 +7,10 @@ from transformers import SchedulerType
 from hf_fedmoe.experiments import ImageExperiment, TextExperiment, parse_settings, read_words
 from hf_fedmoe.experiments.methods import make_strategy, own_settings
 from hf_fedmoe.experiments.settings import settings_of, typed, typed_settings
-from hf_fedmoe.training import FederatedTrainingArguments
+from hf_fedmoe.training import FedMoETrainingArguments
 
 
-KNOWN = settings_of(ImageExperiment, FederatedTrainingArguments)
+KNOWN = settings_of(ImageExperiment, FedMoETrainingArguments)
 LEAST = {"dataset": ["digits"], "model": ["small_cnn"], "use_cpu": True}
 
 

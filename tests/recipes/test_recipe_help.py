@@ -8,7 +8,7 @@ import pytest
 
 from hf_fedmoe.experiments import METHODS, CharacterExperiment, ImageExperiment, TextExperiment, main
 from hf_fedmoe.experiments.settings import settings_of
-from hf_fedmoe.training import FederatedTrainingArguments
+from hf_fedmoe.training import FedMoETrainingArguments
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -48,7 +48,7 @@ def test_own_settings_come_first(recipe, monkeypatch, capsys):
 
 def test_everything_is_shown_when_asked_for(monkeypatch, capsys):
     found = options(help_of("yelp_gpt2", monkeypatch, capsys, "--help-all"))
-    known = settings_of(TextExperiment, FederatedTrainingArguments)
+    known = settings_of(TextExperiment, FedMoETrainingArguments)
     assert len(found) == len(set(found))
     # Fed-MoE's own preset has another name, and where settings come from is no setting.
     assert set(found) == known.keys() - {"preset_name"} | {"preset_of_method"}

@@ -19,7 +19,7 @@ from transformers import (
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.models import FedMoEForSequenceClassification
 from hf_fedmoe.strategies import FedAvg, FedMix, FedMoE, FedProx, FedRep
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer, FedMoETrainingArguments
 from hf_fedmoe.training.deepspeed_config import engine_config
 from tests.tiny_federation import (
     tiny_args,
@@ -74,7 +74,7 @@ def test_arguments(tmp_path, changes, message):
 
 
 def test_paper_preset_is_the_papers_letter_and_single_settings_override_it(tmp_path):
-    args = FederatedTrainingArguments(output_dir=str(tmp_path), preset="paper", fusion_rate=0.4)
+    args = FedMoETrainingArguments(output_dir=str(tmp_path), preset="paper", fusion_rate=0.4)
     assert (args.correlation, args.synchronisation, args.main_fusion_rate) == ("sum", "after_round", 0.1)
     assert args.fusion_rate == 0.4 and args.balance_weight == 0.0 and args.gate_epochs == 1
 
@@ -338,6 +338,10 @@ def test_parts_of_another_kind_for_fedmoe(tmp_path):
     args, data = tiny_args(tmp_path), tiny_federation()
     with pytest.raises(ValueError, match="`args` is a TrainingArguments"):
         FedMoETrainer(tiny_mixture(), TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=data)
+    with pytest.raises(ValueError, match="which has no settings of Fed-MoE: make it a `FedMoETrainingArguments`"):
+        FedMoETrainer(tiny_mixture(), FederatedTrainingArguments(str(tmp_path), use_cpu=True), train_dataset=data)
+    with pytest.raises(TypeError, match="fusion_rate"):
+        FederatedTrainingArguments(str(tmp_path), use_cpu=True, fusion_rate=0.4)
     with pytest.raises(ValueError, match="a `FedMoETrainer` trains by Fed-MoE: leave it out"):
         FedMoETrainer(tiny_mixture(), args, train_dataset=data, strategy=FedAvg())
 

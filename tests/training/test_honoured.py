@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 import tests.tiny_federation
 from hf_fedmoe.strategies import APFL, FedAvg, FedAvgReserved, FedMoE, FedMoESettings, FedProx, PFedMe
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer
+from hf_fedmoe.training import FederatedTrainer, FedMoETrainer, FedMoETrainingArguments
 from hf_fedmoe.training.honoured import (
     HONOURED_ARGUMENTS,
     HONOURED_HOOKS,
@@ -98,7 +98,7 @@ def test_what_is_honoured_is_read_and_called(tmp_path, monkeypatch):
     """A run with checkpoints, evaluations and a resume, every hook and every argument of which is watched."""
     called, read = set(), set()
 
-    class Watched(FederatedTrainingArguments):
+    class Watched(FedMoETrainingArguments):
         def __getattribute__(self, name):
             reader = sys._getframe(1).f_code.co_name
             if reader not in ("to_dict", "check_arguments"):
@@ -116,7 +116,7 @@ def test_what_is_honoured_is_read_and_called(tmp_path, monkeypatch):
         return staticmethod(watched) if static else watched
 
     kind = type("Everything", (FederatedTrainer,), {name: watch(name) for name in HOOKS})
-    monkeypatch.setattr(tests.tiny_federation, "FederatedTrainingArguments", Watched)
+    monkeypatch.setattr(tests.tiny_federation, "FedMoETrainingArguments", Watched)
     every = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     run = make_trainer(tmp_path, kind, **every, metric_for_best_model="loss")
     assert set(overridden_hooks(run, FederatedTrainer)) == HOOKS
