@@ -1,0 +1,113 @@
+"""
+What is worth running where a GPU is at hand for some minutes, in the order of its worth: tests, and the benchmarks
+with `--device cuda`, one after another until a budget of seconds is used up. Each has its own limit, and a file of
+what it printed; a table at the end says how each ended.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from machine import print_table
+
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Job:
+    """
+    A command.
+
+    Args:
+        arguments (`list[str]`): Of Python.
+        seconds (`int`): After which it is ended. Most of a short one's time are imports.
+        quick (`list[str]`): In the place of `arguments` for `--quick`.
+    """
+
+    arguments: list[str]
+    seconds: int
+    quick: list[str]
+
+
+def benchmark(name: str, options: str, seconds: int, quick: str = "--quick") -> Job:
+    script = str(HERE / f"{name}.py")
+    return Job([script, "--device", "cuda", *options.split()], seconds, [script, *quick.split()])
+
+
+def comparison(rounds: int, graphs: bool) -> Job:
+    """FedAvg on CIFAR-10 in the paper's width, by itself; the table has the seconds of a round."""
+    table = str(HERE.parent / "recipes" / "paper" / "table2_cifar10.yaml")
+    command = ["-m", "hf_fedmoe.cli", "compare", table, "--seeds", "0", "--rows", "FedAvg", "--eval_strategy", "no"]
+    out = ["--rounds", str(rounds), "--cuda_graphs", str(graphs), "--out", f"runs/on_gpu/graphs-{graphs}"]
+    return Job([*command, "--size", "wide", *out], 90, [*command, "--size", "tiny", *out, "--rounds", "1"])
+
+
+TESTS = ["-m", "pytest", "-q", "--tb=short", str(HERE.parent / "tests" / "training" / "test_on_gpu.py")]
+JOBS = {
+    "tests": Job([*TESTS, "-m", "gpu", "-n", "8"], 150, [*TESTS, "--collect-only", "-m", "gpu"]),
+    "yelp": benchmark("yelp_round", "--zero 0 --models whole --threads 8", 70),
+    "cifar": comparison(8, graphs=True),
+    "cifar_plain": comparison(8, graphs=False),
+    "peers": benchmark("peers", "--shapes cifar --launches 1 --rounds 10", 130, "--quick --shapes cifar"),
+    "stage_b": benchmark("stage_b", "--sizes 124M --layers 12 --hidden 768", 60),
+    "at_once": benchmark("clients_at_once", "--repetitions 1", 60),
+    "yelp_lora": benchmark("yelp_round", "--zero 0 --models lora --threads 8", 70),
+    "written_behind": benchmark("written_behind", "--megabytes 1400", 90),
+    "round": benchmark("round", "", 60),
+    "compiled": benchmark("compiled", "", 180),
+    "lora_dispatch": benchmark("lora_dispatch", "", 120),
+    "image_round": benchmark("image_round", "", 90),
+    "channels_last": benchmark("channels_last", "", 60),
+    "reading_ahead": benchmark("reading_ahead", "--workers 1 4", 120),
+    "zero": benchmark("yelp_round", "--zero 0 1 2 3 --models whole --threads 8", 300),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--budget", type=int, default=600, help="Seconds for all; what is left bounds the last one.")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="Which, in this order.")
+    parser.add_argument("--out", type=Path, default=Path("runs/on_gpu"), help="Folder of what they print.")
+    parser.add_argument("--quick", action="store_true", help="Small ones on a CPU: do they run at all?")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    end, rows = time.monotonic() + args.budget, []
+    for name in args.jobs:
+        job, left = JOBS[name], end - time.monotonic()
+        if left < 5:
+            rows.append([name, "", "not begun"])
+            continue
+        started = time.monotonic()
+        with open(args.out / f"{name}.txt", "w", encoding="utf-8") as file:
+            # With a group of its own: what it has started ends with it.
+            process = subprocess.Popen(
+                [sys.executable, *(job.quick if args.quick else job.arguments)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(min(left, job.seconds))
+                how = f"exit code {code}" if code else "done"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                how = "ended by its limit" if job.seconds < left else "ended by the budget"
+        rows.append([name, f"{time.monotonic() - started:.0f}", how])
+        print(*rows[-1], flush=True)  # if something ends this before the table
+    print_table(f"What was run, outputs in {args.out}", ["", "seconds", ""], rows)
+
+
+if __name__ == "__main__":
+    main()
