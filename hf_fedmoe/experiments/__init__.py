@@ -6,7 +6,7 @@ from ..lazy_names import lazy_names
 # What each name is of. A module is imported with the first of its names: a process of `side_by_side` is there at once,
 # and imports what its tasks need.
 _MODULES = {
-    "METHODS": "methods",
+    "method_names": "named_strategies",
     "CharacterExperiment": "characters",
     "Experiment": "experiment",
     "FailedRunsError": "run_comparison",

@@ -8,7 +8,7 @@ from .characters import CharacterExperiment
 from .experiment import Experiment
 from .folders import folder_of
 from .images import ImageExperiment
-from .methods import METHODS
+from .named_strategies import load_plugin, method_names
 from .settings import LARGEST_SEED, nearest
 from .texts import TextExperiment
 from .yaml_files import read_yaml
@@ -96,6 +96,8 @@ def read_comparison(path: Path) -> Comparison:
         raise ValueError("`columns` is []: give at least one metric, [accuracy].")
     check_seeds(comparison.seeds)
     check_settings("`settings`", comparison.settings)
+    if isinstance(plugin := comparison.settings.get("plugin"), str):
+        load_plugin(plugin)  # before rows name its methods
     comparison.methods = {row: _method(row, given) for row, given in comparison.methods.items()}
     comparison.sizes = {size: given or {} for size, given in comparison.sizes.items()}
     for size, given in comparison.sizes.items():
@@ -133,7 +135,7 @@ def check_settings(where: str, given: dict[str, Any]) -> None:
 def _method(row: str, given: Any) -> dict[str, Any]:
     """A row as a dictionary with its `method`."""
     folder_of(row)
-    choices = f"choose from {', '.join((*METHODS, MAJORITY))}."
+    choices = f"choose from {', '.join((*method_names(), MAJORITY))}."
     if isinstance(given, str):
         given = {"method": given}
     if not given:
@@ -141,9 +143,9 @@ def _method(row: str, given: Any) -> dict[str, Any]:
     _check_mapping(f"methods: {row}", given, "method: NAME")
     check_settings(f"`methods: {row}`", given)
     method = given.get("method", row)
-    if method not in (*METHODS, MAJORITY):
+    if method not in (*method_names(), MAJORITY):
         told = f"There is no method {method!r}" if "method" in given else f"The row {row!r} has no `method`"
-        raise ValueError(f"{told}{nearest(str(method), (*METHODS, MAJORITY))}")
+        raise ValueError(f"{told}{nearest(str(method), (*method_names(), MAJORITY))}")
     return {**given, "method": method}
 
 

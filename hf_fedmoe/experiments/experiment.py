@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from ..data import FederatedDataset, dirichlet, hold_out_client_tests, iid, load_source, predominant, shards
 from ..models import EnsemblePreTrainedModel, FedMoEPreTrainedModel, MultiHeadPreTrainedModel
+from .named_strategies import load_plugin
 
 
 @dataclass
@@ -52,6 +53,10 @@ class Experiment(ABC):
     method_settings: str = field(
         default="{}", metadata={"help": 'JSON: settings of a method by its name, {"fedprox": {"mu": 0.1}}.'}
     )
+    plugin: str | None = field(
+        default=None,
+        metadata={"help": "A Python file with strategies of your own, methods by their name."},
+    )
     compare: list[str] = field(
         default_factory=lambda: ["fedavg", "fedmoe"],
         metadata={"help": "What a recipe trains, in this order: names of methods."},
@@ -80,7 +85,7 @@ class Experiment(ABC):
     shares: ClassVar[tuple[str, ...]] = ("client_test_share", "unseen_share")
     # Everything else may change who holds what.
     not_of_data: ClassVar[tuple[str, ...]] = (
-        *("preset_name", "compare", "method_settings", "model_config", "gate", "start_epochs", "num_models"),
+        *("preset_name", "compare", "plugin", "method_settings", "model_config", "gate", "start_epochs", "num_models"),
         *("num_main_experts", "num_routed_experts", "top_l", "peft", "rank", "target_modules", "augmentation"),
     )
 
@@ -111,6 +116,8 @@ class Experiment(ABC):
         for name in ("model_config", "method_settings"):
             if name in vars(self):
                 self.read_json(name)
+        if self.plugin is not None:
+            load_plugin(self.plugin)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The dictionary that a setting holds as JSON; raises `ValueError` when it holds none."""

@@ -11,26 +11,15 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .. import strategies
 from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
 from ..reporting import ExpertAnalysis, analyse_experts, scores
-from ..strategies import FedAvgReserved, FedMoE, Strategy, freeze_common_expert
+from ..strategies import Strategy, freeze_common_expert
 from ..training import FederatedTrainer, FedMoETrainer, FedMoETrainingArguments
 from .experiment import Experiment
+from .named_strategies import CENTRALISED, STRATEGIES, method_names
 from .settings import Setting, nearest, settings_of, typed_settings
 
-
-# A new one is here as soon as `hf_fedmoe.strategies` has it.
-STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy
-    for strategy in vars(strategies).values()
-    if isinstance(strategy, type) and issubclass(strategy, Strategy) and strategy not in (Strategy, FedMoE)
-}
-STRATEGIES["fedavg_tuned_at_end"] = FedAvgReserved
-# Trained on the reserved set alone.
-CENTRALISED = ("reserved_only", "cent_moe")
-METHODS = (*STRATEGIES, *CENTRALISED, "fedmoe")
 
 # Of FedAvg fine-tuned at the end, where Fed-MoE does without.
 TUNING_EPOCHS = 5
@@ -72,7 +61,7 @@ def make_trainer(
     A trainer of one method. Equal seeds give every method the same initial weights, clients and draws.
 
     Args:
-        method (`str`): One of [`METHODS`].
+        method (`str`): One of [`method_names`].
         experiment ([`Experiment`]), args ([`FedMoETrainingArguments`]): The settings.
         data ([`~data.FederatedDataset`]), processor: As [`Experiment.load_data`] and its `load_processor` give them.
         train_first (`Callable`, *optional*): Trains what a run starts from, where it is trained.
@@ -150,8 +139,8 @@ def check_method(method: str, experiment: Experiment, args: FedMoETrainingArgume
     """
     given = experiment.read_json("method_settings")
     for name in (method, *given):
-        if name not in METHODS:
-            raise ValueError(f"There is no method {name!r}{nearest(name, METHODS)}")
+        if name not in method_names():
+            raise ValueError(f"There is no method {name!r}{nearest(name, method_names())}")
     for name, settings in given.items():
         own = own_settings(name)
         for setting in settings:

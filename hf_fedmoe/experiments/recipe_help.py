@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..strategies import FedMoESettings
 from ..training import FedMoETrainingArguments
 from .experiment import Experiment
-from .methods import METHODS
+from .named_strategies import method_names
 from .settings import Setting, read_preset, settings_of
 
 
@@ -30,7 +30,7 @@ FIRST = (
     "seed",
 )
 MODELS = ("model_config", "gate", "num_main_experts", "num_routed_experts", "top_l", "num_models", "start_epochs")
-MODELS += ("peft", "rank", "target_modules", "method_settings")
+MODELS += ("peft", "rank", "target_modules", "method_settings", "plugin")
 LOCAL = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "optim")
 LOCAL += ("optim_args", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16", "use_cpu", "deepspeed")
 LOGS = ("eval_strategy", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
@@ -93,7 +93,7 @@ def recipe_help(
         for name in names:
             text = TEXTS.get(name, fields[name].metadata.get("help", ""))
             if name == "compare":
-                text += f" There are {', '.join(METHODS)}."
+                text += f" There are {', '.join(method_names())}."
             elif name == "partition":
                 text += f" One of {', '.join(experiment_class.partitions)}."
             value = _shown(in_force[name] if name in in_force else _default(fields[name]))

@@ -25,7 +25,8 @@ from ..training.client_evaluation import CLIENT_TABLE_NAME
 from .comparison import KINDS, MAJORITY, Comparison, check_seeds, check_settings, read_comparison
 from .experiment import Experiment
 from .folders import check_writable, claim_folder, folder_of
-from .methods import STRATEGIES, check_method, own_settings
+from .methods import check_method, own_settings
+from .named_strategies import STRATEGIES, load_plugin
 from .runs import Run, execute, metric_names, part_names, try_out
 from .settings import Setting, nearest, read_preset, settings_of, typed_settings
 from .side_by_side import Failure, SideBySide
@@ -219,6 +220,8 @@ def compare(
         [`FailedRunsError`]: After everything else was trained and written, when a run failed.
     """
     path = Path(path)
+    if plugin := (overrides or {}).get("plugin"):
+        load_plugin(str(plugin))  # before rows name its methods
     comparison = read_comparison(path)
     if seeds is not None:
         check_seeds(seeds)

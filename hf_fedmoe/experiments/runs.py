@@ -19,7 +19,6 @@ from ..training import FederatedTrainer, FedMoETrainingArguments
 from .comparison import KINDS, MAJORITY
 from .experiment import Experiment
 from .methods import (
-    CENTRALISED,
     analyse,
     leave_as_it_is,
     majority_scores,
@@ -27,6 +26,7 @@ from .methods import (
     metrics_of_tests,
     train_or_go_on,
 )
+from .named_strategies import CENTRALISED
 from .settings import parse_settings, settings_of, typed
 
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from hf_fedmoe.cli import main
-from hf_fedmoe.experiments import METHODS, FailedRunsError, ImageExperiment, compare, make_trainer, parse_settings
+from hf_fedmoe.experiments import FailedRunsError, ImageExperiment, compare, make_trainer, method_names, parse_settings
 from hf_fedmoe.experiments.comparison import read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
-from hf_fedmoe.experiments.methods import CENTRALISED
+from hf_fedmoe.experiments.named_strategies import CENTRALISED
 from hf_fedmoe.experiments.run_comparison import plan_runs
 from hf_fedmoe.experiments.runs import execute, metric_names
 from hf_fedmoe.federation import Federation
@@ -54,7 +54,7 @@ def runs_of(path, out, size=None, **overrides):
 
 
 def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
-    methods = {
+    rows = {
         "FedAvg": "fedavg",
         "far": {"method": "fedprox", "mu": 9.0},
         "Fed-MoE": {"method": "fedmoe", "top_l": 2},
@@ -62,7 +62,7 @@ def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
     columns = ["accuracy", "clients_accuracy", "megabytes_up"]
     path = written(
         tmp_path,
-        methods=methods,
+        methods=rows,
         columns=columns,
         parts=["main_expert"],
         reference="Fed-MoE",
@@ -90,7 +90,7 @@ def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
 
 def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeypatch):
     """A round in which nobody learns leaves every method's server as it was: the same for all that train one model."""
-    path = written(tmp_path, methods={method: method for method in METHODS})
+    path = written(tmp_path, methods={method: method for method in method_names()})
     draws, scores, loaded = {}, {}, []
     draw, load_data = Federation.draw, ImageExperiment.load_data
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_fedmoe.experiments import METHODS, CharacterExperiment, ImageExperiment, TextExperiment, main
+from hf_fedmoe.experiments import CharacterExperiment, ImageExperiment, TextExperiment, main, method_names
 from hf_fedmoe.experiments.settings import settings_of
 from hf_fedmoe.training import FedMoETrainingArguments
 
@@ -41,7 +41,7 @@ def test_own_settings_come_first(recipe, monkeypatch, capsys):
     assert headings[0] == "the recipe" and headings[-1] == "Fed-MoE"
     assert headings.index("federation") < headings.index("local training of a client")
     words = text.split()
-    assert all(any(word.strip(".,") == method for word in words) for method in METHODS)
+    assert all(any(word.strip(".,") == method for word in words) for method in method_names())
     assert "quick (" in " ".join(words) and "paper (" in " ".join(words) and "push_to_hub" not in found
     assert len(found) == len(set(found)) and f"[runs/{recipe}]" in text
 

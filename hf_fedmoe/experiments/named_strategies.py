@@ -1,0 +1,67 @@
+"""The strategies of recipes and comparisons by their names, and those of a user's own file."""
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+from .. import strategies
+from ..strategies import FedAvgReserved, FedMoE, Strategy
+
+
+# A new one is here as soon as `hf_fedmoe.strategies` has it.
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy
+    for strategy in vars(strategies).values()
+    if isinstance(strategy, type) and issubclass(strategy, Strategy) and strategy not in (Strategy, FedMoE)
+}
+STRATEGIES["fedavg_tuned_at_end"] = FedAvgReserved
+# Trained on the reserved set alone.
+CENTRALISED = ("reserved_only", "cent_moe")
+
+
+def method_names() -> tuple[str, ...]:
+    """Lists the names of all methods, those of files that were loaded among them."""
+    return (*STRATEGIES, *CENTRALISED, "fedmoe")
+
+
+def load_plugin(file: str) -> None:
+    """
+    Adds the strategies of a Python file to [`STRATEGIES`], by their `name`. It is run once in a process.
+
+    Args:
+        file (`str`): Its path, from the working folder.
+
+    Raises:
+        ValueError: When there is no such file, it fails, has no strategy, or one whose name another has.
+    """
+    _load(str(Path(file).resolve()), file)
+
+
+@functools.cache
+def _load(path: str, file: str) -> None:
+    begin = f"`plugin` is {file!r}"
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise ValueError(f"{begin}: give a Python file that is there.")
+    spec = importlib.util.spec_from_file_location(f"hf_fedmoe_plugin_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where data classes look for their module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{begin}, which cannot be run. It says: {type(error).__name__}: {error}") from error
+    own = [
+        found
+        for found in vars(module).values()
+        if isinstance(found, type) and issubclass(found, Strategy) and found.__module__ == module.__name__
+    ]
+    if not own:
+        raise ValueError(f"{begin}, which has no subclass of `Strategy`: see docs/strategies.md.")
+    for strategy in own:
+        if "name" not in vars(strategy):
+            raise ValueError(f'{begin}, whose {strategy.__name__} has no name: write `name = "..."` in the class.')
+        if strategy.name in method_names():
+            raise ValueError(
+                f"{begin}, whose {strategy.__name__} is named {strategy.name!r}, as another method is: change `name`."
+            )
+    STRATEGIES.update({strategy.name: strategy for strategy in own})
