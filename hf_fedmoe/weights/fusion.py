@@ -1,4 +1,4 @@
-"""Weighted fusion of rows: one in-place GEMM over contiguous memory.
+"""Weighted fusion of rows: one in-place GEMM over contiguous memory, on a GPU a kernel of our own.
 
 Shape suffixes: S rows of the server's bank, m uploads, P elements of a row, F features of a BatchNorm layer.
 """
