@@ -1,7 +1,6 @@
 """
-What is worth running where a GPU is at hand for some minutes, in the order of its worth: tests, and the benchmarks
-with `--device cuda`, one after another until a budget of seconds is used up. Each has its own limit, and a file of
-what it printed; a table at the end says how each ended.
+Runs tests and benchmarks on a GPU in the order of their worth, one after another until a budget of seconds is used up.
+Each has its own limit, and a file of what it printed; a table at the end says how each ended.
 """
 
 import argparse

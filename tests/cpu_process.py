@@ -22,8 +22,8 @@ def on_the_cpu(function: Callable, *args: Any, **kwargs: Any) -> Future:
 
 def both(run: Callable, folder: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """
-    What `run(folder, use_cpu, ...)` returns in this process, on its GPU, and in the other meanwhile, on the CPU. Each
-    has a folder of its own.
+    Returns what `run(folder, use_cpu, ...)` does in this process, on its GPU, and in the other meanwhile, on the CPU.
+    Each has a folder of its own.
     """
     expected = on_the_cpu(run, folder / "cpu", True, *args, **kwargs)
     found = run(folder / "gpu", False, *args, **kwargs)

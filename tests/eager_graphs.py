@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 
-from hf_fedmoe.federation import captured_passes, local_updates
+from hf_fedmoe.federation import captured_passes, cuda_graph, local_updates
 
 
 TIMES_SEEN = 3
@@ -41,8 +41,7 @@ def refused_graph(work, pool):
 
 def capture_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has passes and steps captured when they come for the third time: tests are short."""
-    for module in (captured_passes, local_updates):
-        monkeypatch.setattr(module, "TIMES_SEEN", TIMES_SEEN)
+    monkeypatch.setattr(cuda_graph, "TIMES_SEEN", TIMES_SEEN)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, graph: type = EagerGraph) -> None:

@@ -58,7 +58,7 @@ def unsound_end(output_dir):
 
 
 class UnwrittenRow(FedAvg):
-    """Of the client that the second process trains."""
+    """Gives that of the client that the second process trains."""
 
     def train_client(self, local, task):
         if index_of_this_process() == 0:

@@ -53,7 +53,7 @@ def device_of(model: nn.Module) -> str:
 
 
 def losses(run: FederatedTrainer) -> list[float]:
-    """Of the clients in each round, and of the server's model at the end."""
+    """Lists those of the clients in each round, and that of the server's model at the end."""
     assert not any(report.refused for report in run.rounds)
     return [*(report.loss for report in run.rounds), run.evaluate()["eval_loss"]]
 

@@ -30,15 +30,6 @@ SENTENCES = [
 ]
 
 
-# GPT-2's activation in one kernel in the place of eight, which take a third of a step on a GPU.
-FUSED_ACTIVATION = {"activation_function": "gelu_pytorch_tanh"}
-
-
-def _has_slow_activation(name: str) -> bool:
-    config = load_pretrained(AutoConfig, name)
-    return config.model_type == "gpt2" and config.activation_function == "gelu_new"
-
-
 @dataclass
 class TextExperiment(Experiment):
     """Text classification with pretrained experts."""
@@ -76,10 +67,11 @@ class TextExperiment(Experiment):
 
     def make_expert(self, data: FederatedDataset, processor: PreTrainedTokenizerBase) -> PreTrainedModel:
         name = find_model(self.model)
-        changes = FUSED_ACTIVATION if _has_slow_activation(name) else {}
-        expert = load_pretrained(
-            AutoModelForSequenceClassification, name, **label_maps(data), **changes, dtype=torch.float32
-        )
+        config = load_pretrained(AutoConfig, name, **label_maps(data))
+        if config.model_type == "gpt2" and config.activation_function == "gelu_new":
+            # The same function in one kernel in the place of eight, which take a third of a step on a GPU.
+            config.activation_function = "gelu_pytorch_tanh"
+        expert = load_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32)
         if expert.config.pad_token_id is None:
             expert.config.pad_token_id = processor.pad_token_id
         return expert

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from . import cuda_graph
 from .cuda_graph import CudaGraph, new_pool
 from .objective import own_loss
 
 
 logger = logging.get_logger(__name__)
 
-# To capture a shape takes as long as some twenty plain passes of a small model, so that it waits until it has come as
-# often; and no more shapes than this: what is rare does not pay.
-TIMES_SEEN, MOST_GRAPHS = 20, 16
+# No more shapes than this are captured: what is rare does not pay.
+MOST_GRAPHS = 16
 # Of the gradient's norm. A replay that differs by more than rounding, in bf16 too, is not used.
 TOLERANCE = 0.05
 
@@ -53,15 +53,7 @@ class CapturedPass:
         """Adds the gradients of a batch; returns the loss, until the next replay."""
         for name, tensor in batch.items():
             self.batch[name].copy_(tensor)
-        fresh = []
-        for parameter, grad in self.grads.items():
-            if parameter.grad is None:
-                fresh.append(grad)
-            elif parameter.grad is not grad:
-                grad.copy_(parameter.grad)
-            parameter.grad = grad
-        if fresh:
-            torch._foreach_zero_(fresh)
+        into_memory_(self.grads)
         self.graph.replay()
         return self.value
 
@@ -103,7 +95,7 @@ class CapturedPasses:
         key = (shapes, weight, count, self.worker.training, learning)
         if key not in self._captured:
             self._seen[key] += 1
-            if self._seen[key] < TIMES_SEEN or len(self._captured) == MOST_GRAPHS:
+            if self._seen[key] < cuda_graph.TIMES_SEEN or len(self._captured) == MOST_GRAPHS:
                 return self.plain(loss, batch, weight, count)
             with self.whole():
                 return self._capture(key, loss, batch, weight, count)
@@ -194,6 +186,19 @@ def memory_of(parameters: Iterable[nn.Parameter], grads: dict[nn.Parameter, Tens
         if parameter not in grads:
             grads[parameter] = torch.zeros_like(parameter)
     return {parameter: grads[parameter] for parameter in parameters}
+
+
+def into_memory_(grads: dict[nn.Parameter, Tensor]) -> None:
+    """Brings the parameters' gradients into their memory: zeros where there is none."""
+    fresh = []
+    for parameter, grad in grads.items():
+        if parameter.grad is None:
+            fresh.append(grad)
+        elif parameter.grad is not grad:
+            grad.copy_(parameter.grad)
+        parameter.grad = grad
+    if fresh:
+        torch._foreach_zero_(fresh)
 
 
 @dataclass

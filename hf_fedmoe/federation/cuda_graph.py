@@ -6,6 +6,10 @@ from typing import Any
 import torch
 
 
+# To capture work takes as long as some twenty plain passes of a small model: it waits until it has come as often.
+TIMES_SEEN = 20
+
+
 class CudaGraph:
     """
     Work on the GPU that was captured once and is replayed, on the same memory.

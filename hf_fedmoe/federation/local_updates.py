@@ -3,7 +3,7 @@ A client's optimizer steps: gradients are clipped, weights move, gradients are g
 of launches and much of Python, which a CUDA graph replays as one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .captured_passes import memory_of
+from . import cuda_graph
+from .captured_passes import into_memory_, memory_of
 from .cuda_graph import CudaGraph, new_pool
 
 
 logger = logging.get_logger(__name__)
 
 OPTIMIZER_PREFIX = "optimizer."
-# As for passes: to capture one takes as long as some twenty plain ones.
-TIMES_SEEN = 20
 # Of the norm of the step. A replay that differs by more than rounding is not used.
 TOLERANCE = 0.01
 
@@ -50,9 +49,8 @@ class LocalUpdates:
         """Makes the optimizer a fresh one, or that of the last round by [`LocalUpdates.tensors`]."""
         state = self.optimizer.state_dict()
         state["state"] = {}
-        for name, tensor in (kept or {}).items():
-            _, index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = tensor
+        for number, key, tensor in _entries(kept):
+            state["state"].setdefault(number, {})[key] = tensor
         for group, learning_rate in zip(state["param_groups"], self._learning_rates, strict=True):
             group["lr"] = learning_rate
         self.optimizer.load_state_dict(state)
@@ -88,7 +86,7 @@ class CapturedUpdates(LocalUpdates):
             return captured.replay()
         if not self._tried and _can_be_captured(self.optimizer):
             self._seen += 1
-            if self._seen >= TIMES_SEEN and self._has_state():
+            if self._seen >= cuda_graph.TIMES_SEEN and self._has_state():
                 return self._capture()
         super().__call__()
 
@@ -134,6 +132,13 @@ class CapturedUpdates(LocalUpdates):
         after.restore()
         for parameter in parameters:
             parameter.grad = None
+
+
+def _entries(kept: dict[str, Tensor] | None) -> Iterator[tuple[int, str, Tensor]]:
+    """Gives the entries of what [`LocalUpdates.tensors`] returned: number of the parameter, name, value."""
+    for name, tensor in (kept or {}).items():
+        _, number, key = name.split(".")
+        yield int(number), key, tensor
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -254,10 +259,7 @@ class _CapturedUpdate:
             if group["lr"] != self.values[index]:
                 self.values[index] = group["lr"]
                 rate.fill_(group["lr"])
-        for parameter, grad in self.grads.items():
-            if parameter.grad is not grad:
-                grad.copy_(parameter.grad)
-                parameter.grad = grad
+        into_memory_(self.grads)
         self.graph.replay()
 
     @torch.no_grad()
@@ -269,9 +271,8 @@ class _CapturedUpdate:
         if tensors:
             torch._foreach_zero_(tensors)
         numbered = _parameters(self.optimizer)
-        for name, tensor in (kept or {}).items():
-            _, index, key = name.split(".")
-            parameter = numbered[int(index)]
+        for number, key, tensor in _entries(kept):
+            parameter = numbered[number]
             if parameter in self.state:
                 self.state[parameter][key].copy_(tensor)
             else:

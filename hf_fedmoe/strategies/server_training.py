@@ -60,7 +60,9 @@ def fine_tune(
     loss = _cross_entropy if reserved.objective is None else reserved.objective
     take = _passes(model, reserved)
     if captured is not None:
-        take = captured.setdefault(model, CapturedPasses(model, take, nullcontext, {}, _cross_entropy))
+        if model not in captured:
+            captured[model] = CapturedPasses(model, take, nullcontext, {}, _cross_entropy)
+        take = captured[model]
     model.train()
     total = torch.zeros((), device=reserved.labels_R.device)
     for _ in track(range(epochs), what):

@@ -1,5 +1,5 @@
 """
-What runs on a GPU ends like what runs on the CPU, but for rounding: `pytest -m gpu`, on a machine that has one. The
+Runs on a GPU end like those on the CPU, but for rounding: `pytest -m gpu`, on a machine that has one. The
 CPU's side runs in another process, see `tests/cpu_process.py`.
 """
 
