@@ -95,7 +95,7 @@ class CapturedPasses:
         key = (shapes, weight, count, self.worker.training, learning)
         if key not in self._captured:
             self._seen[key] += 1
-            if self._seen[key] < cuda_graph.TIMES_SEEN or len(self._captured) == MOST_GRAPHS:
+            if self._seen[key] < cuda_graph.TIMES_SEEN or self._count() == MOST_GRAPHS:
                 return self.plain(loss, batch, weight, count)
             with self.whole():
                 return self._capture(key, loss, batch, weight, count)
@@ -106,6 +106,9 @@ class CapturedPasses:
             del self._captured[key]
             return self.plain(loss, batch, weight, count)
         return captured.replay(batch)
+
+    def _count(self) -> int:
+        return sum(captured is not None for captured in self._captured.values())
 
     def _capture(self, key: tuple, loss: Callable, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
         """Takes a plain pass, captures its like, and keeps the graph if its replay gives the same."""
@@ -120,6 +123,8 @@ class CapturedPasses:
         try:
             if state_after.host != random_state.host:
                 raise RuntimeError("the model draws random numbers on the host")
+            if any(buffer is not own for buffer, own in zip(self.worker.buffers(), buffers, strict=True)):
+                raise RuntimeError("the model puts other tensors in the place of its buffers")
             self._go_back(buffers, random_state)
             captured = self._recorded(found, loss, batch, weight, count)
             self._go_back(buffers, random_state)

@@ -238,7 +238,6 @@ class _CapturedUpdate:
                     parameter.grad = grad
                 clip()
                 optimizer.step()
-                torch._foreach_zero_(list(grads.values()))
             finally:
                 for group, value, own in zip(groups, values, settings, strict=True):
                     group.update({name: own[name] for name in changes}, lr=value)
@@ -254,13 +253,16 @@ class _CapturedUpdate:
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Takes the step; the gradients are zeros."""
+        """Takes the step; the gradients are gone."""
         for index, (group, rate) in enumerate(zip(self.optimizer.param_groups, self.rates, strict=True)):
             if group["lr"] != self.values[index]:
                 self.values[index] = group["lr"]
                 rate.fill_(group["lr"])
         into_memory_(self.grads)
         self.graph.replay()
+        # Not zeros: a parameter that the next pass does not reach must be left as it is.
+        for parameter in self.grads:
+            parameter.grad = None
 
     @torch.no_grad()
     def reset(self, kept: dict[str, Tensor] | None) -> None:

@@ -162,3 +162,23 @@ def test_a_model_whose_memory_has_moved_is_captured_anew():
     for _ in range(2):
         take(own_loss, batch, 1.0, 1)
     assert len(EagerGraph.made) == 2
+
+
+class Mean(Model):
+    """Has a running mean that each pass makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return super().forward(x - self.mean)
+
+
+def test_a_model_that_replaces_its_buffers_stays_plain():
+    models = Mean(), Mean()
+    models[1].load_state_dict(models[0].state_dict())
+    steps = [[batch] for batch in batches(*[4] * 8)]
+    assert_same(trained(models[0], passes(models[0]), steps), trained(models[1], plain_pass(models[1]), steps))
+    assert not EagerGraph.made

@@ -153,3 +153,20 @@ def test_captured_passes_and_steps_go_together():
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_without_a_gradient_is_left_alone_after_a_replay(name):
+    """Its moments are not 0 then, and would move it."""
+
+    def run(kind):
+        weights = parameters()
+        optimizer = OPTIMIZERS[name](weights)
+        updates = kind(optimizer, lambda: None, *([{}] if kind is CapturedUpdates else []))
+        for count in (3, 3, 3, 3, 2, 3, 1, 1, 3):
+            sum((weight * weight).sum() for weight in weights[:count]).backward()  # adds to what is there
+            updates()
+        return [[weight.detach().clone() for weight in weights]]
+
+    assert_close(run(CapturedUpdates), run(LocalUpdates))
+    assert EagerGraph.made[0].replays > 3
