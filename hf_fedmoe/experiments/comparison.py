@@ -8,7 +8,7 @@ from .characters import CharacterExperiment
 from .experiment import Experiment
 from .folders import folder_of
 from .images import ImageExperiment
-from .named_strategies import load_plugin, method_names
+from .named_strategies import MAJORITY, load_plugin, method_names
 from .settings import LARGEST_SEED, nearest
 from .texts import TextExperiment
 from .yaml_files import read_yaml
@@ -19,7 +19,6 @@ KINDS: dict[str, type[Experiment]] = {
     "images": ImageExperiment,
     "characters": CharacterExperiment,
 }
-MAJORITY = "majority_class"
 # Settings that a comparison says elsewhere, and where.
 ELSEWHERE = {
     "seed": "give `seeds`",
@@ -96,8 +95,9 @@ def read_comparison(path: Path) -> Comparison:
         raise ValueError("`columns` is []: give at least one metric, [accuracy].")
     check_seeds(comparison.seeds)
     check_settings("`settings`", comparison.settings)
-    if isinstance(plugin := comparison.settings.get("plugin"), str):
-        load_plugin(plugin)  # before rows name its methods
+    for chosen in (comparison.settings, *filter(None, comparison.sizes.values())):
+        if isinstance(chosen, dict) and isinstance(plugin := chosen.get("plugin"), str):
+            load_plugin(plugin)  # before rows name its methods
     comparison.methods = {row: _method(row, given) for row, given in comparison.methods.items()}
     comparison.sizes = {size: given or {} for size, given in comparison.sizes.items()}
     for size, given in comparison.sizes.items():

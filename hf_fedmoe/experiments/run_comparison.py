@@ -22,11 +22,11 @@ from ..reporting import (
 )
 from ..training import FedMoETrainingArguments
 from ..training.client_evaluation import CLIENT_TABLE_NAME
-from .comparison import KINDS, MAJORITY, Comparison, check_seeds, check_settings, read_comparison
+from .comparison import KINDS, Comparison, check_seeds, check_settings, read_comparison
 from .experiment import Experiment
 from .folders import check_writable, claim_folder, folder_of
 from .methods import check_method, own_settings
-from .named_strategies import STRATEGIES, load_plugin
+from .named_strategies import MAJORITY, STRATEGIES, load_plugin
 from .runs import Run, execute, metric_names, part_names, try_out
 from .settings import Setting, nearest, read_preset, settings_of, typed_settings
 from .side_by_side import Failure, SideBySide

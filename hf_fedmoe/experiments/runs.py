@@ -1,5 +1,6 @@
 """One run of a comparison: a method on a seed, in a folder of its own."""
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from transformers.utils import logging
 from ..data import FederatedDataset
 from ..reporting import RunResult
 from ..training import FederatedTrainer, FedMoETrainingArguments
-from .comparison import KINDS, MAJORITY
+from .comparison import KINDS
 from .experiment import Experiment
 from .methods import (
     analyse,
@@ -26,7 +27,7 @@ from .methods import (
     metrics_of_tests,
     train_or_go_on,
 )
-from .named_strategies import CENTRALISED
+from .named_strategies import CENTRALISED, MAJORITY, source_of
 from .settings import parse_settings, settings_of, typed
 
 
@@ -65,7 +66,9 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """Gives what a finished run must have had in common to be taken for this one."""
-        return json.loads(json.dumps({"method": self.method, **self.settings}))
+        source = source_of(self.method)
+        plugin = {} if source is None else {"plugin_sha256": hashlib.sha256(source.encode()).hexdigest()}
+        return json.loads(json.dumps({"method": self.method, **self.settings, **plugin}))
 
     @property
     def result_file(self) -> Path:

@@ -65,11 +65,21 @@ def test_a_comparison_has_it_in_a_row(tmp_path, warm_processes):
     table = compare(one, tmp_path / "one")
     whole, none, fedavg = ([cell.strip() for cell in line.split("|")[2:5]] for line in table.splitlines()[2:])
     assert whole == fedavg != none
+    plugin(tmp_path, HALF.replace("1 - self.share", "self.share"))
+    with pytest.raises(ValueError, match="has a finished run with another plugin_sha256"):
+        compare(one, tmp_path / "one")
+    plugin(tmp_path)
     other = written(tmp_path, methods=rows)
     with pytest.raises(ValueError, match="There is no method 'half_average'"), mock.patch.dict(STRATEGIES):
         del STRATEGIES["half_average"]
         compare(other, tmp_path / "other")
     assert compare(other, tmp_path / "other", rows=["none"], overrides={"plugin": file}).splitlines()[2].count("|") > 3
+
+
+def test_methods_may_have_a_base_in_common_that_is_none(tmp_path):
+    base = HALF.replace('    name = "half_average"\n', "")
+    load_plugin(plugin(tmp_path, base + '\n\nclass Mine(HalfAverage):\n    name = "mine"\n'))
+    assert "mine" in method_names()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +91,10 @@ def test_a_comparison_has_it_in_a_row(tmp_path, warm_processes):
         ("from hf_fedmoe import FedAvg", "which has no subclass of `Strategy`"),
         ("from hf_fedmoe import FedAvg\n\n\nclass Mine(FedAvg):\n    pass", "whose Mine has no name: write"),
         (HALF.replace("half_average", "fedavg"), "whose HalfAverage is named 'fedavg', as another method is"),
+        (HALF.replace("half_average", "majority_class"), "is named 'majority_class', as another method is"),
+        (HALF.replace('"half_average"', "3"), "whose HalfAverage is named 3: take letters"),
+        (HALF + HALF.replace("HalfAverage", "Twice"), "whose Twice is named 'half_average', as another method is"),
+        ("import sys\n\nsys.exit(3)", "which cannot be run. It says: SystemExit"),
     ],
 )
 def test_files_that_have_no_method(tmp_path, text, message):

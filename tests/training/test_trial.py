@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.strategies import FedAvg, FedMoE
 from hf_fedmoe.training import FederatedTrainer
-from hf_fedmoe.training.trial import Trial
+from hf_fedmoe.training.trial import Trial, _check_indices
 from tests.every_method import image_model
 from tests.tiny_federation import (
     assert_equal_states,
@@ -319,3 +319,17 @@ def test_rows_that_were_never_prepared(tmp_path, strategy):
     message = r"can make no batch of .*they have only \['label'\], no 'input_ids': tokenise texts, or decode images"
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+class Positions(torch.nn.Embedding):
+    """Reads of token ids only how many there are, as BART's positions do."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1]))
+
+
+def test_an_embedding_is_asked_for_its_input_unless_it_reads_it_otherwise():
+    ids = torch.tensor([[34, 34]])
+    _check_indices(Positions(2, 1), (ids,))
+    with pytest.raises(IndexError, match="an embedding of 2 rows is asked for row 34"):
+        _check_indices(torch.nn.Embedding(2, 1), (ids,))
