@@ -146,11 +146,11 @@ def _common_dtype(one: str, other: str) -> str | None:
             return kind[0]
     if "null" in (one, other):
         return other if one == "null" else one
-    for kind in (np.integer, np.floating):
+    for number in (np.integer, np.floating):
         try:
-            if all(np.issubdtype(np.dtype(dtype), kind) for dtype in (one, other)):
+            if all(np.issubdtype(np.dtype(dtype), number) for dtype in (one, other)):
                 common = np.promote_types(one, other)
-                return common.name if np.issubdtype(common, kind) else None
+                return common.name if np.issubdtype(common, number) else None
         except TypeError:  # of dates, for example, which numpy has not
             return None
     return None

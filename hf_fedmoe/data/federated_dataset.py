@@ -200,11 +200,9 @@ class FederatedDataset:
             dataset = dataset.select(used)
             clients = [np.searchsorted(used, rows) for rows in clients]
             held = {name: np.searchsorted(used, rows) for name, rows in held.items()}
-        if own_test:
-            held["test"] = labelled["test"]
-        if isinstance(returned, Mapping):
-            clients = dict(zip(names, clients, strict=True))
-        return cls(dataset, clients, **held, label_column=label_column, num_labels=num_labels)
+        divided: Partition = dict(zip(names, clients, strict=True)) if isinstance(returned, Mapping) else clients
+        tested = labelled["test"] if own_test else held.get("test")
+        return cls(dataset, divided, held.get("reserved"), held.get("validation"), tested, label_column, num_labels)
 
     @classmethod
     def from_clients(
@@ -258,10 +256,9 @@ class FederatedDataset:
             warn_equal_rows(
                 {"clients": client_rows, **{name: pool.select(held) for name, held in server.items()}}, label_column
             )
-        client_indices = {name: rows[f"client {name}"] for name in names}
-        if not isinstance(clients, Mapping):
-            client_indices = list(client_indices.values())
-        return cls(pool, client_indices, **server, test=test, label_column=label_column, num_labels=num_labels)
+        named = {name: rows[f"client {name}"] for name in names}
+        divided: Partition = named if isinstance(clients, Mapping) else list(named.values())
+        return cls(pool, divided, server.get("reserved"), server.get("validation"), test, label_column, num_labels)
 
     @classmethod
     def from_partitioner(
@@ -289,12 +286,13 @@ class FederatedDataset:
         Returns:
             [`FederatedDataset`]
         """
-        clients = [partitioner.load_partition(i) for i in range(partitioner.num_partitions)]
+        parts = [partitioner.load_partition(i) for i in range(partitioner.num_partitions)]
+        clients: Sequence[Dataset] | Mapping[str, Dataset] = parts
         if client_names is not None:
             names = check_client_names(client_names)
-            if len(names) != len(clients):
-                raise ValueError(f"client_names has {len(names)} names for {len(clients)} partitions: name each.")
-            clients = dict(zip(names, clients, strict=True))
+            if len(names) != len(parts):
+                raise ValueError(f"client_names has {len(names)} names for {len(parts)} partitions: name each.")
+            clients = dict(zip(names, parts, strict=True))
         return cls.from_clients(clients, reserved, validation, test, label_column, num_labels)
 
     @property
@@ -408,7 +406,7 @@ class FederatedDataset:
         """
         result = copy.copy(self)
         result.pool = self._map_split(self.pool, self._labels, "pool", function, kwargs)
-        if self._test is not None:
+        if self._test is not None and self._test_labels is not None:
             result._test = self._map_split(self._test, self._test_labels, "test", function, kwargs)
         return result
 

@@ -126,7 +126,7 @@ class _Decoder:
         self.num_channels = num_channels(image_processor)
         # EfficientNet's processor divides by the deviation once more unless the last is off.
         settings = {"do_rescale", "do_normalize"} | ({"include_top"} & image_processor.to_dict().keys())
-        self._settings = dict.fromkeys(settings, False)
+        self._settings: dict[str, Any] = dict.fromkeys(settings, False)
 
     def read(self, image: Any) -> Image.Image | np.ndarray | Tensor:
         """An image as a processor takes it; of a PIL image what an image pipeline would make of it."""
@@ -160,7 +160,7 @@ class _Decoder:
 
 def num_channels(image_processor: BaseImageProcessor) -> int:
     """Returns the number of channels of the images that a processor makes."""
-    mean = image_processor.image_mean
+    mean = getattr(image_processor, "image_mean", None)
     return len(mean) if isinstance(mean, Sequence) else 3
 
 
@@ -186,9 +186,8 @@ class ImageCollator:
         name, N = type(image_processor).__name__, num_channels(image_processor)
         # Neither square nor of the size of the others.
         noise = np.random.default_rng(0).integers(0, 256, (48, 80, N), dtype=np.uint8)
-        noise = Image.fromarray(noise) if N == 3 else noise
         black, white = (_pixels(image_processor, np.full((64, 64, N), byte, np.uint8)) for byte in (0, 255))
-        expected = _pixels(image_processor, noise)
+        expected = _pixels(image_processor, Image.fromarray(noise) if N == 3 else noise)
         self.shape = tuple(expected.shape)
         if black.shape != self.shape:
             raise ValueError(

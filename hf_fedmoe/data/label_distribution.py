@@ -109,6 +109,7 @@ def plot_labels(
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import AutoLocator
 
     num_clients, num_classes = counts_MC.shape
     figure = Figure(figsize=(min(4.0 + 0.3 * num_clients, 16.0), 4.0), layout="constrained")
@@ -116,7 +117,7 @@ def plot_labels(
     axes = figure.add_subplot()
     # "tab" palettes hold 10 and 20 colours that are told apart easily; beyond that a continuous one must do.
     if num_classes <= MAX_LEGEND_CLASSES:
-        colors = colormaps["tab10" if num_classes <= 10 else "tab20"].colors
+        colors = colormaps["tab10" if num_classes <= 10 else "tab20"](np.arange(num_classes))
     else:
         colors = colormaps["nipy_spectral"](np.linspace(0.02, 0.98, num_classes))
     bottom_M = np.zeros(num_clients)
@@ -125,11 +126,13 @@ def plot_labels(
         bottom_M += counts_M
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.6, num_clients - 0.4))
     if client_names is None or num_clients > MAX_TABLE_CLIENTS:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator = AutoLocator()
+        locator.set_params(integer=True)
+        axes.xaxis.set_major_locator(locator)
     else:
         axes.set_xticks(np.arange(num_clients), client_names[:num_clients], rotation=45, ha="right")
-        for label in axes.get_xticklabels():
-            label.set_parse_math(False)
+        for text in axes.get_xticklabels():
+            text.set_parse_math(False)
     if num_classes <= MAX_LEGEND_CLASSES:
         figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path)

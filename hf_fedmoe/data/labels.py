@@ -142,7 +142,7 @@ def count_classes(labels: np.ndarray, label_column: str, split: str) -> int:
     return count
 
 
-def check_few_classes(classes: Sequence, num_rows: int, begin: str) -> None:
+def check_few_classes(classes: Sequence | np.ndarray, num_rows: int, begin: str) -> None:
     """Raises a `ValueError` that starts with `begin` when there are many classes with hardly a row each."""
     if len(classes) > MANY_CLASSES and 2 * len(classes) > num_rows:
         raise ValueError(
@@ -188,7 +188,7 @@ def resolve_classes(
     return feature.num_classes, list(feature.names)
 
 
-def name_some(values: Sequence) -> str:
+def name_some(values: Sequence | np.ndarray) -> str:
     """The values separated by commas, cut short."""
     names = [str(value) for value in values[:MAX_NAMED]]
     return ", ".join(names) + (f" ... {values[-1]}" if len(values) > MAX_NAMED else "")

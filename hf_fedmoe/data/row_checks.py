@@ -80,7 +80,7 @@ def scan_rows(dataset: Dataset, num_embeddings: int | None = None, num_labels: i
     for rows_n, table in _blocks(dataset.select_columns(columns)):
         if has_text:
             lengths_N[rows_n] = _scan_texts(table, rows_n, beside, num_embeddings, found)
-        if labels:
+        if labels and num_labels is not None:
             _scan_labels(table[labels], rows_n, labels, num_labels, found)
     return RowScan(lengths_N if has_text else None, list(found.faults.values()))
 

@@ -121,10 +121,10 @@ def load_rows(name: str) -> Dataset:
 def _find(name: str) -> dict[str, Dataset]:
     looked_for = []
     if name in SHIPPED:
-        folder = resources.files("hf_fedmoe") / "assets" / name
+        shipped = resources.files("hf_fedmoe") / "assets" / name
         # In memory: a few hundred KB, and the package may lie in a zip or a folder that cannot be written to.
         return {
-            split: Dataset(pq.read_table(io.BytesIO((folder / f"{split}.parquet").read_bytes())))
+            split: Dataset(pq.read_table(io.BytesIO((shipped / f"{split}.parquet").read_bytes())))
             for split in SHIPPED[name]
         }
     looked_for.append(f"the shipped {', '.join(SHIPPED)}")
@@ -178,7 +178,7 @@ def _read_files(file_format: str, files: dict[str, Path], name: str) -> dict[str
         raise _unreadable(name, file_format, error) from error
 
 
-def _unreadable(name: str, file_format: str, error: Exception) -> ValueError:
+def _unreadable(name: str, file_format: str, error: BaseException) -> ValueError:
     """Says in one line why files cannot be read: the reason is the innermost of several errors."""
     while error.__cause__ is not None:
         error = error.__cause__

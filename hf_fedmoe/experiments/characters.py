@@ -88,8 +88,9 @@ class CharacterExperiment(Experiment):
             return FederatedDataset(
                 train.select(used),
                 [np.searchsorted(used, part) for part in clients],
-                **{name: np.searchsorted(used, part) for name, part in held.items()},
-                test=test,
+                np.searchsorted(used, held["reserved"]),
+                np.searchsorted(used, held["validation"]),
+                test,
             )
 
     def _draw(self, is_candidate_N: np.ndarray, field_name: str, rng: np.random.Generator) -> np.ndarray:
@@ -122,6 +123,7 @@ class CharacterExperiment(Experiment):
     @torch.no_grad()
     def show(self, folder: Path, data: FederatedDataset, processor: None) -> None:
         model = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert data.test is not None
         text = context = decode_characters(data.test[0]["input_ids"])
         for _ in range(SHOWN):
             logits_1C = model(**character_inputs([text], self.window)).logits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import datasets
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from ..data import FederatedDataset, dirichlet, hold_out_client_tests, iid, load_source, predominant, shards
 from ..models import EnsemblePreTrainedModel, FedMoEPreTrainedModel, MultiHeadPreTrainedModel
+from ..models.configuration_checks import AutoClassifier
 from .named_strategies import load_plugin
 
 
@@ -223,6 +224,12 @@ class Experiment(ABC):
         return name, self.hold_out(self.prepare(self.split(source, seed), processor), seed)
 
 
+class FromPretrained(Protocol):
+    """Any class of `transformers` that loads something by its name."""
+
+    def from_pretrained(self, pretrained_model_name_or_path: str, **changes: Any) -> Any: ...
+
+
 def find_model(names: list[str]) -> str:
     """The first model of the list at hand: shipped, in $HF_FEDMOE_MODELS, or a folder; else the last as a Hub id."""
     for name in names:
@@ -234,7 +241,7 @@ def find_model(names: list[str]) -> str:
     return names[-1]
 
 
-def load_pretrained(auto_class: type, name: str, **changes: Any) -> Any:
+def load_pretrained(auto_class: FromPretrained, name: str, **changes: Any) -> Any:
     """`auto_class.from_pretrained`, whose errors take many lines and name no remedy of ours."""
     try:
         return auto_class.from_pretrained(name, **changes)
@@ -245,7 +252,9 @@ def load_pretrained(auto_class: type, name: str, **changes: Any) -> Any:
         ) from error
 
 
-def build_classifier(auto_class: type, name: str, config: dict[str, Any], labels: dict[str, Any]) -> PreTrainedModel:
+def build_classifier(
+    auto_class: AutoClassifier, name: str, config: dict[str, Any], labels: dict[str, Any]
+) -> PreTrainedModel:
     """
     A classifier from a folder or the Hub, or one of an architecture with random weights.
 

@@ -121,6 +121,7 @@ class ImageExperiment(Experiment):
 
     def show(self, folder: Path, data: FederatedDataset, processor: SmallImageProcessor) -> None:
         classify = pipeline("image-classification", model=str(folder))
+        assert data.test is not None
         shape = ImageCollator(processor).shape
         for row in data.test.select(range(min(5, len(data.test)))):
             pixels_YXN = np.frombuffer(row["pixel_values"], np.uint8).reshape(shape).transpose(1, 2, 0)

@@ -35,6 +35,7 @@ def train_on_reserved_set(
 ) -> None:
     """Trains a model alone, in place and before the run: as long as [`centralised`] says, or with these `changes`."""
     alone = centralised(args, data)
+    assert args.output_dir is not None  # `TrainingArguments` have one by now
     for name, value in changes.items():
         setattr(alone["args"], name, value)
     alone["args"].output_dir = str(Path(args.output_dir, folder))
@@ -89,6 +90,7 @@ def make_trainer(
         mixture.config.entropy_weight = args.entropy_weight
         return FederatedTrainer(mixture, **shared | centralised(args, data))
     strategy = None if method in CENTRALISED else make_strategy(method, experiment, args, expert)
+    model: PreTrainedModel = expert
     if method in ("fedmix", "fedjets"):
         if experiment.peft_config() is not None:
             raise ValueError(f"`peft` is 'lora', but {method!r} has whole experts here: leave it out for this method.")
@@ -102,7 +104,6 @@ def make_trainer(
     shared["peft_config"] = experiment.peft_config()
     if method == "reserved_only":
         return FederatedTrainer(expert, **shared | centralised(args, data))
-    model = expert
     if method == "fedem":
         model = experiment.ensemble_class.from_classifier(expert, experiment.num_models, args.seed)
     elif method == "pfedmm":
@@ -112,7 +113,8 @@ def make_trainer(
 
 def fedmix_mixture(expert: PreTrainedModel, experiment: Experiment, seed: int) -> FedMoEPreTrainedModel:
     """`num_models` experts with heads of their own, since equal ones stay equal, and a gate which is a model too."""
-    experts = list(experiment.ensemble_class.from_classifier(expert, experiment.num_models, seed).models)
+    ensemble = experiment.ensemble_class.from_classifier(expert, experiment.num_models, seed)
+    experts = [each for each in ensemble.models if isinstance(each, PreTrainedModel)]
     gate = experiment.make_gate(experiment.num_models)
     return experiment.mixture_class.from_experts(
         [], experts, gate=gate, top_l=experiment.num_models, top_l_weighting="renormalize"
@@ -173,13 +175,16 @@ def make_strategy(
     # The controls train on the reserved set at the learning rate of Fed-MoE's experts and as long, if those do.
     server = dict(learning_rate=args.expert_learning_rate, batch_size=args.gate_batch_size)
     defaults: dict[str, dict[str, Any]] = {
-        "fedavg_reserved": dict(when="round", epochs=max(1, args.expert_epochs, args.download_epochs), **server),
+        "fedavg_reserved": dict(
+            when="round", epochs=max(1, args.expert_epochs or 0, args.download_epochs or 0), **server
+        ),
         "fedavg_tuned_at_end": dict(when="end", epochs=args.final_expert_epochs or TUNING_EPOCHS, **server),
         "fedavg_moving_average": dict(rate=args.fusion_rate),
     }
     own = typed_settings(experiment.read_json("method_settings").get(method, {}), own_settings(method))
     settings = defaults.get(method, {}) | own
     if method == "pfedmoe":
+        assert expert is not None
         changes = settings.get("client_models", [{}])
         settings["client_models"] = [expert.config.to_dict() | changed for changed in changes]
     return STRATEGIES[method](**settings)
@@ -203,6 +208,7 @@ def centralised(args: FedMoETrainingArguments, data: FederatedDataset) -> dict[s
 def train_or_go_on(trainer: FederatedTrainer) -> None:
     """Trains from the start, or from the last checkpoint of a run that was stopped in the same folder."""
     folder = trainer.args.output_dir
+    assert folder is not None  # `TrainingArguments` have one by now
     started = Path(folder).is_dir() and get_last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=started or None)
 
@@ -211,12 +217,14 @@ def metrics_of_tests(trainer: FederatedTrainer, data: FederatedDataset) -> dict[
     """Scores the server's model on the test set, and as `clients_...` clients' models, where those have test rows."""
     tested = trainer.evaluate(data.test, metric_key_prefix="test")
     metrics = {name: tested[f"test_{name}"] for name in ("accuracy", "macro_f1", "auc")}
+    assert trainer.federated_dataset is not None
     return metrics | (trainer.evaluate_clients() if trainer.federated_dataset.client_test_indices else {})
 
 
 def majority_scores(data: FederatedDataset) -> dict[str, float]:
     """Always the most frequent class of the reserved set, of the clients where there is none."""
     labels = data.label_counts().sum(0) if data.reserved is None else np.bincount(data.reserved["label"])
+    assert data.test is not None
     labels_N = torch.tensor(data.test["label"])
     most = torch.nn.functional.one_hot(torch.tensor(labels.argmax()), data.num_labels)
     return scores(most.float().expand(len(labels_N), -1), labels_N)
@@ -225,5 +233,6 @@ def majority_scores(data: FederatedDataset) -> dict[str, float]:
 def analyse(trainer: FederatedTrainer, data: FederatedDataset, batch_size: int) -> ExpertAnalysis:
     """The experts of a trained mixture on the test set."""
     columns = ["input_ids", "attention_mask", "token_type_ids", "pixel_values", "label"]
+    assert data.test is not None and isinstance(trainer.model, FedMoEPreTrainedModel)
     test = data.test.select_columns([column for column in columns if column in data.test.column_names])
     return analyse_experts(trainer.model, test, trainer.data_collator, batch_size)

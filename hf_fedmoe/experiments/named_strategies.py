@@ -44,7 +44,7 @@ def load_plugin(file: str) -> None:
 def source_of(method: str) -> str | None:
     """Returns the text of the plugin that a method is from, `None` for one of this package's own."""
     module = sys.modules.get(STRATEGIES[method].__module__) if method in STRATEGIES else None
-    if module is None or not module.__name__.startswith(PREFIX):
+    if module is None or module.__file__ is None or not module.__name__.startswith(PREFIX):
         return None
     return Path(module.__file__).read_text(encoding="utf-8")
 
@@ -55,6 +55,7 @@ def _load(path: str, file: str) -> None:
     if not Path(path).is_file() or not path.endswith(".py"):
         raise ValueError(f"{begin}: give a Python file that is there.")
     spec = importlib.util.spec_from_file_location(f"{PREFIX}{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None  # as of every file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where data classes look for their module
     try:

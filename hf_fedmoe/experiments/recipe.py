@@ -87,6 +87,7 @@ def _run(experiment_class: type[Experiment], settings_file: Path, argv: list[str
             )
         for method in experiment.compare:
             check_method(method, experiment, args)
+        assert args.output_dir is not None  # `TrainingArguments` have one by now
         output_dir, model_name = Path(args.output_dir), find_model(experiment.model)
         check_writable(output_dir, "output_dir")
         is_main = PartialState().is_main_process
@@ -103,6 +104,7 @@ def _run(experiment_class: type[Experiment], settings_file: Path, argv: list[str
             make_trainer(method, experiment, args, data, processor, train_first=leave_as_it_is)
     if is_main:
         data.plot(output_dir / "clients.png")
+    assert data.test is not None
     results, client_tables = {"majority_class": majority_scores(data)}, {}
     for method in experiment.compare:
         say(f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {data.num_clients} clients")
@@ -119,14 +121,14 @@ def _run(experiment_class: type[Experiment], settings_file: Path, argv: list[str
         results[method] = metrics_of_tests(trainer, data)
         if trainer.client_table:
             client_tables[method] = trainer.client_table
-    found = {}
+    gate_share_KC = None
     if experiment.compare[-1] == "fedmoe":
         analysis = analyse(trainer, data, args.eval_batch_size)
         if is_main:
             plot_gate(analysis.share_KC, data.label_names, output_dir / "gate.png")
         results |= {f"  {name}": analysis.scores[name] for name in ("dense", "best_expert", "uniform_ensemble")}
         results["  oracle_expert"] = analysis.scores["oracle_expert"]
-        found["gate_share_KC"] = analysis.share_KC
+        gate_share_KC = analysis.share_KC
     if is_main:
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     say(f"\nOn {len(data.test)} test examples:\n{table(results)}")
@@ -149,7 +151,7 @@ def _run(experiment_class: type[Experiment], settings_file: Path, argv: list[str
             }
             for name, score in results.items()
         },
-        **found,
+        gate_share_KC=gate_share_KC,
     )
     if is_main:
         print(f"\nLoaded back from {output_dir / 'model'}:")

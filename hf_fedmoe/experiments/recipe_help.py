@@ -29,9 +29,23 @@ FIRST = (
     "output_dir",
     "seed",
 )
-MODELS = ("model_config", "gate", "num_main_experts", "num_routed_experts", "top_l", "num_models", "start_epochs")
+MODELS: tuple[str, ...] = (
+    "model_config",
+    "gate",
+    "num_main_experts",
+    "num_routed_experts",
+    "top_l",
+    "num_models",
+    "start_epochs",
+)
 MODELS += ("peft", "rank", "target_modules", "method_settings", "plugin")
-LOCAL = ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "optim")
+LOCAL: tuple[str, ...] = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "learning_rate",
+    "optim",
+)
 LOCAL += ("optim_args", "weight_decay", "lr_scheduler_type", "max_grad_norm", "bf16", "use_cpu", "deepspeed")
 LOGS = ("eval_strategy", "eval_steps", "logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
 # Of settings that `TrainingArguments` explains for steps and for one model.

@@ -242,7 +242,7 @@ def compare(
     claim_folder(out, {"file": path.name, "kind": comparison.kind, "size": size}, common)
     failed = run_all(runs, num_jobs)
     results = {row: [result for run in row_runs if (result := run.result())] for row, row_runs in runs.items()}
-    reference = comparison.reference if results.get(comparison.reference) else None
+    reference = comparison.reference if comparison.reference and results.get(comparison.reference) else None
     table = comparison_table(results, comparison.columns, comparison.parts, reference, comparison.published)
     if failed:
         lines = [f"- {run}: {failure.reason} ({run.folder / 'error.txt'})" for run, failure in failed]

@@ -99,7 +99,9 @@ class Run:
     def result(self) -> RunResult | None:
         """The figures of the run when it has ended."""
         found = self.stored()
-        return found and RunResult(self.seed, found["metrics"], [tuple(point) for point in found["curve"]])
+        if found is None:
+            return None
+        return RunResult(self.seed, found["metrics"], [(step, accuracy) for step, accuracy in found["curve"]])
 
 
 def _canonical(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -142,17 +144,17 @@ def execute(run: Run) -> None:
     processor = experiment.load_processor()
     _, data = experiment.load_data(processor, run.seed)
     if run.method == MAJORITY:
-        result = {"metrics": majority_scores(data), "curve": []}
+        metrics, curve = majority_scores(data), []
     else:
         trainer = make_trainer(run.method, experiment, args, data, processor)
         trainer.remove_callback(PrinterCallback)
         train_or_go_on(trainer)
-        result = {"metrics": _metrics(trainer, data), "curve": _curve(trainer)}
+        metrics, curve = _metrics(trainer, data), _curve(trainer)
         if run.method in CENTRALISED:  # its one client is the server
-            result["metrics"] |= {"megabytes_up": 0.0, "megabytes_down": 0.0}
+            metrics |= {"megabytes_up": 0.0, "megabytes_down": 0.0}
     run.folder.mkdir(parents=True, exist_ok=True)
     unfinished = run.folder / "unfinished.json"
-    unfinished.write_text(json.dumps({**result, "settings": run.identity}, indent=2) + "\n")
+    unfinished.write_text(json.dumps({"metrics": metrics, "curve": curve, "settings": run.identity}, indent=2) + "\n")
     unfinished.rename(run.result_file)
     for leftover in ("checkpoint-*", "_clients"):
         for folder in run.folder.glob(leftover):
@@ -216,4 +218,4 @@ def _metrics(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, flo
 
 def _curve(trainer: FederatedTrainer) -> list[tuple[int, float]]:
     entries = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    return [(entry["step"], entry["eval_accuracy"]) for entry in entries if entry["step"]]
+    return [(int(entry["step"]), entry["eval_accuracy"]) for entry in entries if entry["step"]]

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from transformers.trainer_utils import IntervalStrategy
+
 from ..training import FedMoETrainingArguments
 from .experiment import Experiment
 from .yaml_files import read_yaml
@@ -73,7 +75,7 @@ def typed(name: str, value: Any, setting: Setting) -> Any:
             return None
     choices = setting.choices
     if enums := [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]:
-        choices = [member.value for member in enums[0]]
+        choices = tuple(member.value for member in enums[0])
         if value is False:
             value = "no"  # which YAML 1.1 takes for False
     elif get_origin(kinds[0]) is Literal:
@@ -91,7 +93,7 @@ def typed(name: str, value: Any, setting: Setting) -> Any:
 
 
 def _as(name: str, value: Any, kind: Any) -> Any:
-    found = None
+    found: bool | int | float | str | None = None
     if get_origin(kind) in (list, tuple):
         if isinstance(value, dict):
             raise ValueError(f"`{name}` is {value!r}: give a list, [first, second].")
@@ -162,7 +164,7 @@ def read_words(words: list[str]) -> dict[str, Any]:
     flags = [place for place, word in enumerate(words) if word.startswith("--")]
     if words and (not flags or flags[0] != 0):
         raise ValueError(f"{words[0]!r} follows no setting: write --name value.")
-    given = {}
+    given: dict[str, str | list[str] | bool] = {}
     for start, stop in pairwise([*flags, len(words)]):
         name, values = words[start][2:].replace("-", "_"), words[start + 1 : stop]
         if values:
@@ -217,14 +219,16 @@ def parse_settings(
     for name in ("seed", "client_draw_seed", "data_seed"):
         if not 0 <= (settings.get(name) or 0) <= LARGEST_SEED:
             raise ValueError(f"`{name}` is {settings[name]}: give a whole number from 0 to {LARGEST_SEED}.")
-    parts = []
-    for part in (experiment_class, FedMoETrainingArguments):
-        own = {field.name for field in dataclasses.fields(part)}
-        parts.append(part(**{name: value for name, value in settings.items() if name in own}))
-    experiment, args = parts
+    experiment = experiment_class(**_those_of(experiment_class, settings))
+    args = FedMoETrainingArguments(**_those_of(FedMoETrainingArguments, settings))
     if not experiment.validation_size and args.eval_strategy != "no":
         raise ValueError(
-            f"`validation_size` is 0, but `eval_strategy` is {args.eval_strategy.value!r}: hold out some examples, or "
-            "set `eval_strategy` to no."
+            f"`validation_size` is 0, but `eval_strategy` is {IntervalStrategy(args.eval_strategy).value!r}: hold out "
+            "some examples, or set `eval_strategy` to no."
         )
     return experiment, args
+
+
+def _those_of(part: type[Experiment | FedMoETrainingArguments], settings: dict[str, Any]) -> dict[str, Any]:
+    own = {field.name for field in dataclasses.fields(part)}
+    return {name: value for name, value in settings.items() if name in own}

@@ -87,7 +87,9 @@ class SideBySide:
                 self._busy[worker.connection] = worker, task  # before the order: an interrupt may come with it
                 worker.connection.send((function, task))
             for connection in wait(list(self._busy)):
+                assert isinstance(connection, Connection)  # all that it was given are
                 worker, task = self._busy[connection]
+                failure: Failure | None
                 try:
                     failure = connection.recv()
                 except (EOFError, ConnectionResetError):
@@ -132,7 +134,8 @@ def _serve(connection: Connection) -> None:
         connection.send(failure)
 
 
-def _end_of(exitcode: int) -> str:
+def _end_of(exitcode: int | None) -> str:
+    assert exitcode is not None  # it was waited for
     if exitcode >= 0:
         return f"its process ended with exit code {exitcode}"
     hint = ", is there enough memory?" if exitcode == -signal.SIGKILL else ""

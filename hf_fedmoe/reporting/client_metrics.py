@@ -6,9 +6,10 @@ Shape suffixes: N test examples of one client, C classes.
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import f1_score
@@ -70,7 +71,7 @@ def summarise_clients(table: Sequence[ClientScore]) -> dict[str, float]:
         clients that have one), `bottom_decile` (10th percentile of the clients' accuracies, interpolated linearly) and
         `worst` (the lowest of them).
     """
-    summary = {}
+    summary: dict[str, float] = {}
     for prefix, unseen in (("", False), ("unseen_", True)):
         rows = [row for row in table if row.unseen == unseen]
         if not rows:
@@ -106,17 +107,23 @@ def read_client_table(path: str | os.PathLike) -> list[ClientScore]:
     """Reads what [`write_client_table`] wrote; tables from before clients had names have none."""
     with Path(path).open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    read = {"client": int, "name": str, "unseen": lambda text: text == "True", "train_size": int, "test_size": int}
+    read: dict[str, Callable[[str], Any]] = {
+        "client": int,
+        "name": str,
+        "unseen": lambda text: text == "True",
+        "train_size": int,
+        "test_size": int,
+    }
     lines = [{"name": line["client"]} | line for line in lines]
     return [ClientScore(**{name: read.get(name, float)(text) for name, text in line.items()}) for line in lines]
 
 
-def plot_clients(tables: dict[str, Sequence[ClientScore]], path: str | os.PathLike) -> None:
+def plot_clients(tables: Mapping[str, Sequence[ClientScore]], path: str | os.PathLike) -> None:
     """
     Saves the sorted accuracies of the clients, a curve for each method; those of unseen clients beside them.
 
     Args:
-        tables (`dict[str, Sequence[ClientScore]]`): The clients' scores by name of the method.
+        tables (`Mapping[str, Sequence[ClientScore]]`): The clients' scores by name of the method.
         path (`str`): Where the picture goes; its ending chooses the format.
     """
     from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend

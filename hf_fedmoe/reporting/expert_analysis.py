@@ -24,13 +24,13 @@ def scores(probabilities_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     `accuracy` and `macro_f1` of the most probable classes, and `auc`, the mean area under the ROC curve of each class
     among the examples against the rest.
     """
-    probabilities_NC, labels_N = probabilities_NC.cpu().numpy(), labels_N.cpu().numpy()
-    predicted_N = probabilities_NC.argmax(-1)
-    classes = list(range(probabilities_NC.shape[-1]))
+    found_NC, true_N = probabilities_NC.cpu().numpy(), labels_N.cpu().numpy()
+    predicted_N = found_NC.argmax(-1)
+    classes = list(range(found_NC.shape[-1]))
     return {
-        "accuracy": float((predicted_N == labels_N).mean()),
-        "macro_f1": float(f1_score(labels_N, predicted_N, labels=classes, average="macro", zero_division=0)),
-        "auc": macro_auc(probabilities_NC, labels_N),
+        "accuracy": float((predicted_N == true_N).mean()),
+        "macro_f1": float(f1_score(true_N, predicted_N, labels=classes, average="macro", zero_division=0)),
+        "auc": macro_auc(found_NC, true_N),
     }
 
 

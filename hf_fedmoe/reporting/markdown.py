@@ -27,5 +27,5 @@ def code(text: object) -> Markup:
 
 def table(rows: Iterable[Iterable[object]], head: list[object]) -> str:
     """A Markdown table; cells are plain text but for [`Markup`]."""
-    lines = [head, [Markup("---")] * len(head), *rows]
+    lines: list[Iterable[object]] = [head, [Markup("---")] * len(head), *rows]
     return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines)

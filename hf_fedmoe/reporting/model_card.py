@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..models import AdapterExpert, FedMoEPreTrainedModel
+from ..models.configuration_checks import built, class_names
 from .markdown import Markup, code, plain, table
 
 
@@ -117,9 +118,12 @@ class RunFacts:
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     client_names: list[str] | None = None
 
-    def __post_init__(self) -> None:
+    @property
+    def names(self) -> list[str]:
+        """What each client is called, by its number where it has no name."""
         if self.client_names is None:
-            self.client_names = [str(client) for client in range(len(self.client_sizes_M))]
+            return [str(client) for client in range(len(self.client_sizes_M))]
+        return self.client_names
 
 
 def write_model_card(
@@ -165,33 +169,37 @@ def write_model_card(
         ValueError: When an array does not fit the model or the clients.
     """
     folder = Path(folder)
-    config, is_mixture = model.config, isinstance(model, FedMoEPreTrainedModel)
+    config, mixture = model.config, model if isinstance(model, FedMoEPreTrainedModel) else None
     model_name = model_name or folder.absolute().name
     contribution_SM = None if run is None else run.contribution_SM
-    if (gate_share_KC is not None or contribution_SM is not None) and not is_mixture:
+    if (gate_share_KC is not None or contribution_SM is not None) and mixture is None:
         raise ValueError(
             f"`model` is a {type(model).__name__}, which has neither gate nor experts: leave `gate_share_KC` and "
             "`contribution_SM` out."
         )
-    expert_names = _expert_names(model) if is_mixture else []
-    label_names = [config.id2label[index] for index in range(config.num_labels)]
-    _check_shape("gate_share_KC", gate_share_KC, (getattr(config, "num_routed_experts", 0), config.num_labels))
+    expert_names = _expert_names(mixture) if mixture else []
+    by_label = class_names(config)
+    label_names = [by_label[index] for index in range(len(by_label))]
+    _check_shape("gate_share_KC", gate_share_KC, (getattr(config, "num_routed_experts", 0), len(label_names)))
     _check_shape(
         "contribution_SM", contribution_SM, (len(expert_names), 0 if run is None else len(run.client_sizes_M))
     )
     evaluations = {} if run is None else run.evaluations
-    kind = _kind(model.main_input_name, config.expert_config.model_type if is_mixture else config.model_type)
+    kind = _kind(
+        model.main_input_name, built(mixture.config.expert_config).model_type if mixture else config.model_type
+    )
     usage = _adapter_usage(model, kind) if isinstance(model, PeftModel) else USAGES[kind]
     task = usage.task
-    results = _eval_results(task, evaluations, dataset, dataset_id) if dataset or dataset_id else []
+    shown, loaded = dataset or dataset_id, dataset_id or dataset
+    results = _eval_results(task, evaluations, shown, loaded) if shown and loaded else []
     data = ModelCardData(
         model_name=model_name,
         library_name="peft" if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,
-        tags=[*(MIXTURE_TAGS if is_mixture else ()), *TAGS, task, *([tags] if isinstance(tags, str) else tags)],
+        tags=[*(MIXTURE_TAGS if mixture else ()), *TAGS, task, *([tags] if isinstance(tags, str) else tags)],
         language=language,
         license=license,
-        base_model=base_model or _hub_id(config.expert_config if is_mixture else config),
+        base_model=base_model or _hub_id(mixture.config.expert_config if mixture else config),
         datasets=[dataset_id] if dataset_id else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
@@ -202,22 +210,24 @@ def write_model_card(
         title=plain(model_name),
         model_id=_quoted(model_id or f"<user>/{model_name}"),
         run=run,
-        is_mixture=is_mixture,
-        own_code=is_mixture or config.is_remote_code(),
+        is_mixture=mixture is not None,
+        own_code=mixture is not None or config.is_remote_code(),
         kind=kind,
         usage=usage,
-        needs_peft=is_mixture and config.peft_config is not None,
+        needs_peft=mixture is not None and mixture.config.peft_config is not None,
         method=code(run.method if run else "see hf_fedmoe/strategies"),
         dataset_text=plain(dataset or dataset_id or ""),
         labels=[plain(name) for name in label_names],
-        mixture=table(_mixture_rows(model), ["", ""]) if is_mixture else "",
+        mixture=table(_mixture_rows(mixture), ["", ""]) if mixture else "",
         training=table(_training_rows(run), ["", ""]) if run else "",
         settings=table(list(run.settings.items()), ["setting", "value"]) if run and run.settings else "",
         results=_metrics_table({SPLITS.get(name, name): found for name, found in evaluations.items()}),
         comparison=_metrics_table(comparison or {}),
         gate=_gate_table(gate_share_KC, expert_names, label_names) if gate_share_KC is not None else "",
-        participations=_participations(run) if run and run.participations_M is not None else "",
-        contributions="" if contribution_SM is None else _contributions(run, expert_names),
+        participations=_participations(run, run.participations_M) if run and run.participations_M is not None else "",
+        contributions=""
+        if run is None or contribution_SM is None
+        else _contributions(run, contribution_SM, expert_names),
     )
     card.save(folder / "README.md")
     return card
@@ -266,13 +276,13 @@ def _hub_id(config: Any) -> str | None:
 
 
 def _eval_results(
-    task: str, evaluations: dict[str, dict[str, float]], dataset: str | None, dataset_id: str | None
-) -> list:
+    task: str, evaluations: dict[str, dict[str, float]], dataset_name: str, dataset_type: str
+) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=task,
-            dataset_type=dataset_id or dataset,
-            dataset_name=dataset or dataset_id,
+            dataset_type=dataset_type,
+            dataset_name=dataset_name,
             dataset_split=SPLITS.get(prefix, prefix),
             metric_type=METRICS[name][1],
             metric_name=METRICS[name][0],
@@ -294,8 +304,9 @@ def _mixture_rows(model: FedMoEPreTrainedModel) -> list[tuple[str, Any]]:
     config, expert = model.config, model.experts[0]
     architecture, base = type(expert).__name__, []
     if isinstance(expert, AdapterExpert):
-        architecture = f"{config.peft_config['peft_type']} adapter of one {type(expert.base).__name__}, with a head"
-        named = config.peft_config.get("base_model_name_or_path")
+        peft_config = config.peft_config or {}
+        architecture = f"{peft_config.get('peft_type')} adapter of one {type(expert.base).__name__}, with a head"
+        named = peft_config.get("base_model_name_or_path")
         base = [("Base of the adapters", "loaded by its name" if named else "saved with them")]
     gate = "linear, on the main expert's pooled features"
     if config.gate == "adapter":
@@ -333,23 +344,22 @@ def _training_rows(run: RunFacts) -> list[tuple[str, Any]]:
     ]
 
 
-def _participations(run: RunFacts) -> str:
-    rounds_M = run.participations_M
+def _participations(run: RunFacts, rounds_M: np.ndarray) -> str:
     if len(rounds_M) > MAX_LISTED_CLIENTS:
         return (
             f"{(rounds_M > 0).sum()} of {len(rounds_M)} clients took part, {rounds_M.min()} to {rounds_M.max()} times."
         )
     return table(
-        list(zip(run.client_names, run.client_sizes_M, rounds_M, strict=True)),
+        list(zip(run.names, run.client_sizes_M, rounds_M, strict=True)),
         ["client", "examples", "rounds"],
     )
 
 
-def _contributions(run: RunFacts, expert_names: list[str]) -> str:
+def _contributions(run: RunFacts, contribution_SM: np.ndarray, expert_names: list[str]) -> str:
     """The clients that gave most, in the order of their share."""
-    clients = np.sort(np.argsort(-run.contribution_SM.sum(0), kind="stable")[:MAX_LISTED_CLIENTS])
-    names = [f"client {run.client_names[client]}" for client in clients]
-    return _array_table(run.contribution_SM[:, clients].T, names, expert_names)
+    clients = np.sort(np.argsort(-contribution_SM.sum(0), kind="stable")[:MAX_LISTED_CLIENTS])
+    names = [f"client {run.names[client]}" for client in clients]
+    return _array_table(contribution_SM[:, clients].T, names, expert_names)
 
 
 def _metrics_table(found: dict[str, dict[str, float]]) -> str:

@@ -11,9 +11,11 @@ from torch import Tensor
 from .layout import Slot
 
 
+# Triton comes with PyTorch for GPUs, on Linux.
+fuse_on_gpu_: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None
 try:
     from .fusion_kernel import fuse_on_gpu_
-except ImportError:  # Triton comes with PyTorch for GPUs, on Linux
+except ImportError:
     fuse_on_gpu_ = None
 
 # Columns fused at a time. On a CPU the slices of all rows stay in the second-level cache between the two passes over
@@ -61,7 +63,7 @@ def fuse_(
         if add_up_ is not None:
             add_up_(taken)
         fused_variances.append(keep_S1 * own + taken)
-    if add_up_ is None and _has_kernel(bank_SP, uploads_mP):
+    if add_up_ is None and fuse_on_gpu_ is not None and _fits_kernel(bank_SP, uploads_mP):
         fuse_on_gpu_(bank_SP, uploads_mP, weights_Sm, keep_S)
     else:
         _fuse_blocks_(bank_SP, uploads_mP, weights_Sm, keep_S1, add_up_)
@@ -72,10 +74,9 @@ def fuse_(
     return bank_SP
 
 
-def _has_kernel(bank_SP: Tensor, uploads_mP: Tensor) -> bool:
+def _fits_kernel(bank_SP: Tensor, uploads_mP: Tensor) -> bool:
     return (
-        fuse_on_gpu_ is not None
-        and bank_SP.is_cuda
+        bank_SP.is_cuda
         and bank_SP.dtype == uploads_mP.dtype
         and bank_SP.dtype in (torch.float32, torch.float64)
         and bank_SP.stride(1) == uploads_mP.stride(1) == 1

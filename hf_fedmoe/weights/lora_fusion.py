@@ -36,7 +36,7 @@ class LoraFactors:
     B_or: Tensor
     scaling: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shapes = f"A is {tuple(self.A_ri.shape)} and B is {tuple(self.B_or.shape)}"
         if self.A_ri.ndim != 2 or self.B_or.ndim != 2 or self.A_ri.shape[0] != self.B_or.shape[1]:
             raise ValueError(

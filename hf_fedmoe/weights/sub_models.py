@@ -74,7 +74,7 @@ def _bert_widths(config: Any, capacity: float) -> dict[str, Any]:
 
 def _bert_units(config: Any) -> dict[str, tuple[int, ...]]:
     head = config.hidden_size // config.num_attention_heads
-    units = {"attention.output.dense.weight": (1, head)}
+    units: dict[str, tuple[int, ...]] = {"attention.output.dense.weight": (1, head)}
     for name in ("query", "key", "value"):
         units |= {f"attention.self.{name}.weight": (head, 1), f"attention.self.{name}.bias": (head,)}
     return units
@@ -114,7 +114,8 @@ def narrow_model(model: PreTrainedModel, capacity: float) -> PreTrainedModel:
     layers give out is multiplied by wide / narrow, so that the next layer, which sums over fewer channels, receives
     as much as in the wide model.
     """
-    narrow = type(model)(narrow_config(model.config, capacity)).to(model.dtype)
+    narrow = type(model)(narrow_config(model.config, capacity))
+    narrow.to(model.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
     for module, scale in _scaled_layers(narrow, model):
         module.register_forward_hook(lambda module, inputs, output, scale=scale: output * scale)
     return narrow
@@ -126,7 +127,7 @@ def fold_scales_(narrow: PreTrainedModel, model: PreTrainedModel) -> None:
     for module, scale in _scaled_layers(narrow, model):
         module._forward_hooks.clear()
         for parameter in module.parameters():
-            parameter *= scale
+            parameter.mul_(scale)
 
 
 def _scaled_layers(narrow: PreTrainedModel, model: PreTrainedModel) -> Iterator[tuple[nn.Module, float]]:
@@ -146,7 +147,9 @@ def narrow_layout(model: PreTrainedModel, capacity: float) -> StateLayout:
     a ResNet whose first stage is as wide as its stem needs no shortcut there.
     """
     with torch.device("meta"):
-        layout = StateLayout.of(type(model)(narrow_config(model.config, capacity)).to(model.dtype))
+        narrow = type(model)(narrow_config(model.config, capacity))
+        narrow.to(model.dtype)  # type: ignore[arg-type]  # as above
+        layout = StateLayout.of(narrow)
     names, wide_names = ({slot.name for slot in slots} for slots in (layout.slots, StateLayout.of(model).slots))
     if names != wide_names:
         raise ValueError(
