@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available, logging
 
+from .configuration_checks import AutoClassifier
 from .precision_fedmoe import cast_where_types_meet, to_float32_
 
 
@@ -155,7 +156,7 @@ def with_adapters(
     # The plain class passes every input on; those for tasks know texts only.
     peft_model = (kind or PeftModel)(base, get_peft_config(config), names[0])
     if "fan_in_fan_out" in config:  # PEFT corrects it for `Conv1D`, in the first adapter's configuration only
-        config["fan_in_fan_out"] = peft_model.peft_config[names[0]].fan_in_fan_out
+        config["fan_in_fan_out"] = vars(peft_model.peft_config[names[0]])["fan_in_fan_out"]
     start = adapter_tensors(peft_model, names[0])
     for name in names[1:]:
         peft_model.add_adapter(name, get_peft_config(config))
@@ -169,7 +170,8 @@ def with_adapters(
     train_adapters_only(peft_model, names)
     for module in peft_model.modules():
         if any(tensor.requires_grad for tensor in module.parameters(recurse=False)):
-            module._is_hf_initialized = True  # or `post_init` draws each of them anew
+            # transformers' own mark, which torch's stub knows nothing of
+            module._is_hf_initialized = True  # type: ignore[assignment]  # or `post_init` draws each of them anew
         if isinstance(module, ModulesToSaveWrapper):
             module.__class__ = _HeadsBySlices
     return peft_model
@@ -214,7 +216,7 @@ def adapter_tensors(peft_model: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
-def switchable(peft_model: nn.Module) -> Iterator[nn.Module]:
+def switchable(peft_model: nn.Module) -> "Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]":
     """The layers that hold several adapters or heads and run one of them."""
     return (
         module for module in peft_model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
@@ -230,7 +232,7 @@ def activate(peft_model: "PeftModel", name: str) -> None:
 
 def adapter_submodule(peft_model: "PeftModel", path: str, name: str) -> nn.Module:
     """The submodule at `path` of the original base that runs with adapter `name`: heads exist once for each."""
-    module = peft_model.get_base_model()
+    module: nn.Module = peft_model.get_base_model()
     for part in path.split("."):
         module = module.get_submodule(part)
         if isinstance(module, ModulesToSaveWrapper):
@@ -261,7 +263,7 @@ class AdapterExpert(nn.Module):
             for place in places:
                 if place not in holder._modules:
                     holder.add_module(place, nn.Module())
-                holder = holder._modules[place]
+                holder = holder.get_submodule(place)
             if isinstance(tensor, nn.Parameter):
                 holder.register_parameter(leaf, tensor)
             else:
@@ -275,7 +277,9 @@ class AdapterExpert(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The base without PEFT's wrapper."""
-        return self.peft_model.get_base_model()
+        base = self.peft_model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        return base
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -333,7 +337,7 @@ def as_expert(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_base(auto_class: type, name: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+def load_base(auto_class: AutoClassifier, name: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
     """Loads the base of that name or folder. Its own head, which may be missing or another, is never used."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of the head that it lacks
@@ -351,7 +355,7 @@ def load_base(auto_class: type, name: str, config: PreTrainedConfig, **arguments
 
 def read_adapter_configs(sources: list[str | os.PathLike]) -> dict[str, Any]:
     """The one configuration of saved adapters; raises a `ValueError` that names the first difference between two."""
-    first, *others = (peft_config_dict(PeftConfig.from_pretrained(source)) for source in sources)
+    first, *others = (peft_config_dict(PeftConfig.from_pretrained(str(source))) for source in sources)
     for source, other in zip(sources[1:], others, strict=True):
         for key in sorted((first.keys() | other.keys()) - ADAPTERS_MAY_DIFFER):
             if first.get(key) != other.get(key):
@@ -366,7 +370,9 @@ def read_adapter_configs(sources: list[str | os.PathLike]) -> dict[str, Any]:
 def load_adapter(expert: AdapterExpert, source: str | os.PathLike) -> None:
     """Loads a saved PEFT adapter into an expert; raises `ValueError` when it is an adapter of something else."""
     # Not PEFT's own loader: it takes pickles too.
-    tensors = load_file(cached_file(source, SAFETENSORS_WEIGHTS_NAME), device=str(expert.device))
+    file = cached_file(source, SAFETENSORS_WEIGHTS_NAME)
+    assert file is not None  # or it has raised
+    tensors = load_file(file, device=str(expert.device))
     own = get_peft_model_state_dict(expert.peft_model, adapter_name=expert.name)
     for key in sorted(own.keys() | tensors.keys()):
         found, expected = (tuple(state[key].shape) if key in state else "nothing" for state in (tensors, own))
@@ -385,6 +391,7 @@ def merged_expert(peft_model: "PeftModel", name: str) -> PreTrainedModel:
     for other in [other for other in tree.peft_config if other != name]:
         tree.delete_adapter(other)
     base = tree.get_base_model()
+    assert isinstance(base, PreTrainedModel)
     for path, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # IA3 merges heads of a single layer only
             base.set_submodule(path, module.modules_to_save[name].to(base.dtype))

@@ -12,13 +12,15 @@ from typing import Any, Self
 
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_peft_available
 
 from .adapters_fedmoe import (
     BASE_ARGUMENTS,
     SOURCE_ARGUMENTS,
+    AdapterExpert,
     load_adapter,
     load_base,
     merged_expert,
@@ -26,9 +28,12 @@ from .adapters_fedmoe import (
     read_adapter_configs,
     train_adapters_only,
 )
-from .configuration_checks import MAX_MODULES, check_integer
+from .configuration_checks import MAX_MODULES, AutoClassifier, built, check_integer
 from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_configs, check_equal_states
 
+
+if is_peft_available():
+    from peft import PeftModel
 
 # What concerns an expert that is loaded by its name. (Files of a base in a subfolder would not be found again.)
 LOADING_ARGUMENTS = (*BASE_ARGUMENTS, *(name for name in SOURCE_ARGUMENTS if name != "subfolder"))
@@ -50,8 +55,43 @@ KEPT_WHEN_MERGED = (
 _FURTHER_ARGUMENTS = ("id2label", "label2id", "num_labels", "problem_type")
 
 
-class FedMoEBuilding:
+class FedMoEBuilding(PreTrainedModel):
     """The constructors of mixtures, and their ways to and from PEFT's adapters: a part of every Fed-MoE model."""
+
+    config: FedMoEConfig
+    config_class: type[FedMoEConfig] = FedMoEConfig
+    expert_auto_class: AutoClassifier = AutoModelForSequenceClassification
+
+    # Without adapters.
+    main_experts: nn.ModuleList
+    routed_experts: nn.ModuleList
+    gate: PreTrainedModel | nn.Linear
+    alpha_logit: nn.Parameter
+    _head_name: str
+
+    @property
+    def _adapted(self) -> "PeftModel":
+        """The base with its adapters."""
+        assert isinstance(self.base, PeftModel)
+        return self.base
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters of the S experts, main ones first, and of the gate if it is one."""
+        main = [f"main_{i}" for i in range(self.config.num_main_experts)]
+        routed = [f"routed_{k}" for k in range(self.config.num_routed_experts)]
+        return [*main, *routed, *(["gate"] if self.config.gate == "adapter" else [])]
+
+    @property
+    def experts(self) -> list[PreTrainedModel] | list[AdapterExpert]:
+        """The S experts, main ones first."""
+        if self.config.peft_config is None:
+            return [*self.main_experts, *self.routed_experts]
+        return self._adapter_experts()
+
+    def _adapter_experts(self) -> list[AdapterExpert]:
+        count = self.config.num_main_experts + self.config.num_routed_experts
+        return [AdapterExpert(self._adapted, name) for name in self.adapter_names[:count]]
 
     @classmethod
     def from_expert(
@@ -103,23 +143,26 @@ class FedMoEBuilding:
         if isinstance(expert, (str, os.PathLike)):
             # Where the checkpoint has another number of classes the head is drawn anew, as where it has none.
             count = {"num_labels": max(sizes.values()), "ignore_mismatched_sizes": True} if sizes else {}
-            name, expert = str(expert), cls.expert_auto_class.from_pretrained(expert, **count, **loading)
+            whole: PreTrainedModel = cls.expert_auto_class.from_pretrained(expert, **count, **loading)
             if peft_config is not None and not peft_config.get("base_model_name_or_path"):
-                revision = loading.get("revision") or getattr(expert.config, "_commit_hash", None)
-                peft_config |= {"base_model_name_or_path": name, "revision": peft_config.get("revision") or revision}
+                revision = peft_config.get("revision") or loading.get("revision")
+                revision = revision or getattr(whole.config, "_commit_hash", None)
+                peft_config |= {"base_model_name_or_path": str(expert), "revision": revision}
         elif loading:
             raise ValueError(
                 f"{', '.join(f'`{name}`' for name in loading)} would say how to load an expert that is given by name, "
                 f"but `expert` is a {type(expert).__name__}: load it so, or convert it with `.to(dtype)`."
             )
+        else:
+            whole = expert
         if peft_config is not None:
             if num_labels is not None:
                 config_kwargs["num_labels"] = num_labels
-            return cls._from_base(expert, gate, num_routed_experts, peft_config=peft_config, **config_kwargs)
-        main = [expert] * config_kwargs.pop("num_main_experts", 1)
+            return cls._from_base(whole, gate, num_routed_experts, peft_config=peft_config, **config_kwargs)
+        main = [whole] * config_kwargs.pop("num_main_experts", 1)
         if num_labels is not None:
             config_kwargs["num_labels"] = num_labels
-        return cls.from_experts(main, [expert] * num_routed_experts, gate=gate, **config_kwargs)
+        return cls.from_experts(main, [whole] * num_routed_experts, gate=gate, **config_kwargs)
 
     @classmethod
     def from_experts(
@@ -161,13 +204,13 @@ class FedMoEBuilding:
             check_classifier(place, expert, cls.expert_auto_class)
             check_equal_configs(places[0], experts[places[0]], place, expert)
         first = experts[places[0]]
-        gate, config = cls._gate_and_config(gate, first, len(routed), num_main_experts=len(main), **config_kwargs)
+        start, config = cls._gate_and_config(gate, first, len(routed), num_main_experts=len(main), **config_kwargs)
         with init.no_init_weights():
             model = cls._from_config(config, dtype=first.dtype)
         for place, target in zip(places, model.experts, strict=True):
             check_equal_states(place, experts[place], target)
             target.load_state_dict(experts[place].state_dict())
-        model._start_gate(gate)
+        model._start_gate(start)
         model.tie_weights()
         return model.to(first.device).eval()
 
@@ -176,18 +219,23 @@ class FedMoEBuilding:
         cls, gate: str | os.PathLike | PreTrainedModel, expert: PreTrainedModel, num_routed_experts: int, **fields: Any
     ) -> tuple[str | PreTrainedModel, FedMoEConfig]:
         """The gate, loaded if it was a name, and the configuration of a mixture of such experts."""
-        if isinstance(gate, (str, os.PathLike)) and gate not in ("main_features", "adapter"):
-            gate = cls.expert_auto_class.from_pretrained(gate, num_labels=num_routed_experts)
-        if isinstance(gate, str):
-            fields["gate"] = gate
+        found: str | PreTrainedModel
+        if isinstance(gate, str) and gate in ("main_features", "adapter"):
+            found = gate
+        elif isinstance(gate, (str, os.PathLike)):
+            found = cls.expert_auto_class.from_pretrained(gate, num_labels=num_routed_experts)
         else:
-            check_classifier("gate", gate, cls.expert_auto_class)
-            if gate.config.num_labels != num_routed_experts:
+            found = gate
+        if isinstance(found, str):
+            fields["gate"] = found
+        else:
+            check_classifier("gate", found, cls.expert_auto_class)
+            if found.config.num_labels != num_routed_experts:
                 raise ValueError(
-                    f"`gate` has {gate.config.num_labels} labels, but there are {num_routed_experts} routed experts: "
+                    f"`gate` has {found.config.num_labels} labels, but there are {num_routed_experts} routed experts: "
                     f"load it with `num_labels={num_routed_experts}`."
                 )
-            fields.update(gate="model", gate_config=gate.config)
+            fields.update(gate="model", gate_config=found.config)
         check_arguments(fields)
         config = FedMoEConfig(expert_config=expert.config, num_routed_experts=num_routed_experts, **fields)
         if config.num_labels != expert.config.num_labels:
@@ -195,15 +243,18 @@ class FedMoEBuilding:
                 f"`num_labels` is {config.num_labels}, but the expert's head has {expert.config.num_labels} outputs: "
                 "load the expert with the number of classes that you want."
             )
-        return gate, config
+        return found, config
 
     def _start_gate(self, gate: str | PreTrainedModel) -> None:
         if isinstance(gate, str):
             self._init_weights(self.gate)
         else:
+            assert isinstance(self.gate, PreTrainedModel)
             dtype = self.gate.dtype  # it keeps its own: one loaded by its name may be of any
-            check_equal_states("gate", gate, self.gate.to(gate.dtype))
-            self.gate.to(dtype).load_state_dict(gate.state_dict())
+            self.gate.to(gate.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
+            check_equal_states("gate", gate, self.gate)
+            self.gate.to(dtype)  # type: ignore[arg-type]  # as above
+            self.gate.load_state_dict(gate.state_dict())
         self._init_weights(self)
 
     # Experts that are adapters
@@ -218,17 +269,17 @@ class FedMoEBuilding:
     ) -> Self:
         """A mixture of new adapters of `base`, all with one start."""
         check_classifier("expert", base, cls.expert_auto_class)
-        gate, config = cls._gate_and_config(gate, base, num_routed_experts, **config_kwargs)
+        start, config = cls._gate_and_config(gate, base, num_routed_experts, **config_kwargs)
         model = cls._around(config, base)
-        model._start_gate(gate)
+        model._start_gate(start)
         return model
 
     @classmethod
     def _around(cls, config: FedMoEConfig, base: PreTrainedModel) -> Self:
         for module in base.modules():
-            module._is_hf_initialized = True  # its weights are there
+            module._is_hf_initialized = True  # type: ignore[assignment]  # its weights are there
         model = cls(config, base)
-        model.gate.to(base.device)
+        nn.Module.to(model.gate, base.device)
         model.alpha_logit.data = model.alpha_logit.data.to(base.device)
         return model.eval()
 
@@ -273,15 +324,15 @@ class FedMoEBuilding:
         model = cls.from_expert(
             base, gate, len(routed), peft_config=peft_config, num_main_experts=len(main), **config_kwargs
         )
-        for source, expert in zip(sources, model.experts, strict=True):
+        for source, expert in zip(sources, model._adapter_experts(), strict=True):
             load_adapter(expert, source)
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in `PreTrainedModel`; adapters whose base is saved by its name keep their own names of tensors."""
         if (self.config.peft_config or {}).get("base_model_name_or_path"):
             kwargs["save_original_format"] = False  # would rename some for the way back through the base's class
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_adapters(self, save_directory: str | os.PathLike) -> None:
         """
@@ -295,10 +346,10 @@ class FedMoEBuilding:
             raise ValueError("`peft_config` is None: the experts are whole models, save them with `save_pretrained`.")
         from .modeling_adapted import save_base_configs  # which needs PEFT, and mixtures of whole models do not
 
-        names = [expert.name for expert in self.experts]
-        self.base.save_pretrained(save_directory, selected_adapters=names)
+        names = [expert.name for expert in self._adapter_experts()]
+        self._adapted.save_pretrained(str(save_directory), selected_adapters=names)
         if self.config.peft_config.get("base_model_name_or_path"):
-            save_base_configs(self.base, save_directory, names, self.config.expert_config)
+            save_base_configs(self._adapted, save_directory, names, built(self.config.expert_config))
 
     def merge_adapters(self) -> Self:
         """
@@ -308,13 +359,17 @@ class FedMoEBuilding:
         if self.config.peft_config is None:
             raise ValueError("`peft_config` is None: the experts are whole models already.")
         n_main = self.config.num_main_experts
-        merged = [merged_expert(self.base, expert.name) for expert in self.experts]
-        gate = "main_features"
+        merged = [merged_expert(self._adapted, expert.name) for expert in self._adapter_experts()]
+        gate: str | PreTrainedModel = "main_features"
         if self.config.gate == "model":
-            gate = copy.deepcopy(self.gate).to(self.dtype)
+            assert isinstance(self.gate, PreTrainedModel)
+            gate = copy.deepcopy(self.gate)
+            gate.to(self.dtype)  # type: ignore[arg-type]  # as above
         elif self.config.gate == "adapter":
-            gate = merged_expert(self.base, "gate")
-            gate.set_submodule(self._head_name, copy.deepcopy(self.gate).to(self.dtype))
+            gate = merged_expert(self._adapted, "gate")
+            head = copy.deepcopy(self.gate)
+            assert isinstance(head, nn.Linear)
+            gate.set_submodule(self._head_name, head.to(self.dtype))
             gate.config.num_labels = self.config.num_routed_experts
         fields = {name: vars(self.config)[name] for name in KEPT_WHEN_MERGED}
         model = type(self).from_experts(merged[:n_main], merged[n_main:], gate=gate, **fields)
@@ -326,9 +381,9 @@ class FedMoEBuilding:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
-        config: FedMoEConfig | None = None,
+        config: FedMoEConfig | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Self:
         """
@@ -336,35 +391,37 @@ class FedMoEBuilding:
         that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...).
         """
         source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
-        if config is None:
-            probed = cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
-        else:
-            probed = config
+        given = pretrained_model_name_or_path if config is None else config
+        if given is None:
+            raise ValueError("`pretrained_model_name_or_path` is None: pass a folder or a name, or a `config`.")
+        probed = cls.config_class.from_pretrained(given, **source) if isinstance(given, (str, os.PathLike)) else given
         check_number_of_experts(probed, pretrained_model_name_or_path, source)
         if not (probed.peft_config or {}).get("base_model_name_or_path"):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             if model.config.peft_config is not None:
-                train_adapters_only(model.base, model.adapter_names)
+                train_adapters_only(model._adapted, model.adapter_names)
             return loaded
         for name in ("output_loading_info", "state_dict"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` does not go with adapters whose base is loaded by its name: leave it out.")
+        if pretrained_model_name_or_path is None:
+            raise ValueError("`pretrained_model_name_or_path` is None: pass the folder or name of the adapters.")
         file = cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **source)
-        if config is None:
-            config, kwargs = cls.config_class.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
+        assert file is not None  # or it has raised
+        if isinstance(given, (str, os.PathLike)):
+            probed, kwargs = cls.config_class.from_pretrained(given, return_unused_kwargs=True, **kwargs)
         for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
         for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
-        named, revision = config.peft_config["base_model_name_or_path"], config.peft_config.get("revision")
-        base = load_base(cls.expert_auto_class, named, config.expert_config, revision=revision, **for_base)
-        model = cls._around(config, base)
+        peft_config = probed.peft_config or {}
+        named, revision = peft_config["base_model_name_or_path"], peft_config.get("revision")
+        base = load_base(cls.expert_auto_class, named, built(probed.expert_config), revision=revision, **for_base)
+        model = cls._around(probed, base)
         result = model.load_state_dict(load_file(file), strict=False)
-        missing = sorted(set(result.missing_keys) - model._keys_to_ignore_on_save)
+        missing = sorted(set(result.missing_keys).difference(model._keys_to_ignore_on_save or ()))
         if missing or result.unexpected_keys:
             raise ValueError(
-                f"The checkpoint and the base {config.peft_config['base_model_name_or_path']!r} do not fit: missing "
+                f"The checkpoint and the base {named!r} do not fit: missing "
                 f"{missing[:3]}, not expected {result.unexpected_keys[:3]}. Has the base changed since?"
             )
         return model
@@ -382,7 +439,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             )
 
 
-def check_number_of_experts(config: FedMoEConfig, place: str | os.PathLike, source: dict[str, Any]) -> None:
+def check_number_of_experts(config: FedMoEConfig, place: str | os.PathLike | None, source: dict[str, Any]) -> None:
     """
     Raises a `ValueError` when the weights at `place` are not those of as many routed experts as the configuration asks
     for, all of which would be built before a weight is read.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_checks import check_classifier_config, check_labels
+from .configuration_checks import built, check_classifier_config, check_labels, class_names
 
 
 # Facts about where a configuration came from, and what a training step writes.
@@ -50,10 +50,10 @@ class AdaptedConfig(PreTrainedConfig):
         given = self.id2label is not None or kwargs.get("num_labels") is not None
         super().__post_init__(**kwargs)
         if not given:
-            self.id2label, self.label2id = dict(self.base_config.id2label), self.base_config.label2id
+            self.id2label, self.label2id = class_names(built(self.base_config)), built(self.base_config).label2id
         if self.label2id is None:
-            self.label2id = {label: index for index, label in self.id2label.items()}
-        self.pad_token_id = getattr(self.base_config.get_text_config(), "pad_token_id", None)
+            self.label2id = {label: index for index, label in class_names(self).items()}
+        self.pad_token_id = getattr(built(self.base_config).get_text_config(), "pad_token_id", None)
 
 
 def says_the_same(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedConfig
 
+
+AutoClassifier = type[AutoModelForImageClassification] | type[AutoModelForSequenceClassification]
 
 # Whole models, or layers, each of which is built as a Python object before any weight is read.
 MAX_MODULES = 1024
@@ -21,6 +23,17 @@ COMPOSITE_TYPES = frozenset(
 )
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depths")
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "n_embd", "n_head")
+
+
+def built(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    """Narrows the type of a sub-configuration to what `__post_init__` has made of it."""
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def class_names(config: PreTrainedConfig) -> dict[int, str]:
+    """The names of the classes by their numbers, a `dict` of its own."""
+    return {int(index): name for index, name in (config.id2label or {}).items()}
 
 
 def check_integer(field: str, value: Any, low: int = 1, high: int = MAX_WIDTH) -> None:

@@ -13,12 +13,15 @@ from transformers.utils import logging
 from .adapters_fedmoe import SOURCE_ARGUMENTS, peft_config_dict
 from .configuration_checks import (
     MAX_MODULES,
+    AutoClassifier,
+    built,
     check_choice,
     check_classifier_config,
     check_integer,
     check_labels,
     check_number,
     check_weights,
+    class_names,
 )
 
 
@@ -126,13 +129,13 @@ class FedMoEConfig(PreTrainedConfig):
         if self.peft_config is not None:
             self.peft_config = peft_config_dict(self.peft_config)
         if self.id2label is None and self.label2id is not None:
-            self.id2label = {index: label for label, index in self.label2id.items()}
+            self.id2label = {int(index): label for label, index in self.label2id.items()}
         given_labels = self.id2label is not None or kwargs.get("num_labels") is not None
         super().__post_init__(**kwargs)
         if not given_labels:
-            self.id2label = dict(self.expert_config.id2label)
+            self.id2label = class_names(built(self.expert_config))
         if self.label2id is None or {int(index): label for label, index in self.label2id.items()} != self.id2label:
-            self.label2id = {label: index for index, label in self.id2label.items()}
+            self.label2id = {label: index for index, label in class_names(self).items()}
         self.validate()
         self._synchronize()
 
@@ -153,16 +156,17 @@ class FedMoEConfig(PreTrainedConfig):
         """
         # Saving a model notes its own Auto class here first: experts and gate are built through the same one.
         auto_classes = [name for name in getattr(self, "auto_map", None) or () if name != "AutoConfig"]
-        for config in (self.expert_config, self.gate_config):
-            if config is None or not config.is_remote_code():
+        for config in self._sub_configs():
+            if not config.is_remote_code():
                 continue
             os.makedirs(save_directory, exist_ok=True)
-            custom_object_save(config, save_directory, config=config)
+            custom_object_save(config, save_directory, config=config)  # type: ignore[arg-type]  # declared a dict
             for name in auto_classes:
                 model_class = getattr(transformers, name)._model_mapping.get(type(config), None)
                 if model_class is not None and model_class.is_remote_code():
                     # Asks an object for its class, module and Auto class only: no need to build the model.
-                    custom_object_save(model_class.__new__(model_class), save_directory, config=config)
+                    model = model_class.__new__(model_class)
+                    custom_object_save(model, save_directory, config=config)  # type: ignore[arg-type]  # as above
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -181,38 +185,43 @@ class FedMoEConfig(PreTrainedConfig):
 
     def _synchronize(self) -> None:
         """Carries labels, number of experts and padding token over to the sub-configurations."""
-        sub_configs = [config for config in (self.expert_config, self.gate_config) if config is not None]
-        self.expert_config.id2label = dict(self.id2label)
-        self.expert_config.label2id = dict(self.label2id or {})
-        if self.gate_config is not None and self.gate_config.num_labels != self.num_routed_experts:
-            self.gate_config.num_labels = self.num_routed_experts
+        expert, *gates = self._sub_configs()
+        expert.id2label = class_names(self)
+        expert.label2id = {label: int(index) for label, index in (self.label2id or {}).items()}
+        for gate in gates:
+            if gate.num_labels != self.num_routed_experts:
+                gate.num_labels = self.num_routed_experts
 
         pad_token_id = self.pad_token_id if self.pad_token_id is not None else self._inherited_pad_token_id()
         self.__dict__["pad_token_id"] = pad_token_id
-        for sub_config in sub_configs:
+        for sub_config in (expert, *gates):
             text_config = sub_config.get_text_config()
             if pad_token_id is not None and vocabulary_size(sub_config) is not None:
                 text_config.pad_token_id = pad_token_id
         # Those of the experts: a `Trainer` aligns them with the tokenizer, and warns of what it must change.
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(self, name, None) is None:
-                setattr(self, name, getattr(self.expert_config.get_text_config(), name, None))
+                setattr(self, name, getattr(expert.get_text_config(), name, None))
+
+    def _sub_configs(self) -> list[PreTrainedConfig]:
+        """That of the experts, and that of the gate if it has one."""
+        return [built(self.expert_config), *([] if self.gate_config is None else [built(self.gate_config)])]
 
     def _inherited_pad_token_id(self) -> int | None:
-        for sub_config in (self.expert_config, self.gate_config):
-            if sub_config is not None and vocabulary_size(sub_config) is not None:
+        for sub_config in self._sub_configs():
+            if vocabulary_size(sub_config) is not None:
                 pad_token_id = getattr(sub_config.get_text_config(), "pad_token_id", None)
                 if pad_token_id is not None:
                     return pad_token_id
-        size = vocabulary_size(self.expert_config)
-        eos_token_id = getattr(self.expert_config.get_text_config(), "eos_token_id", None)
+        expert = built(self.expert_config)
+        size, eos_token_id = vocabulary_size(expert), getattr(expert.get_text_config(), "eos_token_id", None)
         if isinstance(eos_token_id, (list, tuple)):
             eos_token_id = eos_token_id[0] if eos_token_id else None
         # An id outside the vocabulary (GPT-2's default in a small model) would never be found in the inputs.
         if size is None or eos_token_id is None or not 0 <= eos_token_id < size:
             return None
         logger.warning_once(
-            f"The {self.expert_config.model_type} experts have no padding token: their end-of-sequence token "
+            f"The {expert.model_type} experts have no padding token: their end-of-sequence token "
             f"({eos_token_id}) is used. Pass `pad_token_id` to `FedMoEConfig` to choose another one."
         )
         return eos_token_id
@@ -224,7 +233,7 @@ class FedMoEConfig(PreTrainedConfig):
         Raises:
             `ValueError`: Naming the field, its value and the remedy.
         """
-        super().validate()
+        super().validate()  # type: ignore[misc]  # a decorator of `huggingface_hub` makes it
         for field, low in (("num_routed_experts", 1), ("num_main_experts", 0), ("top_l", 1)):
             check_integer(field, getattr(self, field), low, MAX_MODULES)
         if self.num_main_experts > 3:
@@ -250,7 +259,7 @@ class FedMoEConfig(PreTrainedConfig):
         self._validate_sub_configs()
 
     def _validate_sub_configs(self) -> None:
-        size = vocabulary_size(self.expert_config)
+        size = vocabulary_size(built(self.expert_config))
         if self.pad_token_id is not None:
             check_integer("pad_token_id", self.pad_token_id, -1)
         if self.pad_token_id is not None and size is not None and self.pad_token_id >= size:
@@ -265,7 +274,7 @@ class FedMoEConfig(PreTrainedConfig):
             )
         if self.gate != "model" and self.gate_config is not None:
             raise ValueError(
-                f"`gate_config` is a {self.gate_config.model_type} configuration, but `gate` is {self.gate!r}, "
+                f"`gate_config` is a {built(self.gate_config).model_type} configuration, but `gate` is {self.gate!r}, "
                 "which is a linear layer without one: pass `gate='model'`, or leave `gate_config` out."
             )
         if self.gate == "adapter" and self.peft_config is None:
@@ -283,10 +292,10 @@ class FedMoEConfig(PreTrainedConfig):
                 f"`problem_type` is {self.problem_type!r}: experts are mixed as probabilities of exclusive classes, "
                 "leave it out or pass 'single_label_classification'."
             )
-        if self.num_labels < 2:
+        if len(class_names(self)) < 2:
             raise ValueError(f"`num_labels` is {self.num_labels}: pass at least 2 classes.")
         if self.gate_config is not None:
-            expert_size, gate_size = vocabulary_size(self.expert_config), vocabulary_size(self.gate_config)
+            expert_size, gate_size = map(vocabulary_size, self._sub_configs())
             if expert_size is not None and gate_size is not None and expert_size != gate_size:
                 raise ValueError(
                     f"`gate_config.vocab_size` is {gate_size}, but `expert_config.vocab_size` is {expert_size}: the "
@@ -300,11 +309,11 @@ def _register_custom_code(config: dict[str, Any] | None, place: str | os.PathLik
     if not config or not config.get("auto_map") or config.get("model_type") in CONFIG_MAPPING:
         return
     references = dict(config["auto_map"])
-    config_class = get_class_from_dynamic_module(references.pop("AutoConfig"), place, **source)
+    config_class: type[PreTrainedConfig] = get_class_from_dynamic_module(references.pop("AutoConfig"), place, **source)
     config_class.register_for_auto_class()
     AutoConfig.register(config["model_type"], config_class)
     for name, reference in references.items():
-        model_class = get_class_from_dynamic_module(reference, place, **source)
+        model_class: type[PreTrainedModel] = get_class_from_dynamic_module(reference, place, **source)
         model_class.register_for_auto_class(name)
         getattr(transformers, name).register(config_class, model_class)
 
@@ -314,7 +323,7 @@ def vocabulary_size(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
-def check_classifier(place: str, model: PreTrainedModel, auto_class: type) -> None:
+def check_classifier(place: str, model: PreTrainedModel, auto_class: AutoClassifier) -> None:
     """Raises unless `model` (named `place` in the message) is what `auto_class` builds."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -322,7 +331,8 @@ def check_classifier(place: str, model: PreTrainedModel, auto_class: type) -> No
             "adapter has to be merged first, with `merge_and_unload()`)."
         )
     expected = auto_class._model_mapping.get(type(model.config), None)
-    if expected is None or not isinstance(model, expected):
+    kinds = expected if isinstance(expected, tuple) else (expected,)
+    if not isinstance(model, tuple(kind for kind in kinds if kind is not None)):
         raise ValueError(
             f"`{place}` is a {type(model).__name__}, which is not what {auto_class.__name__} builds: load it with "
             f"`{auto_class.__name__}.from_pretrained`."

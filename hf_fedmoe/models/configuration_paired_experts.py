@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_checks import check_classifier_config, check_integer
+from .configuration_checks import built, check_classifier_config, check_integer, class_names
 
 
 class PairedExpertsConfig(PreTrainedConfig):
@@ -61,13 +61,14 @@ class PairedExpertsConfig(PreTrainedConfig):
         self.shared_config, self.own_config = copy.deepcopy(self.shared_config), copy.deepcopy(self.own_config)
         names = self.id2label
         super().__post_init__(**kwargs)
+        configs = built(self.shared_config), built(self.own_config)
         # Not every configuration has every field.
-        shared, own = (vars(config.get_text_config()) for config in (self.shared_config, self.own_config))
+        shared, own = (vars(config.get_text_config()) for config in configs)
         if names is None:
-            self.id2label = dict(self.shared_config.id2label)
+            self.id2label = class_names(configs[0])
         self.pad_token_id = shared.get("pad_token_id")
         if self.pad_token_id is not None and own.get("pad_token_id") is None:
-            self.own_config.get_text_config().pad_token_id = self.pad_token_id
+            configs[1].get_text_config().pad_token_id = self.pad_token_id
         if self.gate_input_size is None and shared.get("image_size") is not None:
             size = shared["image_size"]
             self.gate_input_size = shared["num_channels"] * (size**2 if isinstance(size, int) else math.prod(size))
@@ -75,16 +76,17 @@ class PairedExpertsConfig(PreTrainedConfig):
         if self.gate_input_size is not None:
             check_integer("gate_input_size", self.gate_input_size)
         self._check_pair(shared, own)
-        self.label2id = {name: label for label, name in self.id2label.items()}
-        for config in (self.shared_config, self.own_config):
-            config.id2label, config.label2id = dict(self.id2label), dict(self.label2id)
+        self.label2id = {name: label for label, name in class_names(self).items()}
+        for config in configs:
+            config.id2label, config.label2id = class_names(self), dict(self.label2id)
 
     def _check_pair(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         """Both read the same inputs and know the same classes."""
-        if self.own_config.num_labels != self.shared_config.num_labels:
+        own_labels, shared_labels = built(self.own_config).num_labels, built(self.shared_config).num_labels
+        if own_labels != shared_labels:
             raise ValueError(
-                f"`own_config` has {self.own_config.num_labels} labels (`num_labels`), `shared_config` "
-                f"{self.shared_config.num_labels}: make them equal."
+                f"`own_config` has {own_labels} labels (`num_labels`), `shared_config` {shared_labels}: make them "
+                "equal."
             )
         for field in ("num_channels", "pad_token_id"):
             mine, theirs = own.get(field), shared.get(field)

@@ -4,7 +4,7 @@ An image processor for small images, grey or in colour. Flat: the file travels t
 Shape suffixes: B batch, N channels, Y height, X width, V the 256 values of a byte.
 """
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class SmallImageProcessor(PilBackend):
     ```
     """
 
-    valid_kwargs = SmallImageProcessorKwargs
+    valid_kwargs = SmallImageProcessorKwargs  # type: ignore[assignment]  # transformers takes any of this form
     num_channels = 1
     do_resize = True
     size = {"height": 28, "width": 28}
@@ -87,6 +87,10 @@ class SmallImageProcessor(PilBackend):
     do_normalize = True
     image_mean = 0.5
     image_std = 0.5
+
+    def __init__(self, **kwargs: Unpack[SmallImageProcessorKwargs]) -> None:
+        given: dict[str, Any] = {**kwargs}
+        super().__init__(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is saved. Without the last entry an image pipeline would make up a video processor from the auto map,
@@ -99,7 +103,10 @@ class SmallImageProcessor(PilBackend):
         given = {key: value for key, value in image_processor_dict.items() if key != "video_processor_type"}
         return super().from_dict(given, **kwargs)
 
-    def _standardize_kwargs(self, num_channels: int | None = None, **kwargs: Any) -> dict[str, Any]:
+    # The three below name what they take, as those of transformers' own processors do.
+    def _standardize_kwargs(  # type: ignore[override]
+        self, num_channels: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         if num_channels not in (1, 3):
             raise ValueError(f"`num_channels` is {num_channels!r}: pass 1 for grey images or 3 for colour images.")
         for name in ("image_mean", "image_std"):
@@ -115,23 +122,24 @@ class SmallImageProcessor(PilBackend):
             raise ValueError(f"`size` is {dict(kwargs['size'])}: pass {{'height': ..., 'width': ...}}.")
         return kwargs | {"num_channels": num_channels}
 
-    def _prepare_image_like_inputs(
+    def _prepare_image_like_inputs(  # type: ignore[override]
         self, images: ImageInput, num_channels: int, input_data_format: str | None = None, **kwargs: Any
     ) -> list[np.ndarray] | np.ndarray:
         """Images of bytes with `num_channels` channels, those in front; one array if all have one shape."""
-        pixels = [_channels_first(image, input_data_format) for image in _flatten(self.fetch_images(images))]
+        fetched = self.fetch_images(images)  # type: ignore[arg-type]  # declared for names alone, and leaves images
+        pixels = [_channels_first(image, input_data_format) for image in _flatten(fetched)]
         if not pixels:
             raise ValueError("`images` is empty: pass one image or more.")
         if len({image_NYX.shape for image_NYX in pixels}) == 1:
             return _convert(np.array(pixels), num_channels)
         return [_convert(image_NYX[None], num_channels)[0] for image_NYX in pixels]
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]
         self,
         images: list[np.ndarray] | np.ndarray,
         do_resize: bool,
         size: SizeDict,
-        resample: int,
+        resample: PILImageResampling | None,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
@@ -195,7 +203,7 @@ def _channels_first(image: Image.Image | np.ndarray | torch.Tensor, input_data_f
         if len(pixels) in (1, 3, 4):
             return pixels[:3]
     raise ValueError(
-        f"`images` has an image of shape {np.shape(image)}: pass images with 1, 3 or 4 channels, on the first or the "
+        f"`images` has an image of shape {pixels.shape}: pass images with 1, 3 or 4 channels, on the first or the "
         "last axis, or without such an axis."
     )
 

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 
 from .adapters_fedmoe import BASE_ARGUMENTS, SOURCE_ARGUMENTS, ids_of_adapters, load_base
 from .configuration_adapted import AdaptedConfig, says_the_same
+from .configuration_checks import AutoClassifier, built, class_names
 
 
 # Where the base is if it has no name to be loaded by.
@@ -36,13 +37,13 @@ class AdaptedForSequenceClassification(PreTrainedModel):
     """
 
     config_class = AdaptedConfig
-    base_auto_class = AutoModelForSequenceClassification
+    base_auto_class: AutoClassifier = AutoModelForSequenceClassification
 
     def __init__(self, config: AdaptedConfig) -> None:
         raise TypeError(f"A {type(self).__name__} is never built: load one, `from_pretrained`, or adapt its base.")
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # what it returns is the base
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
@@ -73,8 +74,9 @@ class AdaptedForSequenceClassification(PreTrainedModel):
                     f"The adapter {place!r} does not name its base, which is expected in its folder {BASE_FOLDER!r}: "
                     "download the repository, `huggingface_hub.snapshot_download(...)`, and load it from there."
                 )
-        base_config = copy.deepcopy(config.base_config)
-        base_config.id2label, base_config.label2id = dict(config.id2label), dict(config.label2id)
+        base_config = copy.deepcopy(built(config.base_config))
+        base_config.id2label = class_names(config)
+        base_config.label2id = {label: int(index) for label, index in (config.label2id or {}).items()}
         base = load_base(cls.base_auto_class, name, base_config, revision=revision, **for_base)
         base.load_adapter(place, use_safetensors=True, adapter_kwargs=source)
         return base.eval()
@@ -85,15 +87,15 @@ class AdaptedForImageClassification(AdaptedForSequenceClassification):
 
     base_auto_class = AutoModelForImageClassification
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
 
 class AdaptedClassifier(PeftModel):
     """A `PeftModel` that is saved with what else loading it needs: see [`save_base_configs`]."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in `PeftModel`."""
-        super().save_pretrained(str(save_directory), **kwargs)
+        super().save_pretrained(str(save_directory), *args, **kwargs)
         save_base_configs(self, save_directory)
 
 
@@ -115,6 +117,7 @@ def save_base_configs(
         config (`PreTrainedConfig`, *optional*): Of the base with the adapters' labels, its own if left out.
     """
     base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
     base_config = base.config if config is None else config
     reads_images = base.main_input_name == "pixel_values"
     kind = AdaptedForImageClassification if reads_images else AdaptedForSequenceClassification
@@ -129,13 +132,14 @@ def save_base_configs(
         config = AdaptedConfig(base_config=base_config, architectures=[kind.__name__])
         if kind.is_remote_code():
             # Asks an object for its class, module and Auto class only.
-            custom_object_save(kind.__new__(kind), folder, config=config)
+            custom_object_save(kind.__new__(kind), folder, config=config)  # type: ignore[arg-type]  # declared a dict
         config.save_pretrained(folder)
 
 
 def save_base(model: PeftModel, folder: str | os.PathLike) -> None:
     """Saves the base under an adapter as it was before, with a head that is of no use."""
     base, own = model.get_base_model(), ids_of_adapters(model, list(model.peft_config))
+    assert isinstance(base, PreTrainedModel)
     state = {
         name.replace("base_layer.", "").replace("original_module.", ""): tensor
         for name, tensor in base.state_dict(keep_vars=True).items()

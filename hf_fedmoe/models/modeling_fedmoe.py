@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -50,12 +50,13 @@ def _features_head(expert: PreTrainedModel, gate: str) -> str:
     return name
 
 
-def _keep_inputs_of(head: nn.Linear) -> None:
-    head.keeps_input = False
+def _keep_inputs_of(head: nn.Module) -> None:
+    # Torch's stub knows of attributes that are tensors and modules alone.
+    head.keeps_input = False  # type: ignore[assignment]
     head.register_forward_pre_hook(_keep_input)
 
 
-def _keep_input(head: nn.Linear, args: tuple[Tensor]) -> None:
+def _keep_input(head: nn.Module, args: tuple[Tensor]) -> None:
     # Stays registered, and keeps no closure: torch.compile does not notice hooks that come and go, and copies of the
     # expert must not write into the original. Keeping only on request lets trained experts be deep-copied.
     if head.keeps_input:
@@ -81,13 +82,12 @@ def _rows(batch: dict[str, Any], size: int, rows_N: Tensor) -> dict[str, Any]:
     }
 
 
-class FedMoEPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation that all Fed-MoE models share."""
+class FedMoEPreTrainedModel(FedMoEBuilding):
+    """Everything about the mixture that does not depend on what the experts read."""
 
-    config_class = FedMoEConfig
     base_model_prefix = ""
     # Half precision would lose the small steps of one scalar.
-    _keep_in_fp32_modules_strict = frozenset({"alpha_logit"})
+    _keep_in_fp32_modules_strict = {"alpha_logit"}
     # The sub-models check for themselves which implementation they have.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -95,18 +95,6 @@ class FedMoEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Sub-models may swallow `num_items_in_batch` without using it; `Trainer` must then divide the loss itself.
     accepts_loss_kwargs = False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FedMoEPreTrainedModel):
-            init.constant_(module.alpha_logit, math.log(self.config.initial_alpha / (1 - self.config.initial_alpha)))
-
-
-class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
-    """Everything about the mixture that does not depend on what the experts read."""
-
-    expert_auto_class = AutoModelForSequenceClassification
 
     def __init__(self, config: FedMoEConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -118,26 +106,28 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             )
         make = self.expert_auto_class.from_config
         if config.peft_config is None:
-            self.main_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_main_experts))
-            self.routed_experts = nn.ModuleList(make(config.expert_config) for _ in range(config.num_routed_experts))
-            sub_models = [(f"main_experts.{i}", m) for i, m in enumerate(self.main_experts)]
-            sub_models += [(f"routed_experts.{k}", m) for k, m in enumerate(self.routed_experts)]
+            main: list[PreTrainedModel] = [make(config.expert_config) for _ in range(config.num_main_experts)]
+            routed: list[PreTrainedModel] = [make(config.expert_config) for _ in range(config.num_routed_experts)]
+            self.main_experts, self.routed_experts = nn.ModuleList(main), nn.ModuleList(routed)
+            sub_models = [(f"main_experts.{i}", m) for i, m in enumerate(main)]
+            sub_models += [(f"routed_experts.{k}", m) for k, m in enumerate(routed)]
         else:
             base = make(config.expert_config) if base is None else base
             sub_models = [("base", base)]
         self._expert_names = _forward_names(sub_models[0][1])
         if config.gate == "model":
-            self.gate = make(config.gate_config)
-            self._gate_names = _forward_names(self.gate)
-            sub_models.append(("gate", self.gate))
+            gate: PreTrainedModel = make(config.gate_config)
+            self.gate, self._gate_names = gate, _forward_names(gate)
+            sub_models.append(("gate", gate))
         else:
             self._head_name = _features_head(sub_models[0][1], config.gate)
             head = sub_models[0][1].get_submodule(self._head_name)
+            assert isinstance(head, nn.Linear)
             # Without a bias where the head has none: merged, the gate's adapter is a classifier of the same kind.
             bias = config.gate != "adapter" or head.bias is not None
             self.gate = nn.Linear(head.in_features, config.num_routed_experts, bias=bias)
         if config.peft_config is not None:
-            self.base = with_adapters(base, config.peft_config, self.adapter_names)
+            self.base = with_adapters(sub_models[0][1], config.peft_config, self.adapter_names)
             # What is trained is float32, whatever the base is stored in.
             to_float32_([*self.gate.parameters(), *self.gate.buffers()])
             cast_inputs_of(self.gate)
@@ -160,6 +150,12 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             state = self.base.state_dict(keep_vars=True)
             self._keys_to_ignore_on_save = {f"base.{key}" for key, tensor in state.items() if id(tensor) not in own}
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FedMoEPreTrainedModel):
+            init.constant_(module.alpha_logit, math.log(self.config.initial_alpha / (1 - self.config.initial_alpha)))
+
     def _gather_from_sub_models(self, sub_models: list[tuple[str, PreTrainedModel]]) -> None:
         # `post_init` gathers these from direct children only, and does not look into a ModuleList.
         for name in (
@@ -174,21 +170,6 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         if self.config.peft_config is not None:
             self._keep_in_fp32_modules_strict |= TRAINED_WITH_ADAPTERS
         self._keys_to_ignore_on_save = {f"{p}.{key}" for p, m in sub_models for key in m._keys_to_ignore_on_save or []}
-
-    @property
-    def adapter_names(self) -> list[str]:
-        """Names of the adapters of the S experts, main ones first, and of the gate if it is one."""
-        main = [f"main_{i}" for i in range(self.config.num_main_experts)]
-        routed = [f"routed_{k}" for k in range(self.config.num_routed_experts)]
-        return [*main, *routed, *(["gate"] if self.config.gate == "adapter" else [])]
-
-    @property
-    def experts(self) -> list[PreTrainedModel] | list[AdapterExpert]:
-        """The S experts, main ones first."""
-        if self.config.peft_config is None:
-            return [*self.main_experts, *self.routed_experts]
-        count = self.config.num_main_experts + self.config.num_routed_experts
-        return [AdapterExpert(self.base, name) for name in self.adapter_names[:count]]
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters that training the gate changes, without alpha."""
@@ -213,20 +194,24 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         return self._first_sub_model().get_input_embeddings()
 
     def _first_sub_model(self) -> PreTrainedModel:
-        if self.config.peft_config is not None:
-            return self.base.get_base_model()
-        return self.main_experts[0] if len(self.main_experts) else self.routed_experts[0]
+        first = self.base.get_base_model() if self.config.peft_config is not None else self.experts[0]
+        assert isinstance(first, PreTrainedModel)
+        return first
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """Resizes the embeddings of every expert, and of a gate that reads tokens; arguments as in transformers."""
         if self.config.peft_config is not None:
             raise ValueError("Adapters belong to their base as it is: resize its embeddings, then build the mixture.")
-        readers = [*self.experts, self.gate] if self.config.gate == "model" else self.experts
+        readers: list[PreTrainedModel] = [*self.main_experts, *self.routed_experts]
+        if isinstance(self.gate, PreTrainedModel):
+            readers.append(self.gate)
         for module in readers:
             module.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        return self.get_input_embeddings()
+        resized = self.get_input_embeddings()
+        assert isinstance(resized, nn.Embedding)
+        return resized
 
     def _run_expert(self, index: int, batch: dict[str, Any]) -> Tensor:
         """Logits of one of the S experts."""
@@ -240,11 +225,11 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         activate(self.base, name)
         return self._run(self.base.get_base_model(), self._expert_names, batch)
 
-    def _run(
-        self, module: PreTrainedModel, names: frozenset[str], batch: dict[str, Any], **adapters: list[str]
-    ) -> Tensor:
+    def _run(self, module: nn.Module, names: frozenset[str], batch: dict[str, Any], **adapters: list[str]) -> Tensor:
         """Logits of one sub-model, which is given only the inputs that its `forward` names."""
-        inputs = {name: value for name, value in batch.items() if name in names and isinstance(value, Tensor)}
+        inputs: dict[str, Any] = {
+            name: value for name, value in batch.items() if name in names and isinstance(value, Tensor)
+        }
         if "use_cache" in names:
             inputs["use_cache"] = False
         try:
@@ -278,7 +263,7 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         """
         return self._main_features(batch)[1] if self.config.gate == "main_features" else None
 
-    def _features_head(self) -> nn.Linear:
+    def _features_head(self) -> nn.Module:
         """The head whose input the gate reads."""
         if self.config.peft_config is None:
             return self.main_experts[0].get_submodule(self._head_name)
@@ -288,12 +273,13 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
     def _with_features(self, run: Callable[[], Tensor], batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The result of `run` and the features that the head read meanwhile."""
         head = self._features_head()
-        head.keeps_input = True
+        head.keeps_input = True  # type: ignore[assignment]  # as above
         try:
             logits_BC = run()
         finally:
-            head.keeps_input = False
-        features, head.kept_input = head.kept_input, None
+            head.keeps_input = False  # type: ignore[assignment]
+        features, head.kept_input = head.kept_input, None  # type: ignore[assignment]
+        assert isinstance(features, Tensor)
         if features.dim() == 3:
             features = _last_token(features, batch.get("input_ids"), self.config.pad_token_id)
         return logits_BC, features
@@ -401,7 +387,8 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
             raise ValueError(
                 f"`top_l` is {top_l}: pass 1 to {config.num_routed_experts}, the number of routed experts."
             )
-        n_main, expert_logits_BSC, selected_BL = config.num_main_experts, None, None
+        n_main, selected_BL = config.num_main_experts, None
+        expert_logits_BSC: Tensor | None = None
         if dense or output_expert_logits:
             expert_logits_BSC, features_BH = self.expert_outputs(batch)
         else:
@@ -409,11 +396,12 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         gate_probs_BK = self.gate_logits(features_BH, batch).softmax(dim=-1)
 
         if dense:
+            assert expert_logits_BSC is not None
             mixed_BSC, weights_BL = expert_logits_BSC, gate_probs_BK
         else:
             weights_BL, selected_BL = select_experts(gate_probs_BK, top_l, config.top_l_weighting)
-            if output_expert_logits:
-                index_BLC = selected_BL[:, :, None].expand(-1, -1, config.num_labels)
+            if expert_logits_BSC is not None:
+                index_BLC = selected_BL[:, :, None].expand(-1, -1, expert_logits_BSC.shape[-1])
                 routed_BLC = expert_logits_BSC[:, n_main:].gather(1, index_BLC)
                 mixed_BSC = torch.cat([expert_logits_BSC[:, :n_main], routed_BLC], dim=1)
             else:
@@ -436,7 +424,7 @@ class _FedMoEForClassification(FedMoEBuilding, FedMoEPreTrainedModel):
         )
 
 
-class FedMoEForSequenceClassification(_FedMoEForClassification):
+class FedMoEForSequenceClassification(FedMoEPreTrainedModel):
     """
     A mixture of text classifiers: main experts that see every example, routed experts, a gate and the weight alpha.
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .configuration_checks import built
 from .configuration_fedmoe import FedMoEConfig
 from .mixture_fedmoe import FedMoEOutput
-from .modeling_fedmoe import _FedMoEForClassification
+from .modeling_fedmoe import FedMoEPreTrainedModel
 
 
-class FedMoEForImageClassification(_FedMoEForClassification):
+class FedMoEForImageClassification(FedMoEPreTrainedModel):
     """
     A mixture of image classifiers: main experts that see every example, routed experts, a gate and the weight alpha.
 
@@ -33,14 +34,15 @@ class FedMoEForImageClassification(_FedMoEForClassification):
 
     expert_auto_class = AutoModelForImageClassification
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: FedMoEConfig, base: PreTrainedModel | None = None) -> None:
         if config.gate_config is not None:
             # `image_size` binds some architectures (ViT) and is a mere note in others (MobileNet).
-            same = config.gate_config.model_type == config.expert_config.model_type
+            gate_config, expert_config = built(config.gate_config), built(config.expert_config)
+            same = gate_config.model_type == expert_config.model_type
             for field in ("num_channels", "image_size") if same else ("num_channels",):
-                expert, gate = (getattr(c, field, None) for c in (config.expert_config, config.gate_config))
+                expert, gate = (getattr(c, field, None) for c in (expert_config, gate_config))
                 if expert is not None and gate is not None and expert != gate:
                     raise ValueError(
                         f"`gate_config.{field}` is {gate}, but `expert_config.{field}` is {expert}: the gate and the "

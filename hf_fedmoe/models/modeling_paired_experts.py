@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .classification_head import classification_head
+from .configuration_checks import AutoClassifier
 from .configuration_paired_experts import PairedExpertsConfig
 
 
@@ -48,6 +49,9 @@ class SwitchNorm(nn.Module):
         eps (`float`, *optional*, defaults to 1e-5): Added to variances.
         momentum (`float`, *optional*, defaults to 0.1): Share of a new batch in the running statistics.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, size: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -95,9 +99,10 @@ class PairedExpertsPreTrainedModel(PreTrainedModel):
     `projection` brings the features of G to that of F.
     """
 
+    config: PairedExpertsConfig
     config_class = PairedExpertsConfig
     base_model_prefix = ""
-    expert_auto_class = AutoModelForSequenceClassification
+    expert_auto_class: AutoClassifier = AutoModelForSequenceClassification
     # The extractors check for themselves which implementation they have.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -147,7 +152,9 @@ class PairedExpertsPreTrainedModel(PreTrainedModel):
         return classifier, head
 
     def _gate_input_size(self) -> int:
-        return self.shared.get_input_embeddings().embedding_dim
+        embeddings = self.shared.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        return embeddings.embedding_dim
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -209,6 +216,8 @@ class PairedExpertsForSequenceClassification(PairedExpertsPreTrainedModel):
         Returns:
             [`PairedExpertsOutput`]
         """
+        if input_ids is None:
+            raise ValueError("`input_ids` is missing from the inputs: pass it, the gate reads it too.")
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         words_BTD = self.get_input_embeddings()(input_ids).detach()
@@ -228,7 +237,7 @@ class PairedExpertsForImageClassification(PairedExpertsPreTrainedModel):
 
     expert_auto_class = AutoModelForImageClassification
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def _gate_input_size(self) -> int:
         if self.config.gate_input_size is None:

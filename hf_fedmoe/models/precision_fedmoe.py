@@ -83,5 +83,5 @@ def _cast_inputs(
     return tuple(_cast(value, dtype) for value in args), {name: _cast(value, dtype) for name, value in kwargs.items()}
 
 
-def _cast_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _cast_output(module: "ModulesToSaveWrapper", args: tuple[Any, ...], output: Any) -> Any:
     return _cast(output, _type_of(module.original_module))

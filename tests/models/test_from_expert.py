@@ -54,6 +54,22 @@ def test_from_expert_by_name(tmp_path):
     assert model(**text_batch()).logits.shape == (6, 3)
 
 
+def test_a_mixture_is_loaded_and_saved_with_all_that_transformers_takes(tmp_path):
+    model = make_different(FedMoEForSequenceClassification.from_expert(tiny_bert()))
+    model.save_pretrained(tmp_path / "mixture", True)  # `is_main_process`
+    changed = FedMoEConfig.from_pretrained(tmp_path / "mixture", top_l=2)
+    changed.save_pretrained(tmp_path / "configuration")
+    loaded = FedMoEForSequenceClassification.from_pretrained(
+        tmp_path / "mixture", config=tmp_path / "configuration", mix="logits"
+    )
+    assert (loaded.config.top_l, loaded.config.mix) == (2, "logits")
+    bare = FedMoEForSequenceClassification.from_pretrained(None, config=changed, state_dict=model.state_dict())
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value) and torch.equal(bare.state_dict()[name], value)
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is None: pass a folder"):
+        FedMoEForSequenceClassification.from_pretrained(None)
+
+
 def test_random_weights_are_equal_in_all_experts():
     model = FedMoEForSequenceClassification(FedMoEConfig(expert_config=tiny_bert().config, initial_alpha=0.9))
     assert model.alpha.item() == pytest.approx(0.9)

@@ -242,3 +242,12 @@ def test_models_that_cannot_be_built():
     config = PairedExpertsConfig(shared_config=images, own_config=images, gate_input_size=100)
     with pytest.raises(ValueError, match=r"`gate_input_size` is 100, but .* with gate_input_size=192"):
         PairedExpertsForImageClassification(config)(**image_batch())
+
+
+def test_texts_without_token_ids_are_refused():
+    shared, own = tiny_bert(), tiny_gpt2()
+    model = PairedExpertsForSequenceClassification(
+        PairedExpertsConfig(shared_config=shared.config, own_config=own.config)
+    )
+    with pytest.raises(ValueError, match="`input_ids` is missing from the inputs"):
+        model(attention_mask=torch.ones(2, 3))

@@ -65,7 +65,7 @@ class CharLSTMConfig(PreTrainedConfig):
         Raises:
             `ValueError`: Naming the field, its value and the remedy.
         """
-        super().validate()
+        super().validate()  # type: ignore[misc]  # a decorator of `huggingface_hub` makes it
         self._check_sizes()
         pad = self.pad_token_id
         if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < self.vocab_size:

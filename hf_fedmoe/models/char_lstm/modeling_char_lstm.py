@@ -20,10 +20,11 @@ from .configuration_char_lstm import CharLSTMConfig
 class CharLSTMPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
 
+    config: CharLSTMConfig
     config_class = CharLSTMConfig
     base_model_prefix = "char_lstm"
     main_input_name = "input_ids"
-    _no_split_modules = ()
+    _no_split_modules = []
     _input_embed_layer = "embedding"
 
     @torch.no_grad()
@@ -109,6 +110,7 @@ class CharLSTMForSequenceClassification(CharLSTMPreTrainedModel):
     def __init__(self, config: CharLSTMConfig) -> None:
         super().__init__(config)
         self.char_lstm = CharLSTMModel(config)
+        assert config.num_labels is not None
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -59,13 +59,15 @@ class EnsembleConfig(PreTrainedConfig):
             raise ValueError(f"`{self.count_name}` is {self.num_models!r}: pass an integer of at least 1.")
         if self.num_models > MAX_MODELS:
             raise ValueError(f"`{self.count_name}` is {self.num_models}: pass an integer of at most {MAX_MODELS}.")
-        if names is None:
-            self.id2label = dict(self.expert_config.id2label)
+        expert = self.expert_config
+        assert isinstance(expert, PreTrainedConfig)  # made of a `dict` by now
+        given = expert.id2label if names is None else self.id2label
+        self.id2label = {int(label): name for label, name in (given or {}).items()}
         self.label2id = {name: label for label, name in self.id2label.items()}
-        self.expert_config.id2label, self.expert_config.label2id = dict(self.id2label), dict(self.label2id)
+        expert.id2label, expert.label2id = dict(self.id2label), dict(self.label2id)
         # Of texts only.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(self, name, getattr(self.expert_config.get_text_config(), name, None))
+            setattr(self, name, getattr(expert.get_text_config(), name, None))
 
     def _check_expert_config(self) -> None:
         # Before a `dict` becomes a configuration, which nested ones would do to any depth.

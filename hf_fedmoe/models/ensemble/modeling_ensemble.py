@@ -6,6 +6,7 @@ Shape suffixes: B batch, C classes, M models.
 
 import inspect
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,13 @@ def mix_models(logits_BMC: Tensor, weights_M: Tensor) -> Tensor:
 class EnsemblePreTrainedModel(PreTrainedModel):
     """Everything about the ensemble that does not depend on what its classifiers read."""
 
-    config_class = EnsembleConfig
+    config: EnsembleConfig
+    config_class: type[EnsembleConfig] = EnsembleConfig
     base_model_prefix = ""
-    expert_auto_class = AutoModelForSequenceClassification
+    expert_auto_class: type[AutoModelForImageClassification] | type[AutoModelForSequenceClassification] = (
+        AutoModelForSequenceClassification
+    )
+    mixture_M: Tensor
     # The classifiers check for themselves which implementation they have.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -59,10 +64,16 @@ class EnsemblePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.models = self._make_models(config)
         self.register_buffer("mixture_M", torch.full((config.num_models,), 1 / config.num_models))
-        self.supports_gradient_checkpointing = self.models[0].supports_gradient_checkpointing
-        self._names = frozenset(inspect.signature(self.models[0].forward).parameters)
+        self.supports_gradient_checkpointing = self._first.supports_gradient_checkpointing
+        self._names = frozenset(inspect.signature(self._first.forward).parameters)
         self.post_init()
         self.all_tied_weights_keys.update(self.get_expanded_tied_weights_keys(all_submodels=True))
+
+    @property
+    def _first(self) -> PreTrainedModel:
+        first = self.models[0]
+        assert isinstance(first, PreTrainedModel)
+        return first
 
     def _make_models(self, config: EnsembleConfig) -> nn.ModuleList:
         make = self.expert_auto_class.from_config
@@ -76,7 +87,7 @@ class EnsemblePreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Input embeddings of the first classifier (each has its own)."""
-        return self.models[0].get_input_embeddings()
+        return self._first.get_input_embeddings()
 
     def _classify(self, batch: dict[str, Tensor | None], labels: Tensor | None) -> EnsembleOutput:
         batch = {name: value for name, value in batch.items() if value is not None and name in self._names}
@@ -87,9 +98,7 @@ class EnsemblePreTrainedModel(PreTrainedModel):
 
     @classmethod
     @torch.no_grad()
-    def from_classifier(
-        cls, classifier: PreTrainedModel, num_models: int = 3, seed: int = 0
-    ) -> "EnsemblePreTrainedModel":
+    def from_classifier(cls, classifier: PreTrainedModel, num_models: int = 3, seed: int = 0) -> Self:
         """
         Builds an ensemble around one classifier: all start from its backbone, and all but the first from a head drawn
         anew, with the spread of its weights. Equal models would stay equal.
@@ -109,7 +118,8 @@ class EnsemblePreTrainedModel(PreTrainedModel):
             `ValueError`: If `classifier` is not what the ensemble consists of, or has no head.
         """
         expected = cls.expert_auto_class._model_mapping.get(type(classifier.config), None)
-        if expected is None or not isinstance(classifier, expected):
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        if not isinstance(classifier, tuple(kind for kind in kinds if kind is not None)):
             raise ValueError(
                 f"`classifier` is a {type(classifier).__name__}, which is not what {cls.expert_auto_class.__name__} "
                 f"builds: load it with `{cls.expert_auto_class.__name__}.from_pretrained`."
@@ -122,7 +132,8 @@ class EnsemblePreTrainedModel(PreTrainedModel):
                 f"`{count}` is {num_models}, but {type(classifier).__name__} has no weights outside of its "
                 f"backbone to draw anew: equal models would stay equal, pass {count}=1."
             )
-        ensemble = cls(cls.config_class(expert_config=classifier.config, num_models=num_models)).to(classifier.dtype)
+        ensemble = cls(cls.config_class(expert_config=classifier.config, num_models=num_models))
+        ensemble.to(classifier.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
         # In half precision shares of a third would not add up to one.
         shares_M = torch.full(
             (num_models,), 1 / num_models, dtype=torch.promote_types(classifier.dtype, torch.float32)
@@ -183,7 +194,7 @@ class EnsembleForImageClassification(EnsemblePreTrainedModel):
 
     expert_auto_class = AutoModelForImageClassification
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor | None = None, labels: Tensor | None = None) -> EnsembleOutput:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .configuration_ensemble import EnsembleConfig
 from .configuration_multi_head import MultiHeadConfig
 from .modeling_ensemble import (
     EnsembleForImageClassification,
@@ -39,18 +40,21 @@ class MultiHeadPreTrainedModel(EnsemblePreTrainedModel):
     outside of the backbone (`base_model_prefix`), dropout included: `models` are the M heads.
     """
 
-    config_class = MultiHeadConfig
+    config: MultiHeadConfig
+    config_class: type[MultiHeadConfig] = MultiHeadConfig
 
-    def _make_models(self, config: MultiHeadConfig) -> nn.ModuleList:
+    def _make_models(self, config: EnsembleConfig) -> nn.ModuleList:
         heads = super()._make_models(config)
-        prefix = heads[0].base_model_prefix
-        if not prefix or not isinstance(getattr(heads[0], prefix, None), nn.Module):
+        first = heads[0]
+        assert isinstance(first, PreTrainedModel)
+        prefix = first.base_model_prefix
+        if not prefix or not isinstance(getattr(first, prefix, None), nn.Module):
             raise ValueError(
-                f"`expert_config` is that of {type(heads[0]).__name__}, which has no backbone of its own, so that "
+                f"`expert_config` is that of {type(first).__name__}, which has no backbone of its own, so that "
                 "nothing tells where its head begins: take a classifier with a `base_model_prefix`, or train whole "
                 "models in an ensemble."
             )
-        self.backbone = getattr(heads[0], prefix)
+        self.backbone = getattr(first, prefix)
         features = SharedBackbone(self.backbone)
         for head in heads:
             setattr(head, prefix, features)
@@ -61,7 +65,7 @@ class MultiHeadPreTrainedModel(EnsemblePreTrainedModel):
         return self.backbone.get_input_embeddings()
 
     def _classify(self, batch: dict[str, Tensor | None], labels: Tensor | None) -> EnsembleOutput:
-        features = getattr(self.models[0], self.models[0].base_model_prefix)
+        features = getattr(self._first, self._first.base_model_prefix)
         features.kept = None
         try:
             return super()._classify(batch, labels)

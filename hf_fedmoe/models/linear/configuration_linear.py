@@ -45,11 +45,11 @@ class LinearConfig(PreTrainedConfig):
         Raises:
             `ValueError`: Naming the field, its value and the remedy.
         """
-        super().validate()
+        super().validate()  # type: ignore[misc]  # a decorator of `huggingface_hub` makes it
         value = self.num_features
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`num_features` is {value!r}: pass an integer of at least 1.")
         if value > MAX_WIDTH:
             raise ValueError(f"`num_features` is {value}: pass an integer of at most {MAX_WIDTH}.")
-        if self.num_labels < 2:
+        if (self.num_labels or 0) < 2:
             raise ValueError(f"`num_labels` is {self.num_labels}: pass at least 2 classes.")

@@ -25,12 +25,14 @@ class LinearForClassification(PreTrainedModel):
             The configuration. Weights are random.
     """
 
+    config: LinearConfig
     config_class = LinearConfig
     main_input_name = "features"
-    _no_split_modules = ()
+    _no_split_modules = []
 
     def __init__(self, config: LinearConfig) -> None:
         super().__init__(config)
+        assert config.num_labels is not None
         self.linear = nn.Linear(config.num_features, config.num_labels - 1)
         self.post_init()
 

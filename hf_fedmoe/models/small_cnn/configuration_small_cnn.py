@@ -73,7 +73,7 @@ class SmallCNNConfig(PreTrainedConfig):
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
         """Widths of the fully connected layers, in order."""
-        return self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,)
+        return tuple(self.hidden_size) if isinstance(self.hidden_size, (list, tuple)) else (self.hidden_size,)
 
     @property
     def feature_size(self) -> int:
@@ -95,7 +95,7 @@ class SmallCNNConfig(PreTrainedConfig):
         Raises:
             `ValueError`: Naming the field, its value and the remedy.
         """
-        super().validate()
+        super().validate()  # type: ignore[misc]  # a decorator of `huggingface_hub` makes it
         for field, low in (("image_size", 1), ("num_channels", 1), ("kernel_size", 1), ("padding", 0)):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:

@@ -23,11 +23,12 @@ from .configuration_small_cnn import SmallCNNConfig
 class SmallCNNPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
 
+    config: SmallCNNConfig
     config_class = SmallCNNConfig
     base_model_prefix = "small_cnn"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _no_split_modules = ()
+    input_modalities = ["image"]
+    _no_split_modules = []
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -35,7 +36,8 @@ class SmallCNNPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Conv2d | nn.Linear):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
 
 
 class SmallCNNModel(SmallCNNPreTrainedModel):
@@ -104,6 +106,7 @@ class SmallCNNForImageClassification(SmallCNNPreTrainedModel):
     def __init__(self, config: SmallCNNConfig) -> None:
         super().__init__(config)
         self.small_cnn = SmallCNNModel(config)
+        assert config.num_labels is not None
         self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
         self.post_init()
 

@@ -51,11 +51,13 @@ class SmallImageResNetConfig(ResNetConfig):
         for field in ("num_channels", "embedding_size"):
             if not _is_integer(getattr(self, field), MAX_WIDTH):
                 raise ValueError(f"`{field}` is {getattr(self, field)!r}: pass an integer from 1 to {MAX_WIDTH}.")
+        counts = []
         for field, highest in (("hidden_sizes", MAX_WIDTH), ("depths", MAX_DEPTH)):
             values = getattr(self, field)
             if not isinstance(values, (list, tuple)) or not values or not all(_is_integer(v, highest) for v in values):
                 raise ValueError(f"`{field}` is {values!r}: pass integers from 1 to {highest}, one for each stage.")
-        if len(self.hidden_sizes) != len(self.depths):
+            counts.append(len(values))
+        if counts[0] != counts[1]:
             raise ValueError(
                 f"`depths` is {self.depths!r} and `hidden_sizes` {self.hidden_sizes!r}: pass one of each for a stage."
             )
