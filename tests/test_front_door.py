@@ -1,20 +1,35 @@
 """The names that `import hf_fedmoe` offers, and what it does not import for them."""
 
+import ast
 import json
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import hf_fedmoe
-from hf_fedmoe import strategies
+from hf_fedmoe import experiments, strategies
 
 
 def test_every_name_is_that_of_its_room():
     for name, room in hf_fedmoe._ROOMS.items():
         assert getattr(hf_fedmoe, name) is getattr(import_module(f"hf_fedmoe.{room}"), name)
     assert set(hf_fedmoe.__all__) <= set(dir(hf_fedmoe))
+
+
+@pytest.mark.parametrize("package, modules", [(hf_fedmoe, hf_fedmoe._ROOMS), (experiments, experiments._MODULES)])
+def test_type_checkers_are_told_every_name_and_no_other(package, modules):
+    stub = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text())
+    told = {
+        alias.asname: (node.module, alias.name)
+        for node in ast.walk(stub)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    # `name as name`, or it would be the stub's own.
+    assert told == {name: (module, name) for name, module in modules.items()}
 
 
 def test_every_method_is_offered():

@@ -1,0 +1,56 @@
+"""The names of `_ROOMS`, for type checkers, which do not run `__getattr__`."""
+
+from .data import AUGMENTATIONS as AUGMENTATIONS
+from .data import FederatedDataset as FederatedDataset
+from .data import ImageCollator as ImageCollator
+from .data import decode_images as decode_images
+from .data import dirichlet as dirichlet
+from .data import hold_out_client_tests as hold_out_client_tests
+from .data import iid as iid
+from .data import load_source as load_source
+from .data import natural as natural
+from .data import pachinko as pachinko
+from .data import predominant as predominant
+from .data import shards as shards
+from .experiments import compare as compare
+from .federation import Server as Server
+from .federation import ServerStep as ServerStep
+from .federation import Strategy as Strategy
+from .federation import Uploads as Uploads
+from .models import FedMoEConfig as FedMoEConfig
+from .models import FedMoEForImageClassification as FedMoEForImageClassification
+from .models import FedMoEForSequenceClassification as FedMoEForSequenceClassification
+from .models import SmallImageProcessor as SmallImageProcessor
+from .reporting import plot_clients as plot_clients
+from .strategies import AFL as AFL
+from .strategies import APFL as APFL
+from .strategies import L2SGD as L2SGD
+from .strategies import QFFL as QFFL
+from .strategies import ClusteredFL as ClusteredFL
+from .strategies import Decentralised as Decentralised
+from .strategies import FedAdagrad as FedAdagrad
+from .strategies import FedAdam as FedAdam
+from .strategies import FedAvg as FedAvg
+from .strategies import FedAvgMovingAverage as FedAvgMovingAverage
+from .strategies import FedAvgPlus as FedAvgPlus
+from .strategies import FedAvgReserved as FedAvgReserved
+from .strategies import FedEM as FedEM
+from .strategies import FedJETs as FedJETs
+from .strategies import FedMix as FedMix
+from .strategies import FedMoE as FedMoE
+from .strategies import FedMoESettings as FedMoESettings
+from .strategies import FedProx as FedProx
+from .strategies import FedRep as FedRep
+from .strategies import FedRolex as FedRolex
+from .strategies import FedYogi as FedYogi
+from .strategies import HeteroFL as HeteroFL
+from .strategies import Local as Local
+from .strategies import PFedMe as PFedMe
+from .strategies import PFedMM as PFedMM
+from .strategies import PFedMoE as PFedMoE
+from .training import FederatedTrainer as FederatedTrainer
+from .training import FederatedTrainingArguments as FederatedTrainingArguments
+from .training import FedMoETrainer as FedMoETrainer
+from .training import FedMoETrainingArguments as FedMoETrainingArguments
+
+__version__: str

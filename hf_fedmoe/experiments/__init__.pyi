@@ -1,0 +1,16 @@
+"""The names of `_MODULES`, for type checkers, which do not run `__getattr__`."""
+
+from .characters import CharacterExperiment as CharacterExperiment
+from .experiment import Experiment as Experiment
+from .experiment import find_model as find_model
+from .images import ImageExperiment as ImageExperiment
+from .methods import make_trainer as make_trainer
+from .named_strategies import method_names as method_names
+from .recipe import main as main
+from .recipe import parse as parse
+from .run_comparison import FailedRunsError as FailedRunsError
+from .run_comparison import compare as compare
+from .settings import parse_settings as parse_settings
+from .settings import read_preset as read_preset
+from .settings import read_words as read_words
+from .texts import TextExperiment as TextExperiment
