@@ -5,6 +5,7 @@
 quality:
 	ruff check .
 	ruff format --check .
+	mypy hf_fedmoe
 
 # Mends what can be mended.
 style:
