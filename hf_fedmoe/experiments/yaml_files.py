@@ -1,9 +1,10 @@
 """YAML files as people write them by hand; what is wrong with one is said in one line."""
 
 import re
+from collections.abc import Hashable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -14,9 +15,9 @@ class _Loader(yaml.SafeLoader):
     the text that was written, and refuses a name that stands twice.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -82,6 +83,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _one_line(error: yaml.MarkedYAMLError, file: str, text: str) -> str:
     mark = error.problem_mark or error.context_mark
+    assert mark is not None  # a text is read, and all that is found in it has a place
     problem = error.problem or error.context
     if error.problem and error.context:
         begun = error.context_mark.line if error.context_mark else mark.line

@@ -120,7 +120,7 @@ class RunFacts:
 
     @property
     def names(self) -> list[str]:
-        """What each client is called, by its number where it has no name."""
+        """Names of the clients, their numbers where none were given."""
         if self.client_names is None:
             return [str(client) for client in range(len(self.client_sizes_M))]
         return self.client_names
