@@ -21,11 +21,13 @@ from .contract import (
 )
 from .engines import EachItsOwn, Together
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
+from .filters import Filter, make_filters
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
 from .local_updates import CapturedUpdates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
+from .participants import Participants
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .refusals import client_number, never_accepted, reasons
@@ -50,11 +52,13 @@ __all__ = [
     "EachItsOwn",
     "Federation",
     "FileDigest",
+    "Filter",
     "FolderLock",
     "JointWork",
     "LocalObjective",
     "LocalTrainer",
     "Loss",
+    "Participants",
     "Pass",
     "Processes",
     "RoundReport",
@@ -86,6 +90,7 @@ __all__ = [
     "leave_group",
     "load_federation",
     "local_steps",
+    "make_filters",
     "never_accepted",
     "own_loss",
     "read_identity",

@@ -67,7 +67,8 @@ class EachItsOwn:
                     reply, stays[client] = self.participants.train(client, round_index, row_P, trained.get(client))
                     self.participants.probe(reply, row_P)
                     if reply.fault is None:
-                        uploads.add(place, reply.num_examples)
+                        uploads.add(place, reply.num_examples, reply.tensors)
+                    reply.tensors = {}  # not for the other processes
                     replies[place] = reply
                     on_client(client)
             return replies
@@ -114,6 +115,8 @@ class Together(EachItsOwn):
             marks.append(soundness.mark_of(row_P) if reply.fault is None else None)
             if self.processes.index == 0:
                 stays[client] = kept
+                uploads.add(place, reply.num_examples, reply.tensors)
+            reply.tensors = {}
             if place % self.processes.count == self.processes.index:
                 try:
                     participants.probe(reply, row_P)

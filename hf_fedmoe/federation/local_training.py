@@ -295,7 +295,9 @@ class LocalTrainer:
         """The worker as an upload, its row written to `out_P`."""
         self.layout.read(self.worker, out=out_P)
         metrics = {"loss": (total_loss / num_steps).item(), "steps": num_steps}
-        return Payload(out_P, self.layout.read_integers(self.worker), num_examples, metrics)
+        payload = Payload(out_P, self.layout.read_integers(self.worker), num_examples, metrics)
+        payload.weigh(self.layout)
+        return payload
 
     def load(self, row_P: Tensor, integers: dict[str, Tensor]) -> nn.Module:
         """The worker as the model of `row_P`."""

@@ -94,6 +94,7 @@ def check_run(
             "`FederatedDataset.from_clients([...])` or partition a dataset with `FederatedDataset.split(...)`."
         )
     check_arguments(args)
+    strategy.check_arguments(args)
     check_classes(strategy.server_models(model)[0])
     if not any(parameter.requires_grad for parameter in strategy.server_models(model)[0].parameters()):
         raise ValueError(
@@ -110,11 +111,15 @@ def check_run(
             f"Strategy {strategy.name!r} learns on the server, but `train_dataset.reserved` is None: hold out a small "
             "labelled set, `FederatedDataset.split(..., reserved_size=500)`."
         )
-    if args.upload_compression != "none" and not strategy.compressible:
-        raise ValueError(
-            f"`upload_compression` is {args.upload_compression!r}, but in {strategy.name!r} no receiver knows the "
-            'model that an update starts from: choose "none".'
-        )
+    for name, value, off in (
+        ("upload_compression", args.upload_compression, "none"),
+        ("max_update_norm", args.max_update_norm, None),
+    ):
+        if value != off and not strategy.compressible:
+            raise ValueError(
+                f"`{name}` is {value!r}, but in {strategy.name!r} no receiver knows the model that an update starts "
+                f"from: leave it at {off!r}."
+            )
     if args.keep_client_optimizer and not strategy.keeps_optimizer:
         raise ValueError(
             f"`keep_client_optimizer` is True, but {strategy.name!r} does not promise to go on with an optimizer "

@@ -33,12 +33,14 @@ from ..federation import (
     ClientStore,
     Federation,
     LocalTrainer,
+    Participants,
     RoundReport,
     StackedTrainer,
     Team,
     ZeroTrainer,
     check_start,
     load_federation,
+    make_filters,
 )
 from ..models import FedMoEPreTrainedModel, guard_narrow_convolutions
 from ..reporting import ClientScore, write_model_card
@@ -329,26 +331,28 @@ class FederatedTrainer(
                 self.strategy, data, self._remove_unused_columns, self.data_collator, self.accelerator
             )
         )
-        store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
-        return Federation(
+        codec = make_codec(args.upload_compression, args.top_k_share)
+        participants = Participants(
             server,
             self.strategy,
             local_trainer,
-            data.num_clients,
             # Not `data.client(...)`, which fingerprints its rows: milliseconds for each participant.
             lambda client: Subset(pool, data.client_rows(client).tolist()),
-            store,
+            ClientStore(Path(args.output_dir, CLIENTS_FOLDER)),
             reserved,
             args.seed,
-            args.client_draw_seed,
+            data.client_sizes.tolist(),
+            make_filters(server, self.strategy, args.seed, args.client_ranks, args.max_update_norm, codec),
             args.keep_client_optimizer,
+            self.client_name,
+        )
+        return Federation(
+            participants,
+            data.num_clients,
+            args.client_draw_seed,
             args.client_choice,
-            make_codec(args.upload_compression, args.top_k_share),
-            args.client_ranks,
-            client_sizes=data.client_sizes.tolist(),
             processes=self.processes,
             parallelism=args.client_parallelism,
-            client_name=self.client_name,
             track=self._watch,
             gate_fit=gate_fit,
             computes_finite=lambda model: known_rows()(model),

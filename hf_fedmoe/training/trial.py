@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..federation import Federation, StackedTrainer, StepBatches
 from ..models import AdapterExpert
 from ..strategies import ClientTask, has_own_loss
+from ..weights import Payload
 from .readers import Reader
 from .single_rows import check_single_rows
 
@@ -265,7 +266,8 @@ class Trial:
     def _check_that_the_loss_is_asked_for(self, rows: torch.utils.data.Subset) -> None:
         """Raises `ValueError` if a client of this method is trained without a call of the loss that the user gave."""
         objective, row_P, integers = self.local.objective, self.server.bank_SP[0], self.server.integers[0]
-        task = ClientTask(0, 0, rows, row_P, integers, torch.zeros_like(row_P), self.local.args.seed)
+        received = Payload(row_P, integers)
+        task = ClientTask(0, 0, rows, received, torch.zeros_like(row_P), self.local.args.seed)
         self.local.learn_by(_ask)
         try:
             self.strategy.train_client(self.local, task)
