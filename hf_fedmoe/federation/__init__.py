@@ -19,7 +19,7 @@ from .contract import (
     untracked,
     warmed_up,
 )
-from .engines import EachItsOwn, Together
+from .engines import EachItsOwn, SomeAtOnce, Together, TogetherByZero
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
 from .filters import Filter, make_filters
 from .folder_lock import FolderLock
@@ -34,10 +34,10 @@ from .refusals import client_number, never_accepted, reasons
 from .round import Federation, RoundReport
 from .server_step import take_step
 from .soundness import BrokenPromiseError, check_start, computes_finite, sound_finish
-from .stacked_training import StackedTrainer
+from .stacked_training import StackedTraining
 from .team import Team
-from .zero import ZeroTrainer
 from .zero_engine import ZeroEngine
+from .zero_training import ZeroTraining
 
 
 __all__ = [
@@ -64,18 +64,20 @@ __all__ = [
     "RoundReport",
     "Server",
     "ServerStep",
-    "StackedTrainer",
+    "SomeAtOnce",
+    "StackedTraining",
     "StepBatches",
     "Strategy",
     "Stream",
     "Team",
     "Together",
+    "TogetherByZero",
     "Track",
     "UnreadableManifestError",
     "Uploads",
     "Work",
     "ZeroEngine",
-    "ZeroTrainer",
+    "ZeroTraining",
     "atomic_directory",
     "balance",
     "check_start",

@@ -146,7 +146,7 @@ class Uploads:
 
     @property
     def tensors(self) -> list[dict[str, Tensor]]:
-        """What each sent beside its model; for a method that `needs` "rows" or "fusion"."""
+        """The tensors that each sent beside its model; for a method that `needs` "rows" or "fusion"."""
         return self._tensors
 
     def sum_of(self, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from . import soundness
 from .client_store import ClientStore
 from .contract import ClientTask, Server, Strategy, has_plain_clients
 from .filters import Filter
-from .local_training import LocalTrainer
+from .local_training import LocalTrainer, Reading
 from .local_updates import OPTIMIZER_PREFIX
 from .randomness import Stream, seed_of
 from .refusals import client_number
@@ -26,6 +26,9 @@ from .team import LeftAloneError
 
 
 logger = logging.get_logger(__name__)
+
+# From a task to the upload and what stays with the client, as [`Strategy.train_client`].
+Fit = Callable[[ClientTask], tuple[Payload, dict[str, Tensor]]]
 
 
 @dataclass
@@ -85,19 +88,30 @@ class Participants:
     client_name: Callable[[int], str] = client_number
 
     def train(
-        self, client: int, round_index: int, out_P: Tensor, trained: tuple[ClientTask, Payload] | None = None
+        self,
+        client: int,
+        round_index: int,
+        out_P: Tensor,
+        trained: tuple[ClientTask, Payload] | None = None,
+        fit: Fit | None = None,
     ) -> tuple[Reply, dict[str, Tensor]]:
         """
-        A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted. `trained`
-        is what there is of one that has been trained already.
+        Returns a participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted.
+
+        Args:
+            client (`int`), round_index (`int`): Who, and when.
+            out_P (`Tensor` of shape `[P]`): Where its model goes.
+            trained (`tuple[ClientTask, Payload]`, *optional*): What there is of one that has been trained already.
+            fit (`Callable`, *optional*): Trains it, [`Strategy.train_client`] if left out.
         """
         reply, stays, task = Reply(), {}, None
+        fit = fit or (lambda task: self.strategy.train_client(self.local_trainer, task))
         try:
             with self.local_trainer.team.client():
                 if trained is None:
                     task = self.task(client, round_index, out_P)
                     with self.local_trainer.clock.client():
-                        payload, stays = soundness.upload_of(self.strategy, self.local_trainer, task, self.server)
+                        payload, stays = soundness.upload_of(fit, task, self.strategy, self.local_trainer, self.server)
                 else:
                     task, payload = trained
                 stays = self._finish_upload(task, payload, stays)
@@ -119,14 +133,14 @@ class Participants:
             reply.num_examples, reply.metrics = payload.num_examples, payload.metrics
         return reply, stays
 
-    def train_at_once(self, rows: dict[int, Tensor], round_index: int) -> dict[int, tuple[ClientTask, Payload]]:
-        """Trains the participants of a group, whose rows are given, together; nobody if it is one alone or fails."""
-        if len(rows) == 1:
-            return {}
+    def train_at_once(
+        self, rows: dict[int, Tensor], round_index: int, train: Callable[[Sequence[ClientTask]], list[Payload]]
+    ) -> dict[int, tuple[ClientTask, Payload]]:
+        """Has the participants of a group, whose rows are given, trained together; nobody if that fails."""
         try:
             tasks = [self.task(client, round_index, out_P) for client, out_P in rows.items()]
             with self.local_trainer.clock.client(len(tasks)):
-                payloads = self.local_trainer.train_at_once(tasks)
+                payloads = train(tasks)
         except Exception as error:  # each is trained by itself, where only those fail that have to
             logger.warning(
                 f"These cannot be trained at once and are trained alone: {', '.join(map(self.client_name, rows))}.",
@@ -155,13 +169,15 @@ class Participants:
             stays |= filter.upload(payload, task)
         return stays
 
-    def read_ahead(self, groups: list[list[int]], round_index: int) -> None:
-        """Worker processes, if there are any, begin to read what these participants will train on."""
+    def read_ahead(
+        self, groups: list[list[int]], round_index: int, reading: Callable[[Sequence[tuple[Dataset, int]]], Reading]
+    ) -> None:
+        """Has worker processes, if there are any, begin to read what these groups of participants will train on."""
         if has_plain_clients(self.strategy):
+            seeds = {client: self._training_seed(client, round_index) for clients in groups for client in clients}
             with suppress(Exception):  # what fails here fails again when its client trains, and counts there
                 self.local_trainer.read_ahead(
-                    [(self.client_data(client), self._training_seed(client, round_index)) for client in clients]
-                    for clients in groups
+                    reading([(self.client_data(client), seeds[client]) for client in clients]) for clients in groups
                 )
 
     def _training_seed(self, client: int, round_index: int) -> int:

@@ -17,9 +17,8 @@ from transformers.utils import logging
 from . import soundness
 from .client_choice import CLIENT_CHOICES
 from .contract import ServerStep, Track, Uploads, untracked
-from .engines import ENGINES, Plan
-from .participants import Participants, Reply
-from .processes import Processes
+from .engines import EachItsOwn, Plan
+from .participants import Reply
 from .randomness import Stream, seed_of
 from .refusals import reasons
 from .server_step import take_step
@@ -60,36 +59,33 @@ class Federation:
     Everything a round works on.
 
     Args:
-        participants ([`Participants`]): The clients, the server that every round changes, and the method.
+        engine ([`EachItsOwn`] or another engine): Trains participants, whose server every round changes.
         num_clients (`int`): M.
         draw_seed (`int`): Of the draw of clients. Whatever else is random has the seed of `participants`.
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
-        processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
-        parallelism (`str`, *optional*, defaults to `"clients"`): What processes share out: `"clients"`, `"sums"` (the
-            same, but that each adds its uploads up as they come, and only the sums are exchanged) or `"data"` (the
-            batches of each client).
+        apart (`bool`, *optional*, defaults to `False`): Whether uploads stay in the processes that trained them, as
+            sums if the method needs only these.
         track (`Callable`, *optional*): Watches the loops of the server's step, see [`ServerStep`].
         gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
         computes_finite (`Callable`, *optional*): Tells of a model whether what it computes of rows that the server
             knows is finite; it is asked after each step.
     """
 
-    participants: Participants
+    engine: EachItsOwn
     num_clients: int
     draw_seed: int
     client_choice: str = "uniform"
-    processes: Processes = field(default_factory=Processes)
-    parallelism: str = "clients"
+    apart: bool = False
     track: Track = untracked
     gate_fit: Any = None
     computes_finite: Callable[[nn.Module], bool] = lambda model: True
 
     def __post_init__(self) -> None:
+        self.participants, self.processes = self.engine.participants, self.engine.processes
         self.server, self.strategy = self.participants.server, self.participants.strategy
         self.local_trainer, self.store = self.participants.local_trainer, self.participants.store
-        self.engine = ENGINES[self.parallelism](self.participants, self.processes)
-        self.collect = APART[self.strategy.needs] if self.parallelism == "sums" else Rows
+        self.collect = APART[self.strategy.needs] if self.apart else Rows
         self.memory = UploadMemory(self.server)
         self.captured = {} if self.local_trainer.captures else None
         # Whether the server, and what clients keep, are those of a finished round.

@@ -88,10 +88,10 @@ def _kind_of(found: Any) -> str:
 
 
 def upload_of(
-    strategy: Strategy, local: LocalTrainer, task: ClientTask, server: Server
+    fit: Callable[[ClientTask], Any], task: ClientTask, strategy: Strategy, local: LocalTrainer, server: Server
 ) -> tuple[Payload, dict[str, Tensor]]:
     """Has a client trained; raises [`BrokenPromiseError`] unless all is there that its upload needs."""
-    result = strategy.train_client(local, task)
+    result = fit(task)
     fault = _fault_of_result(result, task, local.layout, server.bank_SP)
     if fault := fault or _fault_of_tensors(result[0].tensors, tensors_due(strategy, server)):
         raise BrokenPromiseError(strategy, f"`train_client` of client {task.client} {fault}")

@@ -188,7 +188,7 @@ class Rows:
         return KINDS[self.needs](clients, self._sound(places), *others, self._beside(places))
 
     def _beside(self, places: list[int]) -> list[dict[str, Tensor]]:
-        """What sound uploads have beside their models, as far as it is here."""
+        """Returns the tensors that sound uploads have beside their models, as far as they are here."""
         return [self.tensors.get(place, {}) for place in places]
 
     def _sound(self, places: list[int]) -> Tensor:
@@ -244,4 +244,4 @@ class Sum(Rows):
 
 
 # How uploads are collected where they stay in the processes that trained them, by what the method needs.
-APART = {"fusion": RowsApart, "mean": Sum}
+APART: dict[str, type[Rows]] = {"fusion": RowsApart, "mean": Sum}

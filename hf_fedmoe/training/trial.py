@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..federation import Federation, StackedTrainer, StepBatches
+from ..federation import Federation, StepBatches
 from ..models import AdapterExpert
 from ..strategies import ClientTask, has_own_loss
 from ..weights import Payload
@@ -33,7 +33,7 @@ class Trial:
 
     def __init__(self, federation: Federation, readers: list[Reader], loss_name: str | None = None):
         self.local, self.server = federation.local_trainer, federation.server
-        self.strategy = federation.strategy
+        self.strategy, self.engine = federation.strategy, federation.engine
         self.readers, self.loss_name = readers, loss_name
         self.device = self.local.accelerator.device
         worker = self.local.worker
@@ -55,8 +55,7 @@ class Trial:
             subset = torch.utils.data.Subset(self.readers[0].dataset, rows)
             if self.loss_name is not None:
                 self._check_that_the_loss_is_asked_for(subset)
-            if isinstance(self.local, StackedTrainer):
-                self.local.try_out(subset)
+            self.engine.try_out(subset)
 
     # Batches
 

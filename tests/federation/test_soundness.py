@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_fedmoe.federation import BrokenPromiseError, check_start
+from hf_fedmoe.federation import BrokenPromiseError, EachItsOwn, check_start
 from hf_fedmoe.strategies import FedAvg, FedAvgReserved, FedMoE, FedProx, Strategy
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import Payload
@@ -171,7 +171,7 @@ def run_round(federation, strategy):
     server, start_SP = federation.server, federation.server.bank_SP.clone()
     federation.local_trainer.strategy = strategy
     participants = dataclasses.replace(federation.participants, strategy=strategy)
-    federation = dataclasses.replace(federation, participants=participants)
+    federation = dataclasses.replace(federation, engine=EachItsOwn(participants, federation.processes))
     try:
         strategy.setup(server, federation.num_clients)
         check_start(strategy, server)
