@@ -56,6 +56,7 @@ _ROOMS = {
     "PFedMe": "strategies",
     "PFedMoE": "strategies",
     "QFFL": "strategies",
+    "Scaffold": "strategies",
     "plot_clients": "reporting",
     "FedMoETrainer": "training",
     "FederatedTrainer": "training",

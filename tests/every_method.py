@@ -42,6 +42,7 @@ from hf_fedmoe.strategies import (
     PFedMe,
     PFedMM,
     PFedMoE,
+    Scaffold,
     Strategy,
     freeze_common_expert,
 )
@@ -102,6 +103,11 @@ def num_bytes(model: nn.Module, but: tuple[str, ...] = ()) -> int:
     return sum(t.numel() * t.element_size() for name, t in model.state_dict().items() if not name.startswith(but))
 
 
+def num_trained(model: nn.Module) -> int:
+    """Bytes of the parameters that learn."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
 def sent_in_fedjets(trainer: FederatedTrainer, round_index: int, client: int) -> int:
     """Anchors, the first clients, have one expert each and the others two; all have the gate."""
     experts = trainer.model.routed_experts
@@ -151,6 +157,12 @@ METHODS = {
     "fedadagrad": Method(FedAdagrad, LIMITS + "test_server_optimizers_that_are_not_adaptive_are_fedavg"),
     "fedadam": Method(FedAdam, LIMITS + "test_server_optimizers_that_are_not_adaptive_are_fedavg"),
     "fedyogi": Method(FedYogi, LIMITS + "test_server_optimizers_that_are_not_adaptive_are_fedavg", resumed=MOST_STATE),
+    "scaffold": Method(
+        Scaffold,
+        LIMITS + "test_scaffold_without_control_variates_is_fedavg",
+        resumed=MOST_STATE,
+        sent=lambda trainer, round_index, client: num_bytes(trainer.model) + num_trained(trainer.model),
+    ),
     "fedprox": Method(FedProx, LIMITS + "test_fedprox_with_mu_zero_is_fedavg", resumed={"lr_scheduler_scope": "run"}),
     "fedmoe": Method(
         FedMoE,

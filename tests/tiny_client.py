@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_fedmoe.federation import LocalTrainer
 from hf_fedmoe.strategies import ClientTask, Server, Strategy
-from hf_fedmoe.weights import StateLayout
+from hf_fedmoe.weights import Payload, StateLayout
 
 
 class Slope(nn.Module):
@@ -52,7 +52,7 @@ def tiny_task(local: LocalTrainer, w: float, examples: list[tuple[float, float]]
     dataset = [
         {"x": torch.tensor(x, dtype=torch.float64), "y": torch.tensor(y, dtype=torch.float64)} for x, y in examples
     ]
-    return ClientTask(0, 0, dataset, row(local, w), {}, row(local, 0.0), 3, kept)
+    return ClientTask(0, 0, dataset, Payload(row(local, w)), row(local, 0.0), 3, kept)
 
 
 def row(local: LocalTrainer, w: float) -> torch.Tensor:

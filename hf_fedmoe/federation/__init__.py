@@ -19,23 +19,25 @@ from .contract import (
     untracked,
     warmed_up,
 )
-from .engines import EachItsOwn, Together
+from .engines import EachItsOwn, SomeAtOnce, Together, TogetherByZero
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
+from .filters import Filter, make_filters
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
 from .local_updates import CapturedUpdates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
+from .participants import Participants
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .refusals import client_number, never_accepted, reasons
 from .round import Federation, RoundReport
 from .server_step import take_step
 from .soundness import BrokenPromiseError, check_start, computes_finite, sound_finish
-from .stacked_training import StackedTrainer
+from .stacked_training import StackedTraining
 from .team import Team
-from .zero import ZeroTrainer
 from .zero_engine import ZeroEngine
+from .zero_training import ZeroTraining
 
 
 __all__ = [
@@ -50,28 +52,32 @@ __all__ = [
     "EachItsOwn",
     "Federation",
     "FileDigest",
+    "Filter",
     "FolderLock",
     "JointWork",
     "LocalObjective",
     "LocalTrainer",
     "Loss",
+    "Participants",
     "Pass",
     "Processes",
     "RoundReport",
     "Server",
     "ServerStep",
-    "StackedTrainer",
+    "SomeAtOnce",
+    "StackedTraining",
     "StepBatches",
     "Strategy",
     "Stream",
     "Team",
     "Together",
+    "TogetherByZero",
     "Track",
     "UnreadableManifestError",
     "Uploads",
     "Work",
     "ZeroEngine",
-    "ZeroTrainer",
+    "ZeroTraining",
     "atomic_directory",
     "balance",
     "check_start",
@@ -86,6 +92,7 @@ __all__ = [
     "leave_group",
     "load_federation",
     "local_steps",
+    "make_filters",
     "never_accepted",
     "own_loss",
     "read_identity",

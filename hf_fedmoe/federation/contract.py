@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..data import ReservedSet
 from ..models import as_expert
@@ -123,6 +123,7 @@ class Uploads:
         num_examples_m (`Tensor` of shape `[m]`): Their training examples.
         metrics (`list[dict[str, float]]`, *optional*): What they report.
         probed (`list[Tensor]`, *optional*): What [`Strategy.probe`] found of each.
+        tensors (`list[dict[str, Tensor]]`, *optional*): What each sent beside its model, [`Strategy.upload_tensors`].
     """
 
     def __init__(
@@ -133,14 +134,28 @@ class Uploads:
         num_examples_m: Tensor,
         metrics: Sequence[dict[str, float]] = (),
         probed: Sequence[Tensor] = (),
+        tensors: Sequence[dict[str, Tensor]] = (),
     ):
         self.clients, self._rows_mP, self.integers, self.num_examples_m = clients, rows_mP, integers, num_examples_m
-        self.metrics, self.probed = list(metrics), list(probed)
+        self.metrics, self.probed, self._tensors = list(metrics), list(probed), list(tensors)
 
     @property
     def rows_mP(self) -> Tensor:
         """Their models, one in a row; for a method that `needs` "rows"."""
         return self._rows_mP
+
+    @property
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The tensors that each sent beside its model; for a method that `needs` "rows" or "fusion"."""
+        return self._tensors
+
+    def sum_of(self, name: str) -> Tensor:
+        """The sum over all uploads of a tensor that they sent beside their models."""
+        first, *others = (tensors[name] for tensors in self._tensors)
+        total = first.clone()
+        for tensor in others:
+            total += tensor
+        return total
 
     def by_client(self) -> Iterable[tuple[int, Tensor]]:
         """Gives the rows that are in this process with their clients: to tell who is at fault, not to compute with."""
@@ -187,27 +202,33 @@ class ClientTask:
         client (`int`): Its number.
         round_index (`int`): The round, from 0.
         dataset (`torch.utils.data.Dataset`): Its examples.
-        received_P (`Tensor` of shape `[P]`): What it starts from, see [`Strategy.download`].
-        integers (`dict[str, Tensor]`): Integer buffers to start from.
+        received ([`~weights.Payload`]): What the server sent. A method that sends this client less than the
+            [`Strategy.shared`] tensors has it weighed again, and its upload.
         out_P (`Tensor` of shape `[P]`): Where its upload goes.
         seed (`int`): Of its data order and dropout.
         kept (`dict[str, Tensor]`, *optional*): What [`Strategy.train_client`] left with it in its last round, and as
             `row_P` what [`Strategy.synchronise`] did; empty if it never took part.
         kept_optimizer (`dict[str, Tensor]`, *optional*): Its optimizer's state, for [`LocalTrainer.train`].
-        received_bytes (`int`, *optional*): Bytes of what it received: those of the [`Strategy.shared`] tensors, unless
-            the strategy says here that it sends this client less. An upload says so in its `row_bytes`.
     """
 
     client: int
     round_index: int
     dataset: Dataset
-    received_P: Tensor
-    integers: dict[str, Tensor]
+    received: Payload
     out_P: Tensor
     seed: int
     kept: dict[str, Tensor] = field(default_factory=dict)
     kept_optimizer: dict[str, Tensor] | None = None
-    received_bytes: int = 0
+
+    @property
+    def received_P(self) -> Tensor:
+        """The row `[P]` that it starts from, see [`Strategy.download`]."""
+        return self.received.row_P
+
+    @property
+    def integers(self) -> dict[str, Tensor]:
+        """Integer buffers to start from."""
+        return self.received.integers
 
 
 # Which hooks each of a strategy's flags is a promise of.
@@ -252,6 +273,9 @@ class Strategy(LocalObjective):
             if min(map(place, hooks)) < place(flag):
                 setattr(cls, flag, NO_PROMISE.get(flag, False))
 
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """Raises `ValueError` that names the field, its value and the remedy, where the method cannot do with it."""
+
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
         return [as_expert(model)]
@@ -269,6 +293,18 @@ class Strategy(LocalObjective):
         its last round, `None` if it never took part.
         """
         return server.bank_SP[0]
+
+    def download_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
+        """Named tensors that `client` is sent beside its model, where it finds them as `task.received.tensors`."""
+        return {}
+
+    def upload_tensors(self, server: Server) -> dict[str, Tensor]:
+        """
+        Tensors, whose values do not matter, of the names, shapes and types that each upload has beside its model:
+        [`Strategy.train_client`] puts them into `payload.tensors`, [`Strategy.update`] finds their sum as
+        `uploads.sum_of(name)`.
+        """
+        return {}
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         """

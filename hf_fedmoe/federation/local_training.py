@@ -28,6 +28,8 @@ from .team import Stage, Team
 
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+# A dataset, the indices of each batch, the seed of augmentation.
+Reading = tuple[Dataset, list[list[int]], int]
 
 
 def local_steps(
@@ -226,28 +228,24 @@ class LocalTrainer:
         with self.clock.whole():
             self.load(row_P, integers)
             self._learn(only)
-            self._reset_optimizer(kept_optimizer)
-            # A client may have failed between two batches of a step.
-            self.optimizer.zero_grad()
+            self.reset_optimizer(kept_optimizer)
             self._scheduler = self.make_scheduler(self.optimizer, num_steps)
             self.worker.train()
 
-    def groups(self, sizes: Sequence[int]) -> list[list[int]]:
-        """The places in `sizes` (examples of clients) of those that are trained at once: each by itself."""
-        return [[place] for place in range(len(sizes))]
-
-    def read_ahead(self, groups: Iterable[Sequence[tuple[Dataset, int]]]) -> None:
-        """
-        Worker processes, if there are any, begin to read what training these clients will ask for, one group after
-        another, each client a dataset and a seed.
-        """
+    def read_ahead(self, readings: Iterable[Reading]) -> None:
+        """Has worker processes, if there are any, begin to read what training will ask for, one after another."""
         if self.reader is not None:
-            self.reader.expect(self._wanted(*self.reading(clients)) for clients in groups)
+            self.reader.expect(self._wanted(*reading) for reading in readings)
 
-    def reading(self, clients: Sequence[tuple[Dataset, int]]) -> tuple[Dataset, list[list[int]], int]:
-        """Gives what is read to train a group: a dataset, the indices of each batch, the seed of augmentation."""
+    def reading(self, clients: Sequence[tuple[Dataset, int]]) -> Reading:
+        """Gives what is read to train a client, which is a dataset and a seed."""
         ((dataset, seed),) = clients
         return dataset, list(self.own_rows(self.plan(dataset, seed))), seed
+
+    def read(self, dataset: Dataset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
+        """Gives the batches of these indices, and seeds whatever is random about them and about dropout."""
+        self._seed(seed)
+        return self._batches(dataset, places, seed)
 
     def own_rows(self, plan: list[list[list[int]]]) -> Iterator[list[int]]:
         """The indices of each batch of [`LocalTrainer.steps`]: as planned, or of this process's share."""
@@ -295,7 +293,9 @@ class LocalTrainer:
         """The worker as an upload, its row written to `out_P`."""
         self.layout.read(self.worker, out=out_P)
         metrics = {"loss": (total_loss / num_steps).item(), "steps": num_steps}
-        return Payload(out_P, self.layout.read_integers(self.worker), num_examples, metrics)
+        payload = Payload(out_P, self.layout.read_integers(self.worker), num_examples, metrics)
+        payload.weigh(self.layout)
+        return payload
 
     def load(self, row_P: Tensor, integers: dict[str, Tensor]) -> nn.Module:
         """The worker as the model of `row_P`."""
@@ -396,6 +396,9 @@ class LocalTrainer:
         """The optimizer's state after [`LocalTrainer.train`] as named tensors, for the client store."""
         return self._updates.tensors()
 
-    def _reset_optimizer(self, kept: dict[str, Tensor] | None) -> None:
+    def reset_optimizer(self, kept: dict[str, Tensor] | None = None) -> None:
+        """Makes the optimizer a fresh one, or that of a client's last round."""
         self.has_kept_optimizer = kept is not None
         self._updates.reset(kept)
+        # A client may have failed between two batches of a step.
+        self.optimizer.zero_grad()

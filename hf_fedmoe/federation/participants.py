@@ -3,7 +3,7 @@
 Shape suffixes: m participants, P elements of a model's row.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -13,17 +13,22 @@ from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
-from ..weights import Codec, Payload, all_finite, bytes_at_rank, compress_upload, fit_rank_, keep_private_, widen_rank_
+from ..weights import Payload, all_finite
 from . import soundness
 from .client_store import ClientStore
 from .contract import ClientTask, Server, Strategy, has_plain_clients
-from .local_training import LocalTrainer
+from .filters import Filter
+from .local_training import LocalTrainer, Reading
 from .local_updates import OPTIMIZER_PREFIX
 from .randomness import Stream, seed_of
+from .refusals import client_number
 from .team import LeftAloneError
 
 
 logger = logging.get_logger(__name__)
+
+# From a task to the upload and what stays with the client, as [`Strategy.train_client`].
+Fit = Callable[[ClientTask], tuple[Payload, dict[str, Tensor]]]
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Reply:
         integers (`dict[str, Tensor]`, *optional*): Integer buffers, on the CPU.
         num_examples (`int`, *optional*): Its training examples.
         metrics (`dict[str, float]`, *optional*): What it reports.
+        tensors (`dict[str, Tensor]`, *optional*): What it sends beside its model, until they are collected.
         fault (`str`, *optional*): Why its training failed or its upload is refused.
         probed (`Tensor`, *optional*): What the server asked of its upload, on the CPU.
     """
@@ -45,6 +51,7 @@ class Reply:
     integers: dict[str, Tensor] = field(default_factory=dict)
     num_examples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     fault: str | None = None
     probed: Tensor | None = None
 
@@ -62,11 +69,10 @@ class Participants:
         store ([`ClientStore`]): What stays with them.
         reserved ([`~data.ReservedSet`], *optional*): The server's own set.
         seed (`int`): Of their training.
-        keep_optimizer (`bool`): Whether each keeps its optimizer state.
-        codec ([`~weights.Codec`], *optional*): How uploads are compressed.
-        client_ranks (`list[int]`, *optional*): Ranks of their LoRA adapters, over and over.
         client_sizes (`Sequence[int]`): Examples of each.
-        client_name (`Callable`): From a client's number to what messages call it.
+        filters (`list[Filter]`): Through which payloads go, see [`make_filters`].
+        keep_optimizer (`bool`, *optional*, defaults to `False`): Whether each keeps its optimizer state.
+        client_name (`Callable`, *optional*): From a client's number to what messages call it.
     """
 
     server: Server
@@ -76,28 +82,36 @@ class Participants:
     store: ClientStore
     reserved: ReservedSet | None
     seed: int
-    keep_optimizer: bool
-    codec: Codec | None
-    client_ranks: list[int] | None
     client_sizes: Sequence[int]
-    client_name: Callable[[int], str]
+    filters: list[Filter]
+    keep_optimizer: bool = False
+    client_name: Callable[[int], str] = client_number
 
     def train(
-        self, client: int, round_index: int, out_P: Tensor, trained: tuple[ClientTask, Payload] | None = None
+        self,
+        client: int,
+        round_index: int,
+        out_P: Tensor,
+        trained: tuple[ClientTask, Payload] | None = None,
+        fit: Fit | None = None,
     ) -> tuple[Reply, dict[str, Tensor]]:
         """
-        A participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted. `trained`
-        is what there is of one that has been trained already.
+        Returns a participant's reply, its row written to `out_P`, and what stays with it if the upload is accepted.
+
+        Args:
+            client (`int`), round_index (`int`): Who, and when.
+            out_P (`Tensor` of shape `[P]`): Where its model goes.
+            trained (`tuple[ClientTask, Payload]`, *optional*): What there is of one that has been trained already.
+            fit (`Callable`, *optional*): Trains it, [`Strategy.train_client`] if left out.
         """
         reply, stays, task = Reply(), {}, None
+        fit = fit or (lambda task: self.strategy.train_client(self.local_trainer, task))
         try:
             with self.local_trainer.team.client():
                 if trained is None:
                     task = self.task(client, round_index, out_P)
                     with self.local_trainer.clock.client():
-                        payload, stays = soundness.upload_of(
-                            self.strategy, self.local_trainer, task, self.server.bank_SP
-                        )
+                        payload, stays = soundness.upload_of(fit, task, self.strategy, self.local_trainer, self.server)
                 else:
                     task, payload = trained
                 stays = self._finish_upload(task, payload, stays)
@@ -112,21 +126,21 @@ class Participants:
             reply.fault = f"{type(error).__name__}: {error}"
             logger.warning(f"Round {round_index + 1}: {self.client_name(client)} failed.", exc_info=error)
         if task is not None:
-            reply.received_bytes = task.received_bytes
+            reply.received_bytes = task.received.num_bytes
         if reply.fault is None:
-            reply.sent_bytes = payload.num_bytes(self.server.layout, self.strategy.shared(self.server, round_index))
+            reply.sent_bytes, reply.tensors = payload.num_bytes, payload.tensors
             reply.integers = {name: tensor.cpu() for name, tensor in payload.integers.items()}
             reply.num_examples, reply.metrics = payload.num_examples, payload.metrics
         return reply, stays
 
-    def train_at_once(self, rows: dict[int, Tensor], round_index: int) -> dict[int, tuple[ClientTask, Payload]]:
-        """Trains the participants of a group, whose rows are given, together; nobody if it is one alone or fails."""
-        if len(rows) == 1:
-            return {}
+    def train_at_once(
+        self, rows: dict[int, Tensor], round_index: int, train: Callable[[Sequence[ClientTask]], list[Payload]]
+    ) -> dict[int, tuple[ClientTask, Payload]]:
+        """Has the participants of a group, whose rows are given, trained together; nobody if that fails."""
         try:
             tasks = [self.task(client, round_index, out_P) for client, out_P in rows.items()]
             with self.local_trainer.clock.client(len(tasks)):
-                payloads = self.local_trainer.train_at_once(tasks)
+                payloads = train(tasks)
         except Exception as error:  # each is trained by itself, where only those fail that have to
             logger.warning(
                 f"These cannot be trained at once and are trained alone: {', '.join(map(self.client_name, rows))}.",
@@ -144,36 +158,26 @@ class Participants:
 
     def _finish_upload(self, task: ClientTask, payload: Payload, stays: dict[str, Tensor]) -> dict[str, Tensor]:
         """Makes a trained client's payload what travels, and returns all that stays with the client."""
-        shared = self.strategy.shared(self.server, task.round_index)
-        if payload.row_bytes is None:
-            payload.row_bytes = self._row_bytes(task.client, shared)
         for name, tensor in stays.items():
             if not all_finite([tensor]):
                 raise ValueError(f"`{name}`, which it would keep, holds values that are not finite")
         if self.keep_optimizer:
             stays |= self.local_trainer.optimizer_tensors()
-        if self.client_ranks is not None:
-            start_P = self.strategy.download(self.server, task.client, task.kept.get("row_P")).to(task.out_P.device)
-            widen_rank_(task.out_P, start_P, self.server.layout, self._rank(task.client))
-        if shared is not None:
-            known = Payload(self.server.bank_SP[0], self.server.integers[0])
-            keep_private_(payload, known, self.server.layout, shared)
-        residual_U = task.kept.get("residual_U")
-        if self.codec is not None and (shared is None or shared):
-            payload.row_bytes, residual_U = compress_upload(
-                self.codec, self.server.layout, task.out_P, task.received_P, residual_U, shared
-            )
-        if residual_U is not None:
-            stays["residual_U"] = residual_U
+        if not payload.sizes:
+            payload.weigh(self.server.layout)
+        for filter in self.filters:
+            stays |= filter.upload(payload, task)
         return stays
 
-    def read_ahead(self, groups: list[list[int]], round_index: int) -> None:
-        """Worker processes, if there are any, begin to read what these participants will train on."""
+    def read_ahead(
+        self, groups: list[list[int]], round_index: int, reading: Callable[[Sequence[tuple[Dataset, int]]], Reading]
+    ) -> None:
+        """Has worker processes, if there are any, begin to read what these groups of participants will train on."""
         if has_plain_clients(self.strategy):
+            seeds = {client: self._training_seed(client, round_index) for clients in groups for client in clients}
             with suppress(Exception):  # what fails here fails again when its client trains, and counts there
                 self.local_trainer.read_ahead(
-                    [(self.client_data(client), self._training_seed(client, round_index)) for client in clients]
-                    for clients in groups
+                    reading([(self.client_data(client), seeds[client]) for client in clients]) for clients in groups
                 )
 
     def _training_seed(self, client: int, round_index: int) -> int:
@@ -182,25 +186,23 @@ class Participants:
     def task(self, client: int, round_index: int, out_P: Tensor) -> ClientTask:
         """Returns what a client has at hand in a round, for an upload to `out_P`."""
         kept = self.store.get(client)
-        received_P = soundness.download_of(self.strategy, self.server, client, kept.get("row_P")).to(out_P.device)
-        if self.server.layout.lora:
-            received_P = received_P.clone()
-            # One start for all: averages need it, and so does what a client remembers of its entries.
-            fit_rank_(received_P, self.server.layout, self._rank(client), seed_of(self.seed, Stream.ADAPTER_START))
-        shared = self.strategy.shared(self.server, round_index)
-        sent = Payload(received_P, self.server.integers[0], row_bytes=self._row_bytes(client, shared))
+        row_P = soundness.download_of(self.strategy, self.server, client, kept.get("row_P"))
+        tensors = soundness.tensors_for(self.strategy, self.server, client)
+        sent = Payload(row_P.to(out_P.device), self.server.integers[0])
+        sent.tensors = {name: tensor.to(out_P.device) for name, tensor in tensors.items()}
+        sent.weigh(self.server.layout)
+        for filter in self.filters:
+            filter.download(sent, client, round_index)
         optimizer = {name: kept.pop(name) for name in list(kept) if name.startswith(OPTIMIZER_PREFIX)}
         return ClientTask(
             client,
             round_index,
             self.client_data(client),
-            received_P,
-            self.server.integers[0],
+            sent,
             out_P,
             self._training_seed(client, round_index),
             kept,
             optimizer or None,
-            sent.num_bytes(self.server.layout, shared),
         )
 
     def personal_model(self, client: int, data: Dataset | None = None) -> nn.Module:
@@ -212,14 +214,6 @@ class Participants:
         kept = {name: t for name, t in self.store.get(client).items() if not name.startswith(OPTIMIZER_PREFIX)}
         seed = seed_of(self.seed, Stream.CLIENT_EVALUATION, client)
         data = self.client_data(client) if data is None else data
-        task = ClientTask(client, 0, data, row_P, server.integers[0], torch.zeros_like(row_P), seed, kept)
+        received = Payload(row_P, server.integers[0], tensors=soundness.tensors_for(self.strategy, server, client))
+        task = ClientTask(client, 0, data, received, torch.zeros_like(row_P), seed, kept)
         return self.strategy.personal_model(server, self.local_trainer, task)
-
-    def _rank(self, client: int) -> int | None:
-        """The rank of a client's adapters, `None` for that of the server's."""
-        return None if self.client_ranks is None else self.client_ranks[client % len(self.client_ranks)]
-
-    def _row_bytes(self, client: int, shared: Collection[str] | None) -> int | None:
-        """Bytes of a row to or from a client of a smaller rank."""
-        rank = self._rank(client)
-        return None if rank is None else bytes_at_rank(self.server.layout, rank, shared)

@@ -4,28 +4,23 @@ Shape suffixes: m participants, P elements of a model's row.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..data import ReservedSet
-from ..weights import Codec
 from . import soundness
 from .client_choice import CLIENT_CHOICES
-from .client_store import ClientStore
-from .contract import Server, ServerStep, Strategy, Track, Uploads, untracked
-from .engines import ENGINES, Plan
-from .local_training import LocalTrainer
-from .participants import Participants, Reply
-from .processes import Processes
+from .contract import ServerStep, Track, Uploads, untracked
+from .engines import EachItsOwn, Plan
+from .participants import Reply
 from .randomness import Stream, seed_of
-from .refusals import client_number, reasons
+from .refusals import reasons
 from .server_step import take_step
 from .uploads import APART, Rows, UploadMemory
 
@@ -64,71 +59,33 @@ class Federation:
     Everything a round works on.
 
     Args:
-        server ([`Server`]): Changed by every round.
-        strategy ([`Strategy`]): The method.
-        local_trainer ([`LocalTrainer`]): Trains the clients.
+        engine ([`EachItsOwn`] or another engine): Trains participants, whose server every round changes.
         num_clients (`int`): M.
-        client_data (`Callable`): From a client's number to its examples; only participants are asked for theirs.
-        store ([`ClientStore`]): What stays with them.
-        reserved ([`~data.ReservedSet`], *optional*): The server's own set.
-        seed (`int`): Of everything random but the draw of clients.
-        draw_seed (`int`): Of the draw of clients.
-        keep_optimizer (`bool`): Whether each client keeps its optimizer state.
+        draw_seed (`int`): Of the draw of clients. Whatever else is random has the seed of `participants`.
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
-        codec ([`~weights.Codec`], *optional*): How uploads are compressed.
-        client_ranks (`list[int]`, *optional*): Ranks of the clients' LoRA adapters, over and over; all that of the
-            server's if left out.
-        client_sizes (`Sequence[int]`): Examples of each client, by which processes share a round's clients out.
-        processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
-        parallelism (`str`, *optional*, defaults to `"clients"`): What processes share out: `"clients"`, `"sums"` (the
-            same, but that each adds its uploads up as they come, and only the sums are exchanged) or `"data"` (the
-            batches of each client).
-        client_name (`Callable`, *optional*): From a client's number to what messages call it.
+        apart (`bool`, *optional*, defaults to `False`): Whether uploads stay in the processes that trained them, as
+            sums if the method needs only these.
         track (`Callable`, *optional*): Watches the loops of the server's step, see [`ServerStep`].
         gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
         computes_finite (`Callable`, *optional*): Tells of a model whether what it computes of rows that the server
             knows is finite; it is asked after each step.
     """
 
-    server: Server
-    strategy: Strategy
-    local_trainer: LocalTrainer
+    engine: EachItsOwn
     num_clients: int
-    client_data: Callable[[int], Subset]
-    store: ClientStore
-    reserved: ReservedSet | None
-    seed: int
     draw_seed: int
-    keep_optimizer: bool = False
     client_choice: str = "uniform"
-    codec: Codec | None = None
-    client_ranks: list[int] | None = None
-    client_sizes: Sequence[int] = field(kw_only=True)
-    processes: Processes = field(kw_only=True, default_factory=Processes)
-    parallelism: str = field(kw_only=True, default="clients")
-    client_name: Callable[[int], str] = field(kw_only=True, default=client_number)
-    track: Track = field(kw_only=True, default=untracked)
-    gate_fit: Any = field(kw_only=True, default=None)
-    computes_finite: Callable[[nn.Module], bool] = field(kw_only=True, default=lambda model: True)
+    apart: bool = False
+    track: Track = untracked
+    gate_fit: Any = None
+    computes_finite: Callable[[nn.Module], bool] = lambda model: True
 
     def __post_init__(self) -> None:
-        self.participants = Participants(
-            self.server,
-            self.strategy,
-            self.local_trainer,
-            self.client_data,
-            self.store,
-            self.reserved,
-            self.seed,
-            self.keep_optimizer,
-            self.codec,
-            self.client_ranks,
-            self.client_sizes,
-            self.client_name,
-        )
-        self.engine = ENGINES[self.parallelism](self.participants, self.processes)
-        self.collect = APART[self.strategy.needs] if self.parallelism == "sums" else Rows
+        self.participants, self.processes = self.engine.participants, self.engine.processes
+        self.server, self.strategy = self.participants.server, self.participants.strategy
+        self.local_trainer, self.store = self.participants.local_trainer, self.participants.store
+        self.collect = APART[self.strategy.needs] if self.apart else Rows
         self.memory = UploadMemory(self.server)
         self.captured = {} if self.local_trainer.captures else None
         # Whether the server, and what clients keep, are those of a finished round.
@@ -147,7 +104,8 @@ class Federation:
         drawn = self.draw(round_index, clients_per_round)
         chosen = soundness.participants_of(self.strategy, self.server, drawn, round_index, self.num_clients)
         plan = self.engine.plan(chosen)
-        collected = self.collect(self.server, self.memory, self.processes, *plan[1:], self.strategy.needs)
+        beside = soundness.tensors_due(self.strategy, self.server)
+        collected = self.collect(self.server, self.memory, self.processes, *plan[1:], self.strategy.needs, beside)
         replies, stays = self.engine.fit(plan, round_index, collected, on_client)
         report = self.report(chosen, replies, round_index)
         uploads = self.close(collected, chosen, replies)
@@ -172,11 +130,11 @@ class Federation:
             if reply.fault is not None:
                 report.refused[client] = reply.fault
                 if self.processes.index == 0:
-                    name = self.client_name(client)
+                    name = self.participants.client_name(client)
                     logger.warning(f"Round {round_index + 1} goes on without {name}: {reply.fault}.")
         sound = [reply for reply in replies if reply.fault is None]
         if not sound:
-            why = reasons(report.refused, self.client_name)
+            why = reasons(report.refused, self.participants.client_name)
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {why}")
         examples = [reply.num_examples for reply in sound]
         report.num_examples = sum(examples)
@@ -199,9 +157,9 @@ class Federation:
 
     def step(self, round_index: int) -> ServerStep:
         """Returns what the server's step of a round works with; of `rounds`, the last one's."""
-        seed = seed_of(self.seed, Stream.SERVER, round_index)
+        reserved, seed = self.participants.reserved, seed_of(self.participants.seed, Stream.SERVER, round_index)
         gate_fit = self.gate_fit if self.processes.count > 1 else None
-        return ServerStep(self.server, self.reserved, round_index, seed, self.track, gate_fit, self.captured)
+        return ServerStep(self.server, reserved, round_index, seed, self.track, gate_fit, self.captured)
 
     def server_step(self, uploads: Uploads, round_index: int) -> dict[str, float]:
         """Takes the server's step of a round, in the main process with the help of the others."""

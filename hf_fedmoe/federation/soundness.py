@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data import ReservedSet
 from ..weights import Payload, StateLayout, all_finite, negative_variance, payload_fault
 from .contract import ClientTask, Server, ServerStep, Strategy, Uploads
+from .filters import RESIDUAL
 from .local_training import LocalTrainer
 from .local_updates import OPTIMIZER_PREFIX
 from .uploads import NotKeptError
@@ -56,12 +57,43 @@ def download_of(strategy: Strategy, server: Server, client: int, kept_P: Tensor 
     )
 
 
+def tensors_for(strategy: Strategy, server: Server, client: int) -> dict[str, Tensor]:
+    """Returns what a client is sent beside its model; raises [`BrokenPromiseError`] unless it is named tensors."""
+    tensors = strategy.download_tensors(server, client)
+    if fault := _fault_of_names(tensors, server.layout):
+        raise BrokenPromiseError(strategy, f"`download_tensors` gives client {client} {fault}")
+    return tensors
+
+
+def tensors_due(strategy: Strategy, server: Server) -> dict[str, Tensor]:
+    """Returns the likes of what uploads have beside models; raises [`BrokenPromiseError`] unless they are tensors."""
+    tensors = strategy.upload_tensors(server)
+    if fault := _fault_of_names(tensors, server.layout):
+        raise BrokenPromiseError(strategy, f"`upload_tensors` gives {fault}")
+    return tensors
+
+
+def _fault_of_names(tensors: Any, layout: StateLayout) -> str | None:
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        return f"{_kind_of(tensors)}, where a dict from names to tensors is due"
+    if taken := tensors.keys() & {*layout.sizes, *layout.integers}:
+        return f"`{min(taken)}`, a name that a tensor of the model has"
+    return None
+
+
+def _kind_of(found: Any) -> str:
+    if not isinstance(found, dict):
+        return f"a {type(found).__name__}"
+    return str({name: type(value).__name__ for name, value in found.items()})
+
+
 def upload_of(
-    strategy: Strategy, local: LocalTrainer, task: ClientTask, bank_SP: Tensor
+    fit: Callable[[ClientTask], Any], task: ClientTask, strategy: Strategy, local: LocalTrainer, server: Server
 ) -> tuple[Payload, dict[str, Tensor]]:
     """Has a client trained; raises [`BrokenPromiseError`] unless all is there that its upload needs."""
-    result = strategy.train_client(local, task)
-    if fault := _fault_of_result(result, task, local.layout, bank_SP):
+    result = fit(task)
+    fault = _fault_of_result(result, task, local.layout, server.bank_SP)
+    if fault := fault or _fault_of_tensors(result[0].tensors, tensors_due(strategy, server)):
         raise BrokenPromiseError(strategy, f"`train_client` of client {task.client} {fault}")
     if task.kept_optimizer is not None and not local.has_kept_optimizer:
         fault = "`train_client` does not give `task.kept_optimizer` to the trainer: say `keeps_optimizer = False`"
@@ -89,7 +121,7 @@ def _fault_of_result(result: Any, task: ClientTask, layout: StateLayout, bank_SP
         return f"reports the metrics {sorted(payload.metrics)}, without a `loss`"
     if not isinstance(stays, dict) or not all(isinstance(tensor, Tensor) for tensor in stays.values()):
         return "leaves something else with the client than named tensors"
-    taken = [name for name in stays if name == "residual_U" or name.startswith(OPTIMIZER_PREFIX)]
+    taken = [name for name in stays if name == RESIDUAL or name.startswith(OPTIMIZER_PREFIX)]
     if taken:
         return f"leaves `{taken[0]}` with the client, a name that belongs to the federation"
     # Memory that is written again before what stays is on disk.
@@ -97,6 +129,16 @@ def _fault_of_result(result: Any, task: ClientTask, layout: StateLayout, bank_SP
     for name, tensor in stays.items():
         if tensor.untyped_storage().data_ptr() in reused:
             return f"leaves `{name}` with the client, a view of a row that is used again: clone it"
+    return None
+
+
+def _fault_of_tensors(tensors: Any, due: dict[str, Tensor]) -> str | None:
+    found, expected = (
+        {name: (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else type(t) for name, t in named.items()}
+        for named in (tensors, due)
+    )
+    if found != expected:
+        return f"sends {found} beside the model, where `upload_tensors` promises {expected}"
     return None
 
 

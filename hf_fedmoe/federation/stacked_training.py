@@ -7,7 +7,7 @@ Shape suffixes: n clients that are trained at once, P elements of a model's row,
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -29,44 +29,47 @@ NO_LABEL = -100
 
 
 @dataclass
-class StackedTrainer(LocalTrainer):
+class StackedTraining:
     """
-    A [`LocalTrainer`] that can also train several clients at once, by the model's own loss and
-    [`LocalObjective.proximal_weight`], with an optimizer that treats each weight by itself.
+    Trains several clients at once, by the model's own loss and [`LocalObjective.proximal_weight`], with an optimizer
+    that treats each weight by itself.
 
     Each client sees its examples in the order in which it would alone. What is random besides, dropout and
     augmentation, is drawn for all of them together.
 
     Args:
+        local ([`LocalTrainer`]): Of one client.
         at_once (`int`): The most clients that are trained at once.
         constant_rate (`bool`): Whether the learning rate is the same in all steps of all clients.
     """
 
-    at_once: int = field(kw_only=True)
-    constant_rate: bool = field(kw_only=True)
+    local: LocalTrainer
+    at_once: int
+    constant_rate: bool
 
     @cached_property
     def _twin(self) -> LocalTrainer:
         """Makes the trainer whose worker becomes the models of several clients."""
-        (twin,) = self.twins(1)
+        (twin,) = self.local.twins(1)
         return twin
 
     @cached_property
     def _stack(self) -> "Stack":
-        return Stack(self._twin.worker, self.layout)
+        return Stack(self._twin.worker, self.local.layout)
 
     def groups(self, sizes: Sequence[int]) -> list[list[int]]:
         """
         Those with equally many steps, each of equally many batches, and of equally many rows if there is BatchNorm.
         Where nothing depends on that, any: those with the most steps first.
         """
-        plans = [local_steps(size, self.args, seed=0, never_one=self.has_batch_statistics) for size in sizes]
+        local = self.local
+        plans = [local_steps(size, local.args, seed=0, never_one=local.has_batch_statistics) for size in sizes]
         alike: dict[tuple[int, ...], list[int]] = {}
         for place in sorted(range(len(sizes)), key=lambda place: -len(plans[place])):
             batches = [len(step) for step in plans[place]]
-            if self.layout.batchnorm:
+            if local.layout.batchnorm:
                 kind = (*batches, *(len(batch) for step in plans[place] for batch in step))
-            elif self.constant_rate and self.args.gradient_accumulation_steps == 1:
+            elif self.constant_rate and local.args.gradient_accumulation_steps == 1:
                 kind = ()
             else:
                 kind = tuple(batches)
@@ -80,11 +83,11 @@ class StackedTrainer(LocalTrainer):
     def reading(self, clients: Sequence[tuple[Dataset, int]]) -> tuple[Dataset, list[list[int]], int]:
         """Batches of equally many rows of each client that is still training; one that has fewer repeats its first."""
         if len(clients) == 1:
-            return super().reading(clients)
+            return self.local.reading(clients)
         indices: list[int] = []
         batches_n = []
         for dataset, seed in clients:
-            plan = self.plan(dataset, seed)
+            plan = self.local.plan(dataset, seed)
             batches_n.append([[len(indices) + place for place in batch] for step in plan for batch in step])
             indices += dataset.indices
         places = []
@@ -95,33 +98,30 @@ class StackedTrainer(LocalTrainer):
         (dataset, seed), *_ = clients
         return Subset(dataset.dataset, indices), places, seed
 
-    def train_at_once(self, tasks: Sequence[ClientTask]) -> list[Payload]:
-        """The uploads of one of the [`StackedTrainer.groups`], their rows written where the tasks say."""
-        twin, stack, n = self._twin, self._stack, len(tasks)
-        plans = [self.plan(task.dataset, task.seed) for task in tasks]
+    def train(self, tasks: Sequence[ClientTask]) -> list[Payload]:
+        """Returns the uploads of one of the [`StackedTraining.groups`], their rows written where the tasks say."""
+        local, twin, stack, n = self.local, self._twin, self._stack, len(tasks)
+        plans = [local.plan(task.dataset, task.seed) for task in tasks]
         stack.load([task.received_P for task in tasks], [task.integers for task in tasks])
         stack.module.train()
-        twin._reset_optimizer(None)
-        twin.optimizer.zero_grad()  # a client may have failed between two batches of a step
-        scheduler = self.make_scheduler(twin.optimizer, len(plans[0]))
+        twin.reset_optimizer()
+        scheduler = local.make_scheduler(twin.optimizer, len(plans[0]))
         received = {
             name: weight_n.detach().clone()
             for name, weight_n in stack.weights.items()
-            if self.strategy.proximal_weight
+            if local.strategy.proximal_weight
         }
-        dataset, places, seed = self.reading([(task.dataset, task.seed) for task in tasks])
-        self._seed(seed)
-        batches = self._batches(dataset, places, seed)
-        total_n = torch.zeros(n, device=self.accelerator.device)
+        batches = local.read(*self.reading([(task.dataset, task.seed) for task in tasks]))
+        total_n = torch.zeros(n, device=local.accelerator.device)
         integers: dict[int, dict[str, Tensor]] = {}
         for number in range(len(plans[0])):
             steps = [plan[number] for plan in plans[:n]]
             for rows in zip(*steps, strict=True):
                 batch = by_client(next(batches), [len(own) for own in rows])
                 total_n[:n] += self._backward_n(batch, len(steps[0]))
-            total_n[:n] += pull_(stack.weights, received, self.strategy.proximal_weight)
-            if self.args.max_grad_norm:
-                clip_each_(stack.weights.values(), self.args.max_grad_norm)
+            total_n[:n] += pull_(stack.weights, received, local.strategy.proximal_weight)
+            if local.args.max_grad_norm:
+                clip_each_(stack.weights.values(), local.args.max_grad_norm)
             twin.optimizer.step()
             scheduler.step()
             twin.optimizer.zero_grad()
@@ -138,7 +138,7 @@ class StackedTrainer(LocalTrainer):
 
     def _backward_n(self, batch: dict[str, Tensor], count: int) -> Tensor:
         """Adds the gradients of one of `count` batches of a step; returns what it adds to the losses."""
-        with self.accelerator.autocast():
+        with self.local.accelerator.autocast():
             losses_n = self._stack.losses(batch) / count
         self._stack.backward(losses_n.sum())
         # Nothing of the graph outlives this: it would remember how many models there were.
@@ -146,19 +146,19 @@ class StackedTrainer(LocalTrainer):
 
     def try_out(self, dataset: Dataset) -> None:
         """Raises `ValueError` unless the first and the last example have their losses together as by themselves."""
-        begin = f"`clients_at_once` is {self.at_once}, but"
-        if self.accelerator.scaler is not None:
+        begin, local = f"`clients_at_once` is {self.at_once}, but", self.local
+        if local.accelerator.scaler is not None:
             raise ValueError(f"{begin} fp16 scales the gradients of one model: take `bf16`, or set it to 1.")
-        ends, device = (0, len(dataset) - 1), self.accelerator.device
-        row_P, integers = self.layout.read(self.worker), self.layout.read_integers(self.worker)
+        ends, device = (0, len(dataset) - 1), local.accelerator.device
+        row_P, integers = local.layout.read(local.worker), local.layout.read_integers(local.worker)
         self._stack.load([row_P] * 2, [integers] * 2)
         self._stack.module.eval()
-        self.worker.eval()
+        local.worker.eval()
         # Each twice, of which one fills up.
-        batch = self.collate([dataset[place] for place in ends for _ in range(2)])
+        batch = local.collate([dataset[place] for place in ends for _ in range(2)])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.no_grad():
-            alone = [self.worker(**{name: t[place] for name, t in batch.items()}).loss.item() for place in ([0], [2])]
+            alone = [local.worker(**{name: t[place] for name, t in batch.items()}).loss.item() for place in ([0], [2])]
         try:
             losses_n = self._stack.losses(by_client(batch, [1, 1]))
             self._stack.backward(losses_n.sum())
@@ -168,7 +168,7 @@ class StackedTrainer(LocalTrainer):
             if np.allclose(losses_n.tolist(), alone, rtol=1e-2):
                 return self._twin.optimizer.zero_grad()
             problem = f"has the losses {losses_n.tolist()} together and {alone} alone"
-        raise ValueError(f"{begin} the {type(self.worker).__name__} {problem}. Set it to 1.")
+        raise ValueError(f"{begin} the {type(local.worker).__name__} {problem}. Set it to 1.")
 
 
 class Stack:

@@ -33,6 +33,10 @@ class FusibleUploads(Uploads):
 class AverageableUploads(FusibleUploads):
     """[`Uploads`] for a method that `needs` their "mean"."""
 
+    @property
+    def tensors(self) -> list[dict[str, Tensor]]:
+        raise NotKeptError('`uploads.tensors` is there for methods that say `needs = "fusion"` or "rows"')
+
     def fuse_into_(self, server: Server, weights_Sm: Tensor, keep_S: Tensor) -> Tensor:
         raise NotKeptError('`uploads.fuse_into_` is there for methods that say `needs = "fusion"`')
 
@@ -72,11 +76,17 @@ def fuse_own_(step: Any, weights_Sm: Tensor, keep_S: Tensor) -> None:
 
 
 class MeanOfUploads(AverageableUploads):
-    """[`AverageableUploads`] of which nobody has the rows: in the main process `mean_1P` is their mean."""
+    """
+    [`AverageableUploads`] of which nobody has the rows: in the main process `mean_1P` is their mean, `sums` are those
+    of the tensors beside them.
+    """
 
-    def __init__(self, *args: Any, mean_1P: Tensor):
+    def __init__(self, *args: Any, mean_1P: Tensor, sums: dict[str, Tensor]):
         super().__init__(*args)
-        self.mean_1P = mean_1P
+        self.mean_1P, self.sums = mean_1P, sums
+
+    def sum_of(self, name: str) -> Tensor:
+        return self.sums[name]
 
     def _summands(self) -> tuple[Tensor, Tensor]:
         return self.mean_1P, self.num_examples_m.sum()[None]
@@ -111,6 +121,8 @@ class Rows:
         groups (`list[list[int]]`): The places of the participants that this one trains, those together that it trains
             at once.
         needs (`str`): What the method says of itself, [`Strategy.needs`].
+        beside (`dict[str, Tensor]`, *optional*): What it says of tensors beside the models,
+            [`Strategy.upload_tensors`].
     """
 
     main_takes_all = True
@@ -123,8 +135,10 @@ class Rows:
         owners: list[int],
         groups: list[list[int]],
         needs: str,
+        beside: dict[str, Tensor] | None = None,
     ):
         self.server, self.processes, self.owners, self.needs = server, processes, owners, needs
+        self.beside, self.tensors = beside or {}, dict[int, dict[str, Tensor]]()
         self.rows = self.allocate(memory, groups)
         self.spare_P: Tensor | None = None
 
@@ -145,13 +159,22 @@ class Rows:
         self.server.layout.blank_(row_P)
         return row_P
 
-    def add(self, place: int, num_examples: int) -> None:
-        """Takes note of a sound upload where it was trained."""
+    def add(self, place: int, num_examples: int, tensors: dict[str, Tensor]) -> None:
+        """Takes note of a sound upload where it was trained, and copies of the tensors beside it."""
+        self.tensors[place] = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def bring(self, place: int) -> None:
         """Moves a sound upload to where it is needed; all processes call it."""
         if place in self.rows:
             self.processes.move_(self.rows[place], self.owners[place], 0)
+        self._bring_tensors(place)
+
+    def _bring_tensors(self, place: int) -> None:
+        if self.processes.index == 0 and place not in self.tensors:
+            device = self.server.bank_SP.device
+            self.tensors[place] = {name: torch.empty_like(like, device=device) for name, like in self.beside.items()}
+        for name in self.beside if place in self.tensors else ():
+            self.processes.move_(self.tensors[place][name], self.owners[place], 0)
 
     def close(self, places: list[int], *known: Any) -> Uploads:
         """
@@ -162,7 +185,11 @@ class Rows:
             known: `clients`, `integers`, `num_examples_m`, `metrics` and `probed` of [`Uploads`].
         """
         clients, *others = known
-        return KINDS[self.needs](clients, self._sound(places), *others)
+        return KINDS[self.needs](clients, self._sound(places), *others, self._beside(places))
+
+    def _beside(self, places: list[int]) -> list[dict[str, Tensor]]:
+        """Returns the tensors that sound uploads have beside their models, as far as they are here."""
+        return [self.tensors.get(place, {}) for place in places]
 
     def _sound(self, places: list[int]) -> Tensor:
         """The rows of this process that are sound."""
@@ -177,12 +204,14 @@ class RowsApart(Rows):
     main_takes_all = False
 
     def bring(self, place: int) -> None:
-        """Leaves it where it is."""
+        """Leaves its row where it is."""
+        self._bring_tensors(place)
 
     def close(self, places: list[int], *known: Any) -> Uploads:
         clients, *others = known
         own = [places.index(place) for place in self.held if place in places]
-        return UploadsApart(clients, None, *others, own_nP=self._sound(places), places=own, processes=self.processes)
+        where = {"own_nP": self._sound(places), "places": own, "processes": self.processes}
+        return UploadsApart(clients, None, *others, self._beside(places), **where)
 
 
 class Sum(Rows):
@@ -192,22 +221,27 @@ class Sum(Rows):
         # One row for each client of a group that is trained at once, again and again.
         rows_nP = memory.rows(max(map(len, groups), default=1))
         self.sum_P = torch.zeros(self.server.layout.size, device=rows_nP.device)
+        self.sums = {name: torch.zeros_like(like, device=rows_nP.device) for name, like in self.beside.items()}
         self.mean_1P = rows_nP[:1]
         return {place: rows_nP[index] for group in groups for index, place in enumerate(group)}
 
-    def add(self, place: int, num_examples: int) -> None:
+    def add(self, place: int, num_examples: int, tensors: dict[str, Tensor]) -> None:
         add_to_sum_(self.sum_P, self.rows[place], num_examples, self.server.layout.batchnorm)
+        for name, total in self.sums.items():
+            total += tensors[name]
 
     def bring(self, place: int) -> None:
         """Leaves it where it is."""
 
     def close(self, places: list[int], *known: Any) -> Uploads:
         clients, integers, num_examples_m, *others = known
-        self.processes.add_up_(self.sum_P)
+        for total in (self.sum_P, *self.sums.values()):
+            self.processes.add_up_(total)
         mean_of_sum_(self.sum_P, int(num_examples_m.double().sum().item()), self.server.layout.batchnorm)
         self.mean_1P.copy_(self.sum_P)
-        return MeanOfUploads(clients, None, integers, num_examples_m, *others, mean_1P=self.mean_1P)
+        found = {"mean_1P": self.mean_1P, "sums": self.sums}
+        return MeanOfUploads(clients, None, integers, num_examples_m, *others, **found)
 
 
 # How uploads are collected where they stay in the processes that trained them, by what the method needs.
-APART = {"fusion": RowsApart, "mean": Sum}
+APART: dict[str, type[Rows]] = {"fusion": RowsApart, "mean": Sum}

@@ -35,6 +35,7 @@ from .pfedmm import PFedMM
 from .pfedmoe import PFedMoE, pfedmoe_cnns
 from .qffl import QFFL
 from .relevance import client_mixture, correlate
+from .scaffold import Scaffold
 from .setting_kinds import check_setting_kinds
 from .zero_gate import ZeroGateFit
 
@@ -69,6 +70,7 @@ __all__ = [
     "PFedMM",
     "PFedMe",
     "PFedMoE",
+    "Scaffold",
     "Server",
     "ServerStep",
     "Strategy",

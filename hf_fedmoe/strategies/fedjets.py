@@ -108,13 +108,12 @@ class FedJETs(Strategy):
         return sorted({*range(server.model.config.num_routed_experts), *drawn})
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
-        sent = Payload(task.received_P, task.integers)
-        task.received_bytes = sent.num_bytes(local.layout, tensors_of(local.layout, []))
+        task.received.weigh(local.layout, tensors_of(local.layout, []))
         features_NH, scores_K = self.consult_gate(local, task)
         is_anchor = task.client < len(scores_K)
         experts = [task.client] if is_anchor else scores_K.topk(self.experts_per_client).indices.tolist()
         names = tensors_of(local.layout, experts)
-        task.received_bytes = sent.num_bytes(local.layout, names)
+        task.received.weigh(local.layout, names)
         places = local.own_rows(local.plan(task.dataset, task.seed))
 
         def loss(model: FedMoEPreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -129,8 +128,8 @@ class FedJETs(Strategy):
 
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
         payload = local.train(*args, only=names, loss=loss)
-        payload.row_bytes = Payload(payload.row_P).num_bytes(local.layout, names)
         payload.integers = {name: tensor for name, tensor in payload.integers.items() if name in names}
+        payload.weigh(local.layout, names)
         payload.metrics |= {f"expert_{k}": 1.0 for k in experts}
         return payload, {}
 

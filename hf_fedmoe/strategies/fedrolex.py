@@ -91,9 +91,8 @@ class FedRolex(Strategy):
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         sub, places = self.sub_model(local, task.client, task.round_index)
         received_P = take_held(task.received_P, local.layout, sub.layout, places)
-        task.received_bytes = Payload(received_P, task.integers).num_bytes(sub.layout)
+        task.received.weigh(sub.layout)
         payload = sub.train(task.dataset, received_P, task.integers, torch.zeros_like(received_P), task.seed)
-        payload.row_bytes = Payload(payload.row_P).num_bytes(sub.layout)
         task.out_P.copy_(task.received_P)
         put_held_(task.out_P, payload.row_P, local.layout, sub.layout, places)
         payload.row_P = task.out_P

@@ -8,16 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
-from ..models import FedMoEPreTrainedModel
 from ..models.configuration_checks import check_weights
-from ..strategies import Strategy, check_setting_kinds, has_plain_clients
-from .deepspeed_config import check_deepspeed
+from ..strategies import Strategy, check_setting_kinds
+from .engine_choice import engine_kind
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_arguments
-
-
-# Optimizers that can train several models as one, `clients_at_once`.
-WEIGHT_BY_WEIGHT = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 # What follows a model's name when its head is none for one label per row.
@@ -94,6 +89,7 @@ def check_run(
             "`FederatedDataset.from_clients([...])` or partition a dataset with `FederatedDataset.split(...)`."
         )
     check_arguments(args)
+    strategy.check_arguments(args)
     check_classes(strategy.server_models(model)[0])
     if not any(parameter.requires_grad for parameter in strategy.server_models(model)[0].parameters()):
         raise ValueError(
@@ -110,11 +106,15 @@ def check_run(
             f"Strategy {strategy.name!r} learns on the server, but `train_dataset.reserved` is None: hold out a small "
             "labelled set, `FederatedDataset.split(..., reserved_size=500)`."
         )
-    if args.upload_compression != "none" and not strategy.compressible:
-        raise ValueError(
-            f"`upload_compression` is {args.upload_compression!r}, but in {strategy.name!r} no receiver knows the "
-            'model that an update starts from: choose "none".'
-        )
+    for name, value, off in (
+        ("upload_compression", args.upload_compression, "none"),
+        ("max_update_norm", args.max_update_norm, None),
+    ):
+        if value != off and not strategy.compressible:
+            raise ValueError(
+                f"`{name}` is {value!r}, but in {strategy.name!r} no receiver knows the model that an update starts "
+                f"from: leave it at {off!r}."
+            )
     if args.keep_client_optimizer and not strategy.keeps_optimizer:
         raise ValueError(
             f"`keep_client_optimizer` is True, but {strategy.name!r} does not promise to go on with an optimizer "
@@ -127,12 +127,7 @@ def check_run(
             f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than add them up: choose "
             '"clients". (One of your own that does not says so by `needs`.)'
         )
-    if args.deepspeed:
-        check_deepspeed(strategy, strategy.server_models(model)[0], args)
-    if args.clients_at_once > 1:
-        check_clients_at_once(strategy.server_models(model)[0], args, strategy)
-    if args.client_parallelism == "data":
-        check_shared_batches(strategy.server_models(model)[0], strategy)
+    engine_kind(args).refuse(strategy.server_models(model)[0], args, strategy)
     if data.num_labels > model.config.num_labels:
         raise ValueError(
             f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "
@@ -181,41 +176,3 @@ def make_folder(folder: str | os.PathLike) -> None:
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"`output_dir` is {str(folder)!r}, which cannot be written into: choose another.")
-
-
-def check_shared_batches(client_model: nn.Module, strategy: Strategy) -> None:
-    """Raises `ValueError` when the gradient of a batch is not the mean of those of its rows."""
-    begin = "`client_parallelism` is 'data', but"
-    remedy = 'choose "clients".'
-    if not strategy.shares_batches:
-        raise ValueError(
-            f"{begin} clients of {strategy.name!r} have other architectures, or a loss of whole batches: {remedy} "
-            "(One of your own whose clients train by `local.steps` and `local.step` says so by `shares_batches`.)"
-        )
-    for name, _ in client_model.named_buffers():
-        if name.endswith("running_mean"):
-            raise ValueError(f"{begin} `{name}` of the model is a statistic of whole batches: {remedy}")
-    if isinstance(client_model, FedMoEPreTrainedModel) and client_model.config.balance_weight:
-        raise ValueError(
-            f"{begin} the `balance_weight` {client_model.config.balance_weight} of the mixture is that of a loss of "
-            f"whole batches: set it to 0 in the mixture's configuration, or {remedy}"
-        )
-
-
-def check_clients_at_once(client_model: nn.Module, args: FederatedTrainingArguments, strategy: Strategy) -> None:
-    """Raises `ValueError` for what [`~federation.StackedTrainer`] is known not to do; it tries the rest out."""
-    begin, remedy = f"`clients_at_once` is {args.clients_at_once}, but", "set it to 1."
-    if not has_plain_clients(strategy):
-        raise ValueError(
-            f"{begin} clients of {strategy.name!r} do more than train one model by its own loss: {remedy}"
-        )
-    if args.client_parallelism == "data":
-        raise ValueError(f"{begin} `client_parallelism` is 'data', where all processes train one client: {remedy}")
-    for name in ("keep_client_optimizer", "torch_compile"):
-        if vars(args)[name]:
-            raise ValueError(f"{begin} `{name}` is True, which is for clients one by one: leave it out, or {remedy}")
-    if args.optim not in WEIGHT_BY_WEIGHT:
-        raise ValueError(
-            f"{begin} `optim` is {args.optim.value!r}, and only optimizers that treat each weight by itself can train "
-            f"several models as one: choose one of {', '.join(WEIGHT_BY_WEIGHT)}, or {remedy}"
-        )

@@ -14,9 +14,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..models import FedMoEPreTrainedModel
-from ..strategies import Strategy, has_plain_clients
-
 
 # What a launcher's configuration sets.
 VARIABLE = "ACCELERATE_USE_DEEPSPEED"
@@ -106,20 +103,3 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if value != "auto"
     }
-
-
-def check_deepspeed(strategy: Strategy, client_model: Any, args: TrainingArguments) -> None:
-    """Raises `ValueError` for what DeepSpeed's engine cannot train."""
-    begin, remedy = "The clients are to be trained by DeepSpeed, but", "leave DeepSpeed out."
-    if not has_plain_clients(strategy):
-        raise ValueError(f"{begin} those of {strategy.name!r} do more than train one model by its own loss: {remedy}")
-    if isinstance(client_model, FedMoEPreTrainedModel):
-        raise ValueError(f"{begin} those of {strategy.name!r} train a whole mixture, which was never tried: {remedy}")
-    if args.torch_compile:
-        raise ValueError(
-            f"{begin} `torch_compile` is True, which would compile a model that its engine does not use: {remedy}"
-        )
-    if args.keep_client_optimizer:
-        raise ValueError(
-            f"{begin} `keep_client_optimizer` is True, and each process has a part of its state: {remedy}"
-        )

@@ -49,6 +49,9 @@ class FederatedTrainingArguments(TrainingArguments):
             `bytes_up` are those of the encoded uploads; the server works with what it reads of them.
         top_k_share (`float`, *optional*, defaults to 0.01):
             Share of the entries of an update that `"top_k"` sends.
+        max_update_norm (`float`, *optional*):
+            To what norm clients shorten their updates, before they are encoded: no client moves the server further
+            than that. As long as they are if left out. By itself this is no differential privacy, which needs noise.
         lora_fusion (`str`, *optional*, defaults to `"svd"`):
             How LoRA adapters are fused: `"svd"` (their products exactly, then cut to their rank by the best
             approximation there is), `"ffa"` (A stays as it starts, common to all, and only B is trained and sent:
@@ -89,6 +92,7 @@ class FederatedTrainingArguments(TrainingArguments):
     keep_client_optimizer: bool = field(default=False, metadata={"help": "Each client keeps its optimizer state."})
     upload_compression: str = field(default="none", metadata={"help": f"One of {', '.join(COMPRESSIONS)}."})
     top_k_share: float = field(default=0.01, metadata={"help": "Share of an update that top_k sends."})
+    max_update_norm: float | None = field(default=None, metadata={"help": "Norm to which updates are shortened."})
     lora_fusion: str = field(default="svd", metadata={"help": f"One of {', '.join(LORA_FUSIONS)}."})
     client_ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of clients' adapters, in turn."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
@@ -158,6 +162,8 @@ class FederatedTrainingArguments(TrainingArguments):
         if self.client_timeout:
             self._check_client_timeout()
         make_codec(self.upload_compression, self.top_k_share)
+        if self.max_update_norm is not None and not self.max_update_norm > 0:
+            raise ValueError(f"`max_update_norm` is {self.max_update_norm}: give a norm above 0, or leave it out.")
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(
                 f"`lora_fusion` is {self.lora_fusion!r}: choose one of {', '.join(map(repr, LORA_FUSIONS))}."

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,16 @@ from ..federation import (
     ClientStore,
     Federation,
     LocalTrainer,
+    Participants,
     RoundReport,
-    StackedTrainer,
     Team,
-    ZeroTrainer,
     check_start,
     load_federation,
+    make_filters,
 )
-from ..models import FedMoEPreTrainedModel, guard_narrow_convolutions
+from ..models import guard_narrow_convolutions
 from ..reporting import ClientScore, write_model_card
-from ..strategies import FedAvg, GateFit, Server, Strategy, ZeroGateFit
+from ..strategies import FedAvg, Server, Strategy
 from ..weights import StateLayout, copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters, freeze_lora_a
 from .checkpointing import Checkpointing
@@ -50,7 +50,7 @@ from .checks import check_parts, check_run
 from .client_evaluation import ClientEvaluation
 from .client_training import ClientTraining
 from .columns import ModelColumns, check_batch_has_labels
-from .deepspeed_config import engine_config
+from .engine_choice import make_engine, make_gate_fit
 from .evaluated_rows import EvaluatedRows
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
@@ -296,18 +296,7 @@ class FederatedTrainer(
                 self.accelerator.autocast if self.accelerator.mixed_precision == "bf16" else nullcontext,
                 None if loss_name(self) is None else self._objective(),
             )
-        make_trainer, gate_fit = LocalTrainer, None
-        if args.client_parallelism == "data" and isinstance(self.model, FedMoEPreTrainedModel):
-            gate_fit = GateFit(self.model, self.processes)
-        if args.deepspeed:
-            config = engine_config(args.deepspeed, args, self.accelerator.mixed_precision)
-            make_trainer = partial(ZeroTrainer, config=config)
-            if gate_fit is not None and self.model.config.gate == "model":
-                gate_fit = ZeroGateFit(self.model, self.processes, config)
-        elif args.clients_at_once > 1:
-            constant_rate = args.lr_scheduler_type == "constant" or args.lr_scheduler_scope == "run"
-            make_trainer = partial(StackedTrainer, at_once=args.clients_at_once, constant_rate=constant_rate)
-        local_trainer = make_trainer(
+        local_trainer = LocalTrainer(
             worker,
             layout,
             self.strategy,
@@ -329,28 +318,29 @@ class FederatedTrainer(
                 self.strategy, data, self._remove_unused_columns, self.data_collator, self.accelerator
             )
         )
-        store = ClientStore(Path(args.output_dir, CLIENTS_FOLDER))
-        return Federation(
+        codec = make_codec(args.upload_compression, args.top_k_share)
+        participants = Participants(
             server,
             self.strategy,
             local_trainer,
-            data.num_clients,
             # Not `data.client(...)`, which fingerprints its rows: milliseconds for each participant.
             lambda client: Subset(pool, data.client_rows(client).tolist()),
-            store,
+            ClientStore(Path(args.output_dir, CLIENTS_FOLDER)),
             reserved,
             args.seed,
-            args.client_draw_seed,
+            data.client_sizes.tolist(),
+            make_filters(server, self.strategy, args.seed, args.client_ranks, args.max_update_norm, codec),
             args.keep_client_optimizer,
+            self.client_name,
+        )
+        return Federation(
+            make_engine(args, participants, self.processes),
+            data.num_clients,
+            args.client_draw_seed,
             args.client_choice,
-            make_codec(args.upload_compression, args.top_k_share),
-            args.client_ranks,
-            client_sizes=data.client_sizes.tolist(),
-            processes=self.processes,
-            parallelism=args.client_parallelism,
-            client_name=self.client_name,
+            apart=args.client_parallelism == "sums",
             track=self._watch,
-            gate_fit=gate_fit,
+            gate_fit=make_gate_fit(args, self.model, self.processes, self.accelerator.mixed_precision),
             computes_finite=lambda model: known_rows()(model),
         )
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..federation import Federation, StackedTrainer, StepBatches
+from ..federation import Federation, StepBatches
 from ..models import AdapterExpert
 from ..strategies import ClientTask, has_own_loss
+from ..weights import Payload
 from .readers import Reader
 from .single_rows import check_single_rows
 
@@ -32,7 +33,7 @@ class Trial:
 
     def __init__(self, federation: Federation, readers: list[Reader], loss_name: str | None = None):
         self.local, self.server = federation.local_trainer, federation.server
-        self.strategy = federation.strategy
+        self.strategy, self.engine = federation.strategy, federation.engine
         self.readers, self.loss_name = readers, loss_name
         self.device = self.local.accelerator.device
         worker = self.local.worker
@@ -54,8 +55,7 @@ class Trial:
             subset = torch.utils.data.Subset(self.readers[0].dataset, rows)
             if self.loss_name is not None:
                 self._check_that_the_loss_is_asked_for(subset)
-            if isinstance(self.local, StackedTrainer):
-                self.local.try_out(subset)
+            self.engine.try_out(subset)
 
     # Batches
 
@@ -265,7 +265,8 @@ class Trial:
     def _check_that_the_loss_is_asked_for(self, rows: torch.utils.data.Subset) -> None:
         """Raises `ValueError` if a client of this method is trained without a call of the loss that the user gave."""
         objective, row_P, integers = self.local.objective, self.server.bank_SP[0], self.server.integers[0]
-        task = ClientTask(0, 0, rows, row_P, integers, torch.zeros_like(row_P), self.local.args.seed)
+        received = Payload(row_P, integers)
+        task = ClientTask(0, 0, rows, received, torch.zeros_like(row_P), self.local.args.seed)
         self.local.learn_by(_ask)
         try:
             self.strategy.train_client(self.local, task)

@@ -3,7 +3,7 @@
 from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
 from .fusion import add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
 from .layout import Slot, StateLayout, copy_module, release
-from .lora_rows import bytes_at_rank, fit_rank_, fuse_models_, mix_rows, widen_rank_
+from .lora_rows import fit_rank_, fuse_models_, mix_rows, sizes_at_rank, widen_rank_
 from .payload import Payload, all_finite, keep_private_, negative_variance, payload_fault
 from .sub_models import (
     average_held_,
@@ -26,7 +26,6 @@ __all__ = [
     "add_to_sum_",
     "all_finite",
     "average_held_",
-    "bytes_at_rank",
     "collapse",
     "compress_upload",
     "copy_module",
@@ -46,6 +45,7 @@ __all__ = [
     "payload_fault",
     "put_held_",
     "release",
+    "sizes_at_rank",
     "sub_places",
     "take_held",
     "widen_rank_",

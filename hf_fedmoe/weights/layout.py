@@ -106,6 +106,11 @@ class StateLayout:
         return sum(slot.shape.numel() for slot in self.slots)
 
     @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor of a row."""
+        return {slot.name: slot.shape.numel() * self.dtype.itemsize for slot in self.slots}
+
+    @cached_property
     def _starts(self) -> Tensor:
         return torch.tensor([slot.start for slot in self.slots if slot.shape.numel()])
 

@@ -8,8 +8,6 @@ client.
 Shape suffixes: S rows of the server's bank, m uploads, P elements of a row, n results, r rank of an adapter.
 """
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
@@ -115,14 +113,13 @@ def widen_rank_(row_P: Tensor, start_P: Tensor, layout: StateLayout, rank: int) 
             _copy_(in_basis_of(found, start), target)
 
 
-def bytes_at_rank(layout: StateLayout, rank: int, shared: Collection[str] | None = None) -> int:
-    """Bytes of a row, or of its `shared` tensors, that travels without the directions beyond `rank`."""
-    elements = {slot.name: slot.shape.numel() for slot in layout.slots}
-    for A, B in layout.lora:
-        unused = max(0, A.shape[0] - rank)
-        elements[A.name] -= unused * A.shape[1:].numel()
-        elements[B.name] -= unused * B.shape[0]
-    return sum(n for name, n in elements.items() if shared is None or name in shared) * layout.dtype.itemsize
+def sizes_at_rank(layout: StateLayout, rank: int) -> dict[str, int]:
+    """Bytes of each adapter's A and B, when they travel without the directions beyond `rank`."""
+    return {
+        slot.name: layout.sizes[slot.name] // A.shape[0] * min(rank, A.shape[0])
+        for A, B in layout.lora
+        for slot in (A, B)
+    }
 
 
 def _factors(row_P: Tensor, A: Slot, B: Slot) -> LoraFactors:

@@ -17,36 +17,36 @@ MOST_BATCHES = 2**53
 @dataclass
 class Payload:
     """
-    One download or one upload.
+    One download or one upload: a model, and named tensors beside it.
 
     Args:
         row_P (`Tensor` of shape `[P]`): A model's floating-point state as a row of the federation's [`StateLayout`].
         integers (`dict[str, Tensor]`, *optional*): Its integer buffers.
         num_examples (`int`, *optional*, defaults to 0): Training examples of the client.
         metrics (`dict[str, float]`, *optional*): What the client reports (`loss`, `steps`, ...).
-        row_bytes (`int`, *optional*): Bytes of the row when it travelled compressed.
+        tensors (`dict[str, Tensor]`, *optional*): What travels beside the model.
+        sizes (`dict[str, int]`, *optional*): Bytes on the wire of each tensor of the model, see [`Payload.weigh`].
     """
 
     row_P: Tensor
     integers: dict[str, Tensor] = field(default_factory=dict)
     num_examples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    row_bytes: int | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
-    def num_bytes(self, layout: StateLayout, shared: Collection[str] | None = None) -> int:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the wire."""
+        return sum(self.sizes.values()) + sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def weigh(self, layout: StateLayout, shared: Collection[str] | None = None) -> None:
         """
-        Bytes on the wire: the encoded row, or the state without the row's padding, and the integers; of the `shared`
-        tensors only, if their names are given.
+        Sets the `sizes` of a model that travels as it is: those of the state, without the row's padding, and of
+        integers, or of the `shared` tensors only, if their names are given.
         """
-        integers = sum(
-            tensor.numel() * tensor.element_size()
-            for name, tensor in self.integers.items()
-            if shared is None or name in shared
-        )
-        if self.row_bytes is not None:
-            return self.row_bytes + integers
-        elements = sum(slot.shape.numel() for slot in layout.slots if shared is None or slot.name in shared)
-        return elements * self.row_P.element_size() + integers
+        sizes = layout.sizes | {name: tensor.nbytes for name, tensor in self.integers.items()}
+        self.sizes = {name: size for name, size in sizes.items() if shared is None or name in shared}
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -88,6 +88,9 @@ def payload_fault(payload: Payload, layout: StateLayout, known: Payload) -> str 
     for name, value in payload.metrics.items():
         if not math.isfinite(value):
             return f"it reports {name} = {value}"
+    for name, tensor in payload.tensors.items():
+        if not all_finite([tensor]):
+            return f"`{name}`, which it sends beside the model, holds values that are not finite"
     return _fault_of_integers(payload.integers, known.integers) or _fault_of_weights(payload.row_P, layout)
 
 
@@ -122,7 +125,7 @@ def _fault_of_weights(row_P: Tensor, layout: StateLayout) -> str | None:
 
 
 def keep_private_(payload: Payload, known: Payload, layout: StateLayout, shared: Collection[str]) -> None:
-    """All but the `shared` tensors of an upload get the values that the server has already."""
+    """All but the `shared` tensors of the model in an upload get the values that the server has already."""
     before = layout.views(known.row_P)
     for name, view in layout.views(payload.row_P).items():
         if name not in shared:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_fedmoe.federation import BrokenPromiseError, check_start
+from hf_fedmoe.federation import BrokenPromiseError, EachItsOwn, check_start
 from hf_fedmoe.strategies import FedAvg, FedAvgReserved, FedMoE, FedProx, Strategy
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import Payload
@@ -99,6 +99,38 @@ PROMISES = {
         dict(download=lambda self, server, client, kept_P: server.bank_SP[0] * float("inf")),
         "`download` gives client 0 a row that is not finite",
     ),
+    "download beside the model": (
+        dict(download_tensors=lambda self, server, client: {"c": 1.0}),
+        r"`download_tensors` gives client 0 {'c': 'float'}, where a dict from names to tensors is due",
+    ),
+    "a taken name beside the model": (
+        dict(download_tensors=lambda self, server, client: {"classifier.bias": torch.zeros(2)}),
+        "`download_tensors` gives client 0 `classifier.bias`, a name that a tensor of the model has",
+    ),
+    "upload beside the model": (
+        dict(upload_tensors=lambda self, server: torch.zeros(2)),
+        "`upload_tensors` gives a Tensor, where a dict from names to tensors is due",
+    ),
+    "nothing beside the model": (
+        dict(upload_tensors=lambda self, server: {"c": torch.zeros(2)}),
+        r"client 0 sends {} beside the model, where `upload_tensors` promises {'c': \(\(2,\), torch.float32\)}",
+    ),
+    "another shape beside the model": (
+        dict(
+            upload_tensors=lambda self, server: {"c": torch.zeros(2)},
+            train_client=after_training(lambda t, p, k: p.tensors.update(c=torch.zeros(3))),
+        ),
+        r"client 0 sends {'c': \(\(3,\), torch.float32\)} beside the model, where",
+    ),
+    "single tensors of a mean": (
+        dict(
+            upload_tensors=lambda self, server: {"c": torch.zeros(2)},
+            train_client=after_training(lambda t, p, k: p.tensors.update(c=torch.zeros(2))),
+            update=lambda self, server, uploads, step: {"c": uploads.tensors[0]["c"][0].item()},
+            needs="mean",
+        ),
+        "`needs` is 'mean', but `update` does more with the uploads: `uploads.tensors` is there for methods",
+    ),
     "update without a report": (dict(update=lambda self, *_: None), "`update` gives a NoneType as its report"),
     "update with a tensor": (dict(update=lambda self, *_: {"x": torch.ones(())}), "gives 'x' as its report a Tensor"),
     "a number on the server": (
@@ -138,7 +170,8 @@ def run_round(federation, strategy):
     """The first round of a run with that strategy, in a federation that others have used."""
     server, start_SP = federation.server, federation.server.bank_SP.clone()
     federation.local_trainer.strategy = strategy
-    federation = dataclasses.replace(federation, strategy=strategy)
+    participants = dataclasses.replace(federation.participants, strategy=strategy)
+    federation = dataclasses.replace(federation, engine=EachItsOwn(participants, federation.processes))
     try:
         strategy.setup(server, federation.num_clients)
         check_start(strategy, server)

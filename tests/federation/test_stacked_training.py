@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.federation.stacked_training import Stack, StackedTrainer, by_client, clip_each_
+from hf_fedmoe.federation.stacked_training import Stack, StackedTraining, by_client, clip_each_
 from hf_fedmoe.strategies import FedMoE, FedMoESettings, FedProx, FedRep, Strategy
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import StateLayout
@@ -107,14 +107,14 @@ UNEQUAL_STEPS = {
 def sizes_of_groups(monkeypatch):
     """How many clients were trained at once, each time."""
     sizes = []
-    train_at_once = StackedTrainer.train_at_once
+    train = StackedTraining.train
 
     def recording(self, tasks):
-        payloads = train_at_once(self, tasks)
+        payloads = train(self, tasks)
         sizes.append(len(tasks))
         return payloads
 
-    monkeypatch.setattr(StackedTrainer, "train_at_once", recording)
+    monkeypatch.setattr(StackedTraining, "train", recording)
     return sizes
 
 
@@ -197,17 +197,18 @@ def test_bf16(tmp_path, sizes_of_groups):
 
 
 def test_groups_have_equally_many_steps_and_with_batchnorm_equal_batches(tmp_path):
-    local = make_trainer(tmp_path, AT_ONCE)._federation().local_trainer
-    assert local.groups(SIZES) == [[0, 2, 3], [4], [1], [5]]
+    stacked = make_trainer(tmp_path, AT_ONCE)._federation().engine.stacked
+    local = stacked.local
+    assert stacked.groups(SIZES) == [[0, 2, 3], [4], [1], [5]]
     local.layout = SimpleNamespace(batchnorm=("statistics",))
-    assert local.groups(SIZES) == [[0, 4], [2], [3], [1], [5]]
+    assert stacked.groups(SIZES) == [[0, 4], [2], [3], [1], [5]]
     local.args.gradient_accumulation_steps = 3
     local.layout.batchnorm = ()
-    assert local.groups((12, 8, 4, 7)) == [[0], [1, 3], [2]]  # one step each, of three, two, one and two batches
-    local.constant_rate = True
-    assert local.groups((12, 8, 4, 7)) == [[0], [1, 3], [2]]
+    assert stacked.groups((12, 8, 4, 7)) == [[0], [1, 3], [2]]  # one step each, of three, two, one and two batches
+    stacked.constant_rate = True
+    assert stacked.groups((12, 8, 4, 7)) == [[0], [1, 3], [2]]
     local.args.gradient_accumulation_steps = 1
-    assert local.groups((4, 12, 5, 11)) == [[1, 3, 2], [0]]
+    assert stacked.groups((4, 12, 5, 11)) == [[1, 3, 2], [0]]
 
 
 def test_a_client_that_fails_does_not_harm_those_beside_it(tmp_path, sizes_of_groups):
@@ -277,11 +278,12 @@ def test_dropout_differs_between_clients_and_follows_from_the_seed(tmp_path):
 
     whole = trained(tmp_path / "whole", AT_ONCE, model=with_dropout, rounds=4)
     assert_equal_states(state(interrupted_and_resumed(make).model), state(whole.model))
-    local = whole._federation().local_trainer
-    local._stack.load([local.layout.read(local.worker)] * 2, [{}] * 2)
-    local._stack.module.train()
+    stacked = whole._federation().engine.stacked
+    stack, local = stacked._stack, stacked.local
+    stack.load([local.layout.read(local.worker)] * 2, [{}] * 2)
+    stack.module.train()
     batch = with_padding(list(tiny_rows(4)))
-    losses = local._stack.losses({name: torch.stack([tensor] * 2) for name, tensor in batch.items()})
+    losses = stack.losses({name: torch.stack([tensor] * 2) for name, tensor in batch.items()})
     assert losses[0] != losses[1]
 
 

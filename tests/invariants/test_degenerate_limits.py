@@ -6,7 +6,16 @@ from transformers import Trainer, TrainingArguments
 
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.federation import Stream, seed_of
-from hf_fedmoe.strategies import FedAdagrad, FedAdam, FedAvg, FedAvgMovingAverage, FedAvgReserved, FedProx, FedYogi
+from hf_fedmoe.strategies import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgMovingAverage,
+    FedAvgReserved,
+    FedProx,
+    FedYogi,
+    Scaffold,
+)
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_expert, tiny_federation, tiny_mixture
 
@@ -103,6 +112,32 @@ def test_server_optimizers_that_are_not_adaptive_are_fedavg(tmp_path, strategy):
     settings = {"optim": "sgd", "learning_rate": 0.1}
     averaged = state(run(tmp_path / "fedavg", FedAvg(), **settings).model)
     assert_equal_states(state(run(tmp_path / "own", strategy, **settings).model), averaged, atol=1e-6, rtol=0)
+
+
+class NoControl(Scaffold):
+    """Whose control variates stay 0."""
+
+    def train_client(self, local, task):
+        payload, _ = super().train_client(local, task)
+        payload.tensors["control_D"].zero_()
+        return payload, {}
+
+
+def test_scaffold_without_control_variates_is_fedavg(tmp_path):
+    averaged = state(run(tmp_path / "fedavg", FedAvg()).model)
+    assert_equal_states(state(run(tmp_path / "own", NoControl()).model), averaged)
+    # With them the first round is one of FedAvg, the second is not.
+    for rounds, equal in ((1, True), (2, False)):
+        first, second = (
+            state(run(tmp_path / f"{kind.name}{rounds}", kind(), rounds=rounds).model) for kind in (FedAvg, Scaffold)
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first) == equal
+
+
+def test_updates_that_are_clipped_to_any_norm_are_those_of_fedavg(tmp_path):
+    averaged = state(run(tmp_path / "fedavg", FedAvg()).model)
+    clipped = state(run(tmp_path / "clipped", FedAvg(), max_update_norm=float("inf")).model)
+    assert_equal_states(clipped, averaged)
 
 
 def test_moving_average_of_rate_one_is_fedavg(tmp_path):

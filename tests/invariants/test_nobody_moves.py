@@ -52,6 +52,8 @@ BOOKS = {
     "afl": {"lambda_M"},  # goes up the losses
     "fedmoe": {"contribution_SM", "mixture_SM"},  # whose uploads an expert consists of, however equal they are
     # The E-step has no learning rate: pi moves, and with it the weights of the gradients that the optimizer sees.
+    # Gradients, of whatever size the steps are, and with their corrections what the optimizer sees.
+    "scaffold": {"control_D", "exp_avg", "exp_avg_sq"},
     "fedem": {"pi_M", "exp_avg", "exp_avg_sq"},
     "pfedmm": {"pi_M", "exp_avg", "exp_avg_sq"},
     "fedrolex": {"round"},

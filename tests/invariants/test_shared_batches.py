@@ -25,7 +25,7 @@ from tests.two_processes import (
 )
 
 
-QUICK_METHODS = ("fedprox", "fedmoe", "fedem")
+QUICK_METHODS = ("fedprox", "scaffold", "fedmoe", "fedem")
 REST = ["lora"] + [name for name in METHODS if name not in (*QUICK_METHODS, "pfedmoe")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # Of what Adam trains on the server: alpha's gradient is small, and Adam divides it by itself.

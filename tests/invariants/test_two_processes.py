@@ -36,6 +36,7 @@ from tests.two_processes import (
 QUICK_RUNS = (
     "fedavg_top_k",
     "l2sgd",
+    "scaffold",
     "fedmoe_paper",
     "lora_fedmoe_paper",
 )
@@ -156,19 +157,38 @@ CASES = {
 
 
 class OwnRows(SecondFails):
-    """The third fails, one of two that the main process trains; tells how many uploads that one has."""
+    """
+    The third fails, one of two that the main process trains; tells how many uploads that one has. Each sends its
+    number beside its model.
+    """
 
     place = 2
     needs = "fusion"
 
+    def upload_tensors(self, server):
+        return {"client": torch.zeros(2, dtype=torch.int64)}
+
+    def train_client(self, local, task):
+        payload, stays = super().train_client(local, task)
+        payload.tensors["client"] = torch.tensor([task.client, 100])
+        return payload, stays
+
     def update(self, server, uploads, step):
         rows_mP = uploads.own_nP if isinstance(uploads, UploadsApart) else uploads._rows_mP
+        assert [tensors["client"].tolist() for tensors in uploads.tensors] == [[c, 100] for c in uploads.clients]
+        assert uploads.sum_of("client").tolist() == [sum(uploads.clients), 300]
         return super().update(server, uploads, step) | {"rows": len(rows_mP)}
 
 
 def fedmoe_sums(output_dir, client_parallelism="sums"):
     changes = {"clients_per_round": 4, "optim": "sgd", "max_grad_norm": 0.0}
     return fedmoe_of_images(output_dir, OwnRows, client_parallelism=client_parallelism, **changes)
+
+
+def scaffold_sums(output_dir, client_parallelism="sums"):
+    run = trainer("scaffold", output_dir, client_parallelism=client_parallelism, optim="sgd", **SETTINGS)
+    run.train()
+    return run
 
 
 def at_once(output_dir, clients_at_once=2):
@@ -179,7 +199,7 @@ def at_once(output_dir, clients_at_once=2):
 
 
 # Equal but for rounding.
-SUMS = {"sums": sums, "fedmoe_sums": fedmoe_sums, "at_once": at_once}
+SUMS = {"sums": sums, "fedmoe_sums": fedmoe_sums, "scaffold_sums": scaffold_sums, "at_once": at_once}
 QUICK = {name: functools.partial(run_by_name, name) for name in QUICK_RUNS} | CASES
 REST = {name: functools.partial(run_by_name, name) for name in [*RUNS, *LORA_RUNS] if name not in QUICK_RUNS}
 
@@ -318,6 +338,18 @@ def test_fed_moe_fuses_uploads_where_they_are(quick, tmp_path):
         alphas = [values.pop("alpha_logit") for values in states]
         torch.testing.assert_close(*alphas, atol=5e-3, rtol=0)
         assert_equal_states(*states, atol=1e-3, rtol=1e-3)
+
+
+def test_sums_of_what_travels_beside_models(quick, tmp_path):
+    record(scaffold_sums(tmp_path / "clients", "clients"), tmp_path / "alone")
+    record(scaffold_sums(tmp_path / "sums"), tmp_path / "sums-alone")
+    norms = [
+        [report["control_norm"] for *_, report in json.loads(Path(f"{path}.json").read_text())["rounds"]]
+        for path in (tmp_path / "alone", tmp_path / "sums-alone", quick / "scaffold_sums-0", quick / "scaffold_sums-1")
+    ]
+    assert min(norms[0]) > 0 and all(found == pytest.approx(norms[0], rel=1e-5) for found in norms)
+    states = (load_file(quick / "scaffold_sums-1.safetensors"), load_file(tmp_path / "alone.safetensors"))
+    assert_equal_states(*states, atol=1e-6, rtol=1e-5)
 
 
 def test_each_process_trains_its_own_clients_at_once(quick, tmp_path):

@@ -160,8 +160,8 @@ def held(stage):
 
         class Look(TrainerCallback):
             def on_epoch_end(self, *args, **kwargs):
-                local = run._active_federation.local_trainer
-                expert, optimizer = local.zero.engine.module, local.zero.engine.optimizer.optimizer
+                zero, local = run._active_federation.engine.zero.zero, run._active_federation.local_trainer
+                expert, optimizer = zero.engine.module, zero.engine.optimizer.optimizer
                 frozen = [[p for p in e.parameters() if not p.requires_grad] for e in (expert.base, run.model)]
                 facts = {
                     "adapter": sum(p.numel() for p in expert.parameters()),
@@ -380,7 +380,7 @@ def process_of_a_launch(name, output_dir):
 def _break(run, args, state, control):
     """From the second round on the model of one process raises: there the others are in a collective."""
     if state.global_step and run.args.process_index:
-        run._active_federation.local_trainer.zero.engine.module.forward = None
+        run._active_federation.engine.zero.zero.engine.module.forward = None
     return control
 
 

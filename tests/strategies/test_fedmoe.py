@@ -277,7 +277,7 @@ def test_bf16_is_that_of_the_servers_models_too(gate, tmp_path):
     half = run(True)
     federation = half._federation()
     found = expert_outputs(federation.step(0))
-    inputs = federation.reserved.inputs[0]
+    inputs = federation.participants.reserved.inputs[0]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = [expert(**inputs).logits.float() for expert in half.model.experts]
     assert torch.equal(found.logits_RSC[: len(logits[0])], torch.stack(logits, dim=1))

@@ -96,7 +96,7 @@ def test_narrower_models_are_evaluated_with_statistics_of_the_clients_own_exampl
     model, outputs = federation.personal_model(1), []
     # The first convolution, scaled; 9 examples are batches of 5 and 4.
     stem = model.resnet.embedder.embedder
-    for batch in federation.local_trainer.in_order(federation.client_data(1), 0):
+    for batch in federation.local_trainer.in_order(federation.participants.client_data(1), 0):
         outputs.append(stem.convolution(batch["pixel_values"]).detach())
     assert [len(maps) for maps in outputs] == [5, 4]
     measured = stem.normalization

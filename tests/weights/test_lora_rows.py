@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from hf_fedmoe.models import AdapterExpert
 from hf_fedmoe.models.adapters_fedmoe import peft_config_dict, with_adapters
-from hf_fedmoe.weights import StateLayout, bytes_at_rank, collapse, fit_rank_, fuse_models_, mix_rows, widen_rank_
+from hf_fedmoe.weights import StateLayout, collapse, fit_rank_, fuse_models_, mix_rows, sizes_at_rank, widen_rank_
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
 
@@ -241,11 +241,12 @@ def test_unused_directions_start_anew_without_changing_the_model():
         assert torch.equal(A_ri[0], other_ri[0]) and not torch.allclose(A_ri[1:], other_ri[1:])
 
 
-def test_bytes_at_rank_by_hand():
+def test_sizes_at_rank_by_hand():
     layout, _ = bank_of(adapters())
-    factors = sum(A.shape.numel() + B.shape.numel() for A, B in layout.lora)
-    assert bytes_at_rank(layout, RANK) == layout.num_elements * 8
-    assert bytes_at_rank(layout, 1) == (layout.num_elements - factors * 2 // 3) * 8
+    factors = [slot for pair in layout.lora for slot in pair]
+    assert sizes_at_rank(layout, RANK) == {slot.name: slot.shape.numel() * 8 for slot in factors}
+    assert sizes_at_rank(layout, 1) == {slot.name: slot.shape.numel() * 8 // 3 for slot in factors}
+    assert sizes_at_rank(layout, RANK + 1) == sizes_at_rank(layout, RANK)
 
 
 def test_the_worked_example_of_unequal_ranks_as_rows():

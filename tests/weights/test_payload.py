@@ -33,7 +33,18 @@ def row(layout, name, value):
 
 def test_bytes_are_those_of_the_state_without_padding(layout):
     # 6 + 2 for the linear layer, 4 x 2 for the normalisation, in float32; one int64 counter.
-    assert payload(layout).num_bytes(layout) == (8 + 8) * 4 + 8
+    sent = payload(layout, tensors={"control": torch.zeros(3, dtype=torch.float64)})
+    sent.weigh(layout)
+    assert sent.num_bytes == (8 + 8) * 4 + 8 + 3 * 8
+    sent.weigh(layout, {"0.bias", COUNT})
+    assert sent.sizes == {"0.bias": 2 * 4, COUNT: 8} and sent.num_bytes == 2 * 4 + 8 + 3 * 8
+
+
+def test_values_beside_the_model_must_be_finite(layout):
+    tensors = {"control": torch.tensor([1.0, float("nan")])}
+    assert fault(layout, tensors=tensors) == (
+        "`control`, which it sends beside the model, holds values that are not finite"
+    )
 
 
 def test_sound_payload_has_no_fault(layout):
