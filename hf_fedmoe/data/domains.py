@@ -1,8 +1,8 @@
 """
 Domains: groups of clients to whom the same input looks different, or means something else.
 
-[`domains`] gives each domain of a dataset clients of its own. [`with_domains`] makes domains of a dataset without any, by
-shifts of which it is known how much there is to win.
+[`domains`] gives each domain of a dataset clients of its own. [`with_domains`] makes domains of a dataset without any,
+by shifts of which it is known how much there is to win.
 """
 
 from collections.abc import Sequence
