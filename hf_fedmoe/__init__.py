@@ -44,6 +44,7 @@ _ROOMS = {
     "FedJETs": "strategies",
     "FedMix": "strategies",
     "FedMoE": "strategies",
+    "FedMoEGroups": "strategies",
     "FedMoESettings": "strategies",
     "FedProx": "strategies",
     "FedRep": "strategies",

@@ -10,6 +10,7 @@ from .characters import (
     next_character_windows,
 )
 from .client_tests import hold_out_client_tests
+from .domains import DOMAIN_COLUMN, SHIFTS, domains, with_domains
 from .federated_dataset import FederatedDataset
 from .fingerprint import rows_fingerprint
 from .images import (
@@ -43,6 +44,8 @@ __all__ = [
     "AUGMENTATIONS",
     "CHARACTERS",
     "CHARACTER_NAMES",
+    "DOMAIN_COLUMN",
+    "SHIFTS",
     "FederatedDataset",
     "ImageCollator",
     "Partitioner",
@@ -53,6 +56,7 @@ __all__ = [
     "decode_characters",
     "decode_images",
     "dirichlet",
+    "domains",
     "encode_characters",
     "has_batch_statistics",
     "hold_out",
@@ -74,4 +78,5 @@ __all__ = [
     "shards",
     "split_rows",
     "synthetic_mixture",
+    "with_domains",
 ]

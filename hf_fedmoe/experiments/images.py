@@ -13,13 +13,17 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, pipel
 
 from ..data import (
     AUGMENTATIONS,
+    DOMAIN_COLUMN,
+    SHIFTS,
     FederatedDataset,
     ImageCollator,
     decode_images,
     dirichlet,
+    domains,
     hold_out_ids,
     natural,
     pachinko,
+    with_domains,
 )
 from ..models import (
     EnsembleForImageClassification,
@@ -42,20 +46,26 @@ class ImageExperiment(Experiment):
     client_column: str = field(default="writer_id", metadata={"help": "Whose row it is, for partition natural."})
     coarse_column: str = field(default="coarse_label", metadata={"help": "Groups of classes, for pachinko."})
     num_groups: int | None = field(default=None, metadata={"help": "Groups of classes that Dirichlet draws share."})
+    num_domains: int = field(default=4, metadata={"help": "Groups of clients, for partition domains."})
+    domain_shift: str = field(
+        default="rotations", metadata={"help": f"What differs between domains: {', '.join(SHIFTS)}."}
+    )
     test_share: float = field(default=0.2, metadata={"help": "Share of writers in no client, for partition natural."})
 
     mixture_class = FedMoEForImageClassification
     ensemble_class = EnsembleForImageClassification
     multi_head_class = MultiHeadForImageClassification
     source_arguments = ("image_column", "label_column")
-    partitions = (*Experiment.partitions, "natural", "pachinko")
-    lowest = {**Experiment.lowest, "image_size": 1, "num_groups": 1}
+    partitions = (*Experiment.partitions, "natural", "pachinko", "domains")
+    lowest = {**Experiment.lowest, "image_size": 1, "num_groups": 1, "num_domains": 1}
     shares = (*Experiment.shares, "test_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(f"`augmentation` is {self.augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
+        if self.domain_shift not in SHIFTS:
+            raise ValueError(f"`domain_shift` is {self.domain_shift!r}: choose one of {', '.join(SHIFTS)}.")
         if self.num_channels not in (1, 3):
             raise ValueError(f"`num_channels` is {self.num_channels}: give 1 for grey images or 3 for colour.")
 
@@ -71,6 +81,8 @@ class ImageExperiment(Experiment):
             self._check_column("client_column", "whose row it is", rows)
             test, train = hold_out_ids(rows[self.client_column], self.test_share, seed=0)
             source = datasets.DatasetDict(train=rows.select(train), test=rows.select(test))
+        if self.partition == "domains":
+            source = self._with_domains(source, seed)
         return super().split(source, seed)
 
     def _check_column(self, name: str, meaning: str, rows: datasets.Dataset) -> None:
@@ -80,7 +92,22 @@ class ImageExperiment(Experiment):
                 f"that says {meaning}, or take another `partition`."
             )
 
+    def _with_domains(self, source: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
+        """Rows of domains: those of the data, or of this shift, of as few rows as are needed."""
+        if DOMAIN_COLUMN in source["train"].column_names:
+            return source
+        needed = self.num_clients * self.examples_per_client + self.reserved_size + self.validation_size
+        train = source["train"].shuffle(seed=seed)
+        # A tenth more, since domains have equally many rows only as long as nobody holds any out.
+        source["train"] = train.select(range(min(len(train), self.max_train_examples or round(1.1 * needed))))
+        source["test"] = source["test"].shuffle(seed=0).select(range(min(self.max_test_examples, len(source["test"]))))
+        return datasets.DatasetDict(
+            {split: with_domains(rows, self.num_domains, self.domain_shift) for split, rows in source.items()}
+        )
+
     def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:
+        if self.partition == "domains":
+            return domains(rows[DOMAIN_COLUMN], self.num_clients, seed, self.examples_per_client)
         if self.partition == "natural":
             return natural(
                 rows[self.client_column], self.num_clients, seed, min_size=10, max_size=self.examples_per_client

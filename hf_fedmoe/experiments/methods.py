@@ -14,13 +14,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data import FederatedDataset
 from ..models import FedMoEPreTrainedModel
 from ..reporting import ExpertAnalysis, analyse_experts, scores
-from ..strategies import Strategy, freeze_common_expert
+from ..strategies import Strategy
 from ..training import FederatedTrainer, FedMoETrainer, FedMoETrainingArguments
 from .experiment import Experiment
 from .named_strategies import CENTRALISED, STRATEGIES, method_names
+from .server_models import MIXTURES, MODELS
 from .settings import Setting, nearest, settings_of, typed_settings
 
 
+# The models of methods that are no strategies of an experiment's, or that have their own trainer.
+WITHOUT_STRATEGY = {"reserved_only": "classifier", "cent_moe": "mixture", "fedmoe": "mixture"}
 # Of FedAvg fine-tuned at the end, where Fed-MoE does without.
 TUNING_EPOCHS = 5
 
@@ -73,65 +76,21 @@ def make_trainer(
     shared = dict(args=args, train_dataset=data, processing_class=processor, **experiment.collators(processor))
     if experiment.start_epochs:
         train_first(expert, args, data, shared, "start", rounds=1, num_train_epochs=experiment.start_epochs)
-    if method in ("fedmoe", "cent_moe"):
-        own_gate = experiment.gate not in ("main_features", "adapter")
-        gate = experiment.make_gate(experiment.num_routed_experts) if own_gate else experiment.gate
-        mixture = experiment.mixture_class.from_expert(
-            expert,
-            gate=gate,
-            num_main_experts=experiment.num_main_experts,
-            num_routed_experts=experiment.num_routed_experts,
-            top_l=experiment.top_l,
-            peft_config=experiment.peft_config(),
-        )
-        if method == "fedmoe":
-            return FedMoETrainer(mixture, **shared)
-        # Cent-MoE: experts, gate and alpha together, by the loss of the mixture, on the reserved set alone.
-        mixture.config.entropy_weight = args.entropy_weight
-        return FederatedTrainer(mixture, **shared | centralised(args, data))
-    strategy = None if method in CENTRALISED else make_strategy(method, experiment, args, expert)
-    model: PreTrainedModel = expert
-    if method in ("fedmix", "fedjets"):
-        if experiment.peft_config() is not None:
-            raise ValueError(f"`peft` is 'lora', but {method!r} has whole experts here: leave it out for this method.")
-        if method == "fedmix":
-            model = fedmix_mixture(expert, experiment, args.seed)
-        else:
-            model = fedjets_mixture(
-                expert, experiment, lambda common: train_first(common, args, data, shared, "common_expert")
-            )
-        return FederatedTrainer(model, strategy=strategy, **shared)
-    shared["peft_config"] = experiment.peft_config()
-    if method == "reserved_only":
-        return FederatedTrainer(expert, **shared | centralised(args, data))
-    if method == "fedem":
-        model = experiment.ensemble_class.from_classifier(expert, experiment.num_models, args.seed)
-    elif method == "pfedmm":
-        model = experiment.multi_head_class.from_classifier(expert, experiment.num_models, args.seed)
-    return FederatedTrainer(model, strategy=strategy, **shared)
-
-
-def fedmix_mixture(expert: PreTrainedModel, experiment: Experiment, seed: int) -> FedMoEPreTrainedModel:
-    """`num_models` experts with heads of their own, since equal ones stay equal, and a gate which is a model too."""
-    ensemble = experiment.ensemble_class.from_classifier(expert, experiment.num_models, seed)
-    experts = [each for each in ensemble.models if isinstance(each, PreTrainedModel)]
-    gate = experiment.make_gate(experiment.num_models)
-    return experiment.mixture_class.from_experts(
-        [], experts, gate=gate, top_l=experiment.num_models, top_l_weighting="renormalize"
+    strategy = make_strategy(method, experiment, args, expert) if method in STRATEGIES else None
+    kind = WITHOUT_STRATEGY[method] if strategy is None else strategy.trains
+    model = MODELS[kind](
+        expert, experiment, args.seed, lambda common: train_first(common, args, data, shared, "common_expert")
     )
-
-
-def fedjets_mixture(
-    expert: PreTrainedModel, experiment: Experiment, train_alone: Callable[[PreTrainedModel], None]
-) -> FedMoEPreTrainedModel:
-    """
-    Routed experts that start as those of all methods do, and a frozen common expert, which is trained on the reserved
-    set first: from random weights its features would tell the gate nothing.
-    """
-    mixture = experiment.mixture_class.from_expert(expert, num_routed_experts=experiment.num_routed_experts)
-    train_alone(expert)
-    mixture.main_experts[0].load_state_dict(expert.state_dict())
-    return freeze_common_expert(mixture)
+    if kind not in MIXTURES:
+        shared["peft_config"] = experiment.peft_config()
+    if method == "fedmoe" and isinstance(model, FedMoEPreTrainedModel):
+        return FedMoETrainer(model, **shared)
+    if method == "cent_moe":
+        # Cent-MoE: experts, gate and alpha together, by the loss of the mixture, on the reserved set alone.
+        model.config.entropy_weight = args.entropy_weight
+    if method in CENTRALISED:
+        return FederatedTrainer(model, **shared | centralised(args, data))
+    return FederatedTrainer(model, strategy=strategy, **shared)
 
 
 def check_method(method: str, experiment: Experiment, args: FedMoETrainingArguments) -> None:
@@ -139,6 +98,10 @@ def check_method(method: str, experiment: Experiment, args: FedMoETrainingArgume
     Raises `ValueError` when there is no such method, or one of its settings has another name, type or range. What
     depends on the model is left to [`make_trainer`].
     """
+    if method in STRATEGIES and (kind := STRATEGIES[method].trains) not in MODELS:
+        raise ValueError(
+            f"{STRATEGIES[method].__name__} says that it `trains` {kind!r}: write one of {', '.join(MODELS)}."
+        )
     given = experiment.read_json("method_settings")
     for name in (method, *given):
         if name not in method_names():

@@ -150,8 +150,8 @@ class Uploads:
         return self._tensors
 
     def sum_of(self, name: str) -> Tensor:
-        """The sum over all uploads of a tensor that they sent beside their models."""
-        first, *others = (tensors[name] for tensors in self._tensors)
+        """The sum of a tensor over all uploads that have it beside their models."""
+        first, *others = (tensors[name] for tensors in self._tensors if name in tensors)
         total = first.clone()
         for tensor in others:
             total += tensor
@@ -250,6 +250,9 @@ class Strategy(LocalObjective):
     """
 
     name: str = "fedavg"
+    # What recipes and comparisons build for it around the experiment's classifier: a name in
+    # `hf_fedmoe/experiments/server_models.py`.
+    trains: str = "classifier"
     # What follows are promises of the hooks, `PROMISES`.
     # Whether the server knows what each client starts from, which is what an encoded update is measured from.
     compressible: bool = True
@@ -298,10 +301,10 @@ class Strategy(LocalObjective):
         """Named tensors that `client` is sent beside its model, where it finds them as `task.received.tensors`."""
         return {}
 
-    def upload_tensors(self, server: Server) -> dict[str, Tensor]:
+    def upload_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
         """
-        Tensors, whose values do not matter, of the names, shapes and types that each upload has beside its model:
-        [`Strategy.train_client`] puts them into `payload.tensors`, [`Strategy.update`] finds their sum as
+        Tensors, whose values do not matter, of the names, shapes and types that an upload of `client` has beside its
+        model: [`Strategy.train_client`] puts them into `payload.tensors`, [`Strategy.update`] finds their sum as
         `uploads.sum_of(name)`.
         """
         return {}

@@ -104,7 +104,7 @@ class Federation:
         drawn = self.draw(round_index, clients_per_round)
         chosen = soundness.participants_of(self.strategy, self.server, drawn, round_index, self.num_clients)
         plan = self.engine.plan(chosen)
-        beside = soundness.tensors_due(self.strategy, self.server)
+        beside = [soundness.tensors_due(self.strategy, self.server, client) for client in chosen]
         collected = self.collect(self.server, self.memory, self.processes, *plan[1:], self.strategy.needs, beside)
         replies, stays = self.engine.fit(plan, round_index, collected, on_client)
         report = self.report(chosen, replies, round_index)

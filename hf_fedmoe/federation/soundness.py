@@ -65,9 +65,9 @@ def tensors_for(strategy: Strategy, server: Server, client: int) -> dict[str, Te
     return tensors
 
 
-def tensors_due(strategy: Strategy, server: Server) -> dict[str, Tensor]:
-    """Returns the likes of what uploads have beside models; raises [`BrokenPromiseError`] unless they are tensors."""
-    tensors = strategy.upload_tensors(server)
+def tensors_due(strategy: Strategy, server: Server, client: int) -> dict[str, Tensor]:
+    """Returns likes of what an upload has beside its model; raises [`BrokenPromiseError`] unless they are tensors."""
+    tensors = strategy.upload_tensors(server, client)
     if fault := _fault_of_names(tensors, server.layout):
         raise BrokenPromiseError(strategy, f"`upload_tensors` gives {fault}")
     return tensors
@@ -93,7 +93,7 @@ def upload_of(
     """Has a client trained; raises [`BrokenPromiseError`] unless all is there that its upload needs."""
     result = fit(task)
     fault = _fault_of_result(result, task, local.layout, server.bank_SP)
-    if fault := fault or _fault_of_tensors(result[0].tensors, tensors_due(strategy, server)):
+    if fault := fault or _fault_of_tensors(result[0].tensors, tensors_due(strategy, server, task.client)):
         raise BrokenPromiseError(strategy, f"`train_client` of client {task.client} {fault}")
     if task.kept_optimizer is not None and not local.has_kept_optimizer:
         fault = "`train_client` does not give `task.kept_optimizer` to the trainer: say `keeps_optimizer = False`"

@@ -121,7 +121,7 @@ class Rows:
         groups (`list[list[int]]`): The places of the participants that this one trains, those together that it trains
             at once.
         needs (`str`): What the method says of itself, [`Strategy.needs`].
-        beside (`dict[str, Tensor]`, *optional*): What it says of tensors beside the models,
+        beside (`list[dict[str, Tensor]]`): Likes of what each participant sends beside its model,
             [`Strategy.upload_tensors`].
     """
 
@@ -135,10 +135,10 @@ class Rows:
         owners: list[int],
         groups: list[list[int]],
         needs: str,
-        beside: dict[str, Tensor] | None = None,
+        beside: list[dict[str, Tensor]],
     ):
         self.server, self.processes, self.owners, self.needs = server, processes, owners, needs
-        self.beside, self.tensors = beside or {}, dict[int, dict[str, Tensor]]()
+        self.beside, self.tensors = beside, dict[int, dict[str, Tensor]]()
         self.rows = self.allocate(memory, groups)
         self.spare_P: Tensor | None = None
 
@@ -172,8 +172,9 @@ class Rows:
     def _bring_tensors(self, place: int) -> None:
         if self.processes.index == 0 and place not in self.tensors:
             device = self.server.bank_SP.device
-            self.tensors[place] = {name: torch.empty_like(like, device=device) for name, like in self.beside.items()}
-        for name in self.beside if place in self.tensors else ():
+            likes = self.beside[place].items()
+            self.tensors[place] = {name: torch.empty_like(like, device=device) for name, like in likes}
+        for name in self.beside[place] if place in self.tensors else ():
             self.processes.move_(self.tensors[place][name], self.owners[place], 0)
 
     def close(self, places: list[int], *known: Any) -> Uploads:
@@ -221,14 +222,15 @@ class Sum(Rows):
         # One row for each client of a group that is trained at once, again and again.
         rows_nP = memory.rows(max(map(len, groups), default=1))
         self.sum_P = torch.zeros(self.server.layout.size, device=rows_nP.device)
-        self.sums = {name: torch.zeros_like(like, device=rows_nP.device) for name, like in self.beside.items()}
+        likes = {name: like for tensors in self.beside for name, like in tensors.items()}
+        self.sums = {name: torch.zeros_like(like, device=rows_nP.device) for name, like in likes.items()}
         self.mean_1P = rows_nP[:1]
         return {place: rows_nP[index] for group in groups for index, place in enumerate(group)}
 
     def add(self, place: int, num_examples: int, tensors: dict[str, Tensor]) -> None:
         add_to_sum_(self.sum_P, self.rows[place], num_examples, self.server.layout.batchnorm)
-        for name, total in self.sums.items():
-            total += tensors[name]
+        for name, tensor in tensors.items():
+            self.sums[name] += tensor
 
     def bring(self, place: int) -> None:
         """Leaves it where it is."""

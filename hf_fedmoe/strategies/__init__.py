@@ -23,6 +23,7 @@ from .fedem import FedEM
 from .fedjets import FedJETs, freeze_common_expert
 from .fedmix import FedMix
 from .fedmoe import FedMoE, FedMoESettings
+from .fedmoe_groups import FedMoEGroups
 from .fedopt import FedAdagrad, FedAdam, FedYogi
 from .fedprox import FedProx
 from .fedrep import FedRep
@@ -58,6 +59,7 @@ __all__ = [
     "FedJETs",
     "FedMix",
     "FedMoE",
+    "FedMoEGroups",
     "FedMoESettings",
     "FedProx",
     "FedRep",

@@ -39,6 +39,7 @@ class FedEM(Strategy):
     num_em_steps: int = 1
     include_absent: bool = False
     name = "fedem"
+    trains = "ensemble"
     needs = "mean"
     keeps_optimizer = True
     shares_batches = True

@@ -71,6 +71,7 @@ class FedJETs(Strategy):
 
     experts_per_client: int = 2
     name = "fedjets"
+    trains = "frozen_common_mixture"
     compressible = False
     keeps_optimizer = True
     shares_batches = True

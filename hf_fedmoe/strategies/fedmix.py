@@ -23,6 +23,7 @@ class FedMix(Strategy):
     """
 
     name = "fedmix"
+    trains = "gated_experts"
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         if not isinstance(model, FedMoEPreTrainedModel):

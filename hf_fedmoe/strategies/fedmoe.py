@@ -148,6 +148,7 @@ class FedMoE(Strategy):
     """
 
     name = "fedmoe"
+    trains = "mixture"
     compressible = True
 
     def __init__(self, settings: FedMoESettings | None = None):

@@ -37,15 +37,10 @@ class FedRep(Strategy):
 
     def head_names(self, layout: StateLayout, model: nn.Module) -> set[str]:
         """The names of the head's tensors; raises `ValueError` when nothing is in it, or everything."""
-        names = {slot.name for slot in layout.slots}
-        if self.head is None:
-            prefix = (model.base if isinstance(model, AdapterExpert) else model).base_model_prefix
-            found = {name for name in names if f".{prefix}." not in f".{name}"}
-        else:
-            found = {name for name in names if name.startswith(self.head)}
-        if (not found and self.head != ()) or found == names:
+        found = names_of_part(layout, model, self.head)
+        if (not found and self.head != ()) or len(found) == len(layout.slots):
             raise ValueError(
-                f"`head` is {self.head!r}, which takes {len(found)} of the {len(names)} tensors of a "
+                f"`head` is {self.head!r}, which takes {len(found)} of the {len(layout.slots)} tensors of a "
                 f"{type(model).__name__}: name where its head begins, for example head=('classifier',)."
             )
         return found
@@ -88,6 +83,17 @@ class FedRep(Strategy):
             for name in self.head_names(local.layout, local.worker) & kept.keys():
                 views[name].copy_(kept[name])
         return row_P
+
+
+def names_of_part(layout: StateLayout, model: nn.Module, beginnings: tuple[str, ...] | None) -> set[str]:
+    """
+    Returns the names of a row's tensors that begin so, or, without `beginnings`, that lie outside of the backbone
+    (`base_model_prefix`) of a Hugging Face model: its head.
+    """
+    if beginnings is not None:
+        return {slot.name for slot in layout.slots if slot.name.startswith(beginnings)}
+    prefix = (model.base if isinstance(model, AdapterExpert) else model).base_model_prefix
+    return {slot.name for slot in layout.slots if f".{prefix}." not in f".{slot.name}"}
 
 
 def average_body_into_(server: Server, uploads: Uploads, head: set[str]) -> None:

@@ -27,6 +27,7 @@ class PFedMM(FedEM):
     """
 
     name = "pfedmm"
+    trains = "heads"
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
         if not isinstance(model, MultiHeadPreTrainedModel):

@@ -47,7 +47,7 @@ class Scaffold(Strategy):
     def download_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
         return {CONTROL: server.tensors[CONTROL]}
 
-    def upload_tensors(self, server: Server) -> dict[str, Tensor]:
+    def upload_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
         return {CONTROL: server.tensors[CONTROL]}
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:

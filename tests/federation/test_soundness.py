@@ -108,23 +108,23 @@ PROMISES = {
         "`download_tensors` gives client 0 `classifier.bias`, a name that a tensor of the model has",
     ),
     "upload beside the model": (
-        dict(upload_tensors=lambda self, server: torch.zeros(2)),
+        dict(upload_tensors=lambda self, server, client: torch.zeros(2)),
         "`upload_tensors` gives a Tensor, where a dict from names to tensors is due",
     ),
     "nothing beside the model": (
-        dict(upload_tensors=lambda self, server: {"c": torch.zeros(2)}),
+        dict(upload_tensors=lambda self, server, client: {"c": torch.zeros(2)}),
         r"client 0 sends {} beside the model, where `upload_tensors` promises {'c': \(\(2,\), torch.float32\)}",
     ),
     "another shape beside the model": (
         dict(
-            upload_tensors=lambda self, server: {"c": torch.zeros(2)},
+            upload_tensors=lambda self, server, client: {"c": torch.zeros(2)},
             train_client=after_training(lambda t, p, k: p.tensors.update(c=torch.zeros(3))),
         ),
         r"client 0 sends {'c': \(\(3,\), torch.float32\)} beside the model, where",
     ),
     "single tensors of a mean": (
         dict(
-            upload_tensors=lambda self, server: {"c": torch.zeros(2)},
+            upload_tensors=lambda self, server, client: {"c": torch.zeros(2)},
             train_client=after_training(lambda t, p, k: p.tensors.update(c=torch.zeros(2))),
             update=lambda self, server, uploads, step: {"c": uploads.tensors[0]["c"][0].item()},
             needs="mean",

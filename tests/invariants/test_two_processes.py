@@ -165,7 +165,7 @@ class OwnRows(SecondFails):
     place = 2
     needs = "fusion"
 
-    def upload_tensors(self, server):
+    def upload_tensors(self, server, client):
         return {"client": torch.zeros(2, dtype=torch.int64)}
 
     def train_client(self, local, task):

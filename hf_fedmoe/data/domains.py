@@ -1,0 +1,102 @@
+"""
+Domains: groups of clients to whom the same input looks different, or means something else.
+
+[`domains`] gives each domain of a dataset clients of its own. [`with_domains`] makes domains of a dataset without any,
+by shifts of which it is known how much there is to win.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from .labels import column_as_numpy
+from .partitions import check_num_clients, iid
+
+
+DOMAIN_COLUMN = "domain"
+SHIFTS = ("rotations", "labels")
+
+
+def domains(
+    domain: Sequence | np.ndarray, num_clients: int, seed: int = 0, client_size: int | None = None
+) -> list[np.ndarray]:
+    """
+    Gives each domain equally many clients, among whom its rows are dealt: client c has rows of domain c modulo their
+    number.
+
+    Args:
+        domain (`Sequence`, shape `[N]`): Domain of each row, strings or integers.
+        num_clients (`int`): Number of clients M, a multiple of the number of domains.
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffles.
+        client_size (`int`, *optional*): Rows for each client; what is left over goes to nobody.
+
+    Returns:
+        `list[np.ndarray]`: M sorted index arrays.
+
+    Raises:
+        ValueError: When the clients cannot be shared out among the domains, or a domain has too few rows.
+    """
+    check_num_clients(num_clients)
+    names, domain_N = np.unique(np.asarray(domain), return_inverse=True)
+    if num_clients % len(names):
+        raise ValueError(
+            f"num_clients is {num_clients}, but there are {len(names)} domains: take as many clients for each, for "
+            f"example {len(names) * max(1, round(num_clients / len(names)))}."
+        )
+    clients: list[np.ndarray] = [np.empty(0, np.int64)] * num_clients
+    for number, name in enumerate(names):
+        rows = np.flatnonzero(domain_N == number)
+        try:
+            parts = iid(len(rows), num_clients // len(names), seed + number, client_size)
+        except ValueError as error:
+            raise ValueError(f"The domain {name!r} has too few rows. {error}") from None
+        clients[number :: len(names)] = [rows[part] for part in parts]
+    return clients
+
+
+def with_domains(dataset: Dataset, num_domains: int, shift: str, seed: int = 0) -> Dataset:
+    """
+    Deals the rows of a dataset to domains, column `domain`, and shifts them.
+
+    Args:
+        dataset (`datasets.Dataset`): With a column `label`, a `ClassLabel`, and for rotations `image`.
+        num_domains (`int`): How many.
+        shift (`str`): What differs between domains: `"rotations"` (images are turned by domain / num_domains of a full
+            turn) or `"labels"` (the class is another one: of domain g class y becomes y + g C / num_domains modulo C,
+            so that the same image means something else to each).
+        seed (`int`, *optional*, defaults to 0): Seed of the deal.
+
+    Returns:
+        `datasets.Dataset`
+
+    Raises:
+        ValueError: When there is no such shift, or the dataset has not what it needs.
+    """
+    if shift not in SHIFTS:
+        raise ValueError(f"shift is {shift!r}: choose one of {', '.join(map(repr, SHIFTS))}.")
+    if num_domains < 1:
+        raise ValueError(f"num_domains is {num_domains}: give at least 1.")
+    if DOMAIN_COLUMN in dataset.column_names:
+        raise ValueError(f"The data has a column {DOMAIN_COLUMN!r} already: it has domains.")
+    if shift == "rotations" and "image" not in dataset.column_names:
+        raise ValueError(f"Only images can be turned, and the data has the columns {dataset.column_names}.")
+    domain_N = np.random.default_rng(seed).permutation(len(dataset)) % num_domains
+    dataset = dataset.add_column(DOMAIN_COLUMN, domain_N)
+    if shift == "labels":
+        feature = dataset.features["label"]
+        labels_N = (column_as_numpy(dataset, "label") + domain_N * feature.num_classes // num_domains) % (
+            feature.num_classes
+        )
+        return dataset.remove_columns("label").add_column("label", labels_N, feature=feature)
+
+    def turn(rows: dict[str, list]) -> dict[str, list]:
+        degrees = [360 * domain / num_domains for domain in rows[DOMAIN_COLUMN]]
+        return {"image": [_turned(image, angle) for image, angle in zip(rows["image"], degrees, strict=True)]}
+
+    return dataset.map(turn, batched=True, features=dataset.features, load_from_cache_file=False)
+
+
+def _turned(image: Image.Image, degrees: float) -> Image.Image:
+    return image.rotate(degrees) if degrees else image

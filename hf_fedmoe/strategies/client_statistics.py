@@ -1,0 +1,132 @@
+"""
+Statistics of clients' data in the features of a frozen model, and the groups of clients that these tell.
+
+They are sums over rows, so that those of several clients together are those of their rows together, and a client's can
+be subtracted again.
+
+Shape suffixes: M clients, C classes, d features, N rows, B of a batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..federation import LocalTrainer
+from ..models import classification_head
+
+
+@dataclass
+class ClientStatistics:
+    """
+    Sums over rows of a client, or of several.
+
+    Args:
+        count_C (`Tensor` of shape `[C]`): Rows of each class.
+        sum_Cd (`Tensor` of shape `[C, d]`): The sum of their features.
+        gram_dd (`Tensor` of shape `[d, d]`): The sum over all rows of features times features.
+    """
+
+    count_C: Tensor
+    sum_Cd: Tensor
+    gram_dd: Tensor
+
+    @classmethod
+    def of(cls, features_Nd: Tensor, labels_N: Tensor, num_labels: int) -> "ClientStatistics":
+        """Returns the statistics of rows."""
+        features_Nd = features_Nd.double()
+        member_NC = nn.functional.one_hot(labels_N, num_labels).to(features_Nd)
+        return cls(member_NC.sum(0), member_NC.T @ features_Nd, features_Nd.T @ features_Nd)
+
+    def __add__(self, other: "ClientStatistics") -> "ClientStatistics":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return ClientStatistics(*(mine + theirs for mine, theirs in pairs))
+
+    def __sub__(self, other: "ClientStatistics") -> "ClientStatistics":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return ClientStatistics(*(mine - theirs for mine, theirs in pairs))
+
+    def within_covariance(self) -> Tensor:
+        """Returns the covariance `[d, d]` of features around the means of their classes."""
+        between_dd = self.sum_Cd.T @ (self.sum_Cd / self.count_C.clamp_min(1)[:, None])
+        return (self.gram_dd - between_dd) / self.count_C.sum()
+
+
+@torch.no_grad()
+def head_features(local: LocalTrainer, batch: dict[str, Tensor], size: int) -> Tensor:
+    """
+    Returns what the worker's classification head reads of a batch `[B, d]`: of texts the mean over tokens that are no
+    padding, of more than `size` features that many random projections, which are the same everywhere.
+    """
+    model, read = local.worker, []
+    head = model.get_submodule(classification_head(model))
+    hook = head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    try:
+        with local.accelerator.autocast():
+            model(**batch)
+    finally:
+        hook.remove()
+    features = read[0].float()
+    if features.dim() == 3:
+        mask_BT = batch.get("attention_mask", torch.ones(features.shape[:2], device=features.device))
+        features = (features * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
+    if features.shape[1] <= size:
+        return features
+    generator = torch.Generator().manual_seed(size)
+    projection_Hd, _ = torch.linalg.qr(torch.randn(features.shape[1], size, generator=generator))
+    return features @ projection_Hd.to(features)
+
+
+def client_statistics(local: LocalTrainer, dataset: Dataset, seed: int, size: int) -> ClientStatistics:
+    """Returns those of a client's examples in the features of the worker, as it is loaded."""
+    local.worker.eval()
+    features, labels = [], []
+    for batch in local.in_order(dataset, seed):
+        labels.append(batch["labels"])
+        features.append(head_features(local, batch, size))
+    return ClientStatistics.of(torch.cat(features), torch.cat(labels), local.worker.config.num_labels)
+
+
+def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
+    """
+    Returns how far the classes of any two clients are apart `[M, M]`: the mean over classes of the squared distance of
+    their means, in units of the covariance within classes, weighted by what is known of a class and without what is
+    expected of chance. Around 0 for clients that differ in their proportions of classes only.
+    """
+    size = sum_MCd.shape[2]
+    # A little of the mean variance keeps directions in which nothing varies from counting without end.
+    ridge = 1e-3 * covariance_dd.trace() / size
+    factor_dd = torch.linalg.cholesky(covariance_dd + ridge * torch.eye(size).to(covariance_dd))
+    means_MCd = sum_MCd / count_MC.clamp_min(1)[..., None]
+    white_MCd = torch.linalg.solve_triangular(factor_dd, means_MCd.flatten(0, 1).T, upper=False).T.view_as(means_MCd)
+    weight_MM, total_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(sum_MCd)
+    for count_M, white_Md in zip(count_MC.T, white_MCd.transpose(0, 1), strict=True):
+        known_MM = count_M[:, None] * count_M / (count_M[:, None] + count_M).clamp_min(1)
+        total_MM += known_MM * torch.cdist(white_Md, white_Md).square() - size * (known_MM > 0)
+        weight_MM += known_MM
+    return total_MM / weight_MM.clamp_min(1)
+
+
+def groups_of(shift_MM: Tensor, num_groups: int) -> Tensor:
+    """Returns the group `[M]` of each client: those are joined whose members' shifts are the least on average."""
+    clustering = AgglomerativeClustering(num_groups, metric="precomputed", linkage="average")
+    # Estimates of a shift that is not there may be below 0, which no distance is; averages do not mind what is added.
+    distance_MM = (shift_MM - shift_MM.min()).fill_diagonal_(0).cpu().numpy()
+    return torch.from_numpy(clustering.fit_predict(distance_MM)).long()
+
+
+def with_old_names(group_M: Tensor, old_M: Tensor, num_groups: int) -> Tensor:
+    """
+    Returns groups `[M]` numbered so that as many clients as can be keep the number that they had in `old_M`, where -1
+    is none.
+    """
+    had_M = old_M >= 0
+    overlap_KK = torch.zeros(num_groups, num_groups)
+    overlap_KK.index_put_((group_M[had_M], old_M[had_M]), torch.ones(int(had_M.sum())), accumulate=True)
+    groups, names = linear_sum_assignment(overlap_KK.numpy(), maximize=True)
+    name_K = torch.empty(num_groups, dtype=torch.int64)
+    name_K[torch.from_numpy(groups)] = torch.from_numpy(names)
+    return name_K[group_M]

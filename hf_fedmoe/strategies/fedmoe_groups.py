@@ -1,0 +1,202 @@
+"""
+Fed-MoE whose routed experts belong to groups of clients, which are found by statistics of their data.
+
+Shape suffixes: S experts (main ones first), K routed experts and groups, m participants, M clients, C classes,
+d features, P elements of a model's row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
+from ..models import AdapterExpert, FedMoEPreTrainedModel, classification_head
+from ..weights import Payload, fuse_integers
+from .client_statistics import ClientStatistics, client_statistics, groups_of, shifts, with_old_names
+from .fedrep import names_of_part
+from .gate_training import fit_gate
+from .server_training import expert_outputs
+
+
+# Of a client whose group is unknown.
+NOBODY = -1
+
+
+@dataclass
+class FedMoEGroups(Strategy):
+    """
+    One routed expert for each group of clients, a trunk that all clients train, and a main expert that is their mean.
+
+    Groups are of clients whose classes look alike: whether their pictures are turned, or the same picture means
+    another label to them, the means of their classes are apart in the features of the model that all start from. With
+    its first upload a client sends these means ([`ClientStatistics`]); the server joins the clients that are least
+    apart ([`groups_of`]), and again when it learns of new ones. Proportions of classes alone make no group.
+
+    A client trains the expert of its group. What is the group's `own` is averaged over its participants, all else, the
+    trunk, over all of the round's: no expert gets less training than a single model would, but for its own part. A
+    client is served by its group's expert, a new one by that with the least loss on its examples; whoever does not say
+    who asks gets the mixture, whose gate is fitted on the reserved set.
+
+    Args:
+        own (`tuple[str]`, *optional*): Beginnings of the names of the tensors that each group has for itself;
+            `("",)` for whole experts. By default all that lie outside of the backbone of a Hugging Face model.
+        statistics_size (`int`, *optional*, defaults to 64): d, the features that statistics are of, at most.
+        gate_epochs (`int`, *optional*, defaults to 2): Passes of the gate over the reserved set, every round; 0 needs
+            no reserved set and leaves the gate as it starts.
+        gate_learning_rate (`float`, *optional*, defaults to 1e-3): Of AdamW on the gate and alpha.
+        gate_batch_size (`int`, *optional*, defaults to 32): Reserved examples per gate step.
+    """
+
+    own: tuple[str, ...] | None = None
+    statistics_size: int = 64
+    gate_epochs: int = 2
+    gate_learning_rate: float = 1e-3
+    gate_batch_size: int = 32
+    name = "fedmoe_groups"
+    trains = "mixture"
+    needs = "fusion"
+    compressible = True
+    keeps_optimizer = True
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("statistics_size", 1), ("gate_epochs", 0), ("gate_batch_size", 1)):
+            if vars(self)[name] < lowest:
+                raise ValueError(f"`{name}` is {vars(self)[name]}: give at least {lowest}.")
+        if self.gate_learning_rate <= 0:
+            raise ValueError(f"`gate_learning_rate` is {self.gate_learning_rate}: give more than 0.")
+
+    def needs_reserved_set(self) -> bool:
+        return self.gate_epochs > 0
+
+    def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
+        if not isinstance(model, FedMoEPreTrainedModel):
+            raise ValueError(
+                f"Groups have the experts of a mixture, `model` is a {type(model).__name__}: build one around it with "
+                "`FedMoEForSequenceClassification.from_expert(model, gate='main_features', num_routed_experts=4)`."
+            )
+        if model.config.num_main_experts != 1:
+            raise ValueError(
+                f"`num_main_experts` is {model.config.num_main_experts}, but the mean of all clients is one: build a "
+                "mixture with 1."
+            )
+        if isinstance(model.experts[0], AdapterExpert):
+            raise ValueError("Experts of groups are whole models, `model` has adapters: leave `peft_config` out.")
+        return model.experts
+
+    def setup(self, server: Server, num_clients: int) -> None:
+        num_groups = len(server.bank_SP) - 1
+        if num_clients < num_groups:
+            raise ValueError(
+                f"There are {num_clients} clients for `num_routed_experts` = {num_groups} groups: take more clients "
+                "or fewer experts."
+            )
+        names = names_of_part(server.layout, server.worker, self.own)
+        if not names:
+            raise ValueError(
+                f"`own` is {self.own!r}, with which no tensor of a {type(server.worker).__name__} begins: name the "
+                "part that each group has for itself, for example own=('classifier',)."
+            )
+        num_labels, d = server.worker.config.num_labels, self._num_features(server.worker)
+        server.tensors |= {
+            "start_P": server.bank_SP[0].clone(),
+            "group_M": torch.full((num_clients,), NOBODY),
+            "count_MC": torch.zeros(num_clients, num_labels, dtype=torch.float64),
+            "sum_MCd": torch.zeros(num_clients, num_labels, d, dtype=torch.float64),
+            "gram_dd": torch.zeros(d, d, dtype=torch.float64),
+            "contribution_SM": torch.zeros(len(server.bank_SP), num_clients),
+        }
+
+    def download(self, server: Server, client: int, kept_P: Tensor | None) -> Tensor:
+        return server.bank_SP[1 + int(server.tensors["group_M"][client])]  # the main expert without a group
+
+    def download_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
+        """The model of whose features the statistics are, to a client that has not sent any."""
+        return {} if self._is_known(server, client) else {"start_P": server.tensors["start_P"]}
+
+    def upload_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
+        if self._is_known(server, client):
+            return {}
+        tensors = server.tensors
+        return {"count_C": tensors["count_MC"][0], "sum_Cd": tensors["sum_MCd"][0], "gram_dd": tensors["gram_dd"]}
+
+    def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
+        found = None
+        if "start_P" in task.received.tensors:
+            local.load(task.received.tensors["start_P"], task.integers)
+            found = client_statistics(local, task.dataset, task.seed, self.statistics_size)
+        payload, stays = super().train_client(local, task)
+        payload.tensors = {} if found is None else vars(found)
+        return payload, stays
+
+    def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
+        self._find_groups(server, uploads)
+        report = self._fuse(server, uploads)
+        if self.gate_epochs:
+            report |= fit_gate(
+                step,
+                expert_outputs(step),
+                self.gate_epochs,
+                self.gate_learning_rate,
+                server.weight_decay,
+                self.gate_batch_size,
+                0.0,
+                0.0,
+                step.seed,
+            )
+        return report | {"alpha": server.model.alpha.item()}
+
+    def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
+        group_M, experts_KP = server.tensors["group_M"], server.bank_SP[1:]
+        group = int(group_M[task.client]) if task.client < len(group_M) else NOBODY
+        if group == NOBODY:
+            losses = [local.mean_loss(task.dataset, row_P, task.integers, task.seed) for row_P in experts_KP]
+            group = losses.index(min(losses))
+        return local.load(experts_KP[group], server.integers[1 + group])
+
+    def _find_groups(self, server: Server, uploads: Uploads) -> None:
+        """Takes note of the statistics of new clients and, if there are any, divides all known ones into groups."""
+        tensors, num_groups = server.tensors, len(server.bank_SP) - 1
+        sent = {client: ClientStatistics(**s) for client, s in zip(uploads.clients, uploads.tensors, strict=True) if s}
+        for client, found in sent.items():
+            tensors["count_MC"][client] = found.count_C.cpu()
+            tensors["sum_MCd"][client] = found.sum_Cd.cpu()
+            tensors["gram_dd"] += found.gram_dd.cpu()
+        known = tensors["count_MC"].any(1).nonzero()[:, 0]
+        if not sent or len(known) < num_groups:
+            return
+        count_nC, sum_nCd = tensors["count_MC"][known], tensors["sum_MCd"][known]
+        together = ClientStatistics(count_nC.sum(0), sum_nCd.sum(0), tensors["gram_dd"])
+        group_n = groups_of(shifts(count_nC, sum_nCd, together.within_covariance()), num_groups)
+        tensors["group_M"][known] = with_old_names(group_n, tensors["group_M"][known], num_groups)
+
+    def _fuse(self, server: Server, uploads: Uploads) -> dict[str, float]:
+        """Averages the trunk over all participants, and each group's own part over its own."""
+        layout, device = server.layout, server.bank_SP.device
+        num_experts = len(server.bank_SP)
+        group_m = server.tensors["group_M"][uploads.clients].to(device)
+        member_Sm = torch.stack([torch.ones_like(group_m), *(group_m == k for k in range(num_experts - 1))])
+        weights_Sm = member_Sm * uploads.num_examples_m
+        total_S = weights_Sm.sum(1)
+        weights_Sm /= total_S.clamp_min(1)[:, None]
+        keep_S = (total_S == 0).to(weights_Sm)
+        uploads.fuse_into_(server, weights_Sm, keep_S)
+        own = names_of_part(layout, server.worker, self.own)
+        experts = [layout.views(row_P) for row_P in server.bank_SP]
+        for s, weights_m in enumerate(weights_Sm):
+            trunk = {name: view for name, view in experts[s].items() if name not in own} if s else {}
+            for name, view in trunk.items():
+                view.copy_(experts[0][name])
+            if not keep_S[s]:
+                server.integers[s] = fuse_integers(uploads.integers, weights_m)
+        contribution_SM = server.tensors["contribution_SM"]
+        contribution_SM *= keep_S.cpu()[:, None]
+        contribution_SM[:, uploads.clients] += weights_Sm.cpu()
+        return {f"expert_{k}_clients": float(count) for k, count in enumerate(member_Sm[1:].sum(1).tolist())}
+
+    def _is_known(self, server: Server, client: int) -> bool:
+        return bool(server.tensors["count_MC"][client].any())
+
+    def _num_features(self, model: nn.Module) -> int:
+        return min(self.statistics_size, model.get_submodule(classification_head(model)).in_features)
