@@ -38,6 +38,7 @@ from .strategies import FedEM as FedEM
 from .strategies import FedJETs as FedJETs
 from .strategies import FedMix as FedMix
 from .strategies import FedMoE as FedMoE
+from .strategies import FedMoEGroups as FedMoEGroups
 from .strategies import FedMoESettings as FedMoESettings
 from .strategies import FedProx as FedProx
 from .strategies import FedRep as FedRep
@@ -48,6 +49,7 @@ from .strategies import Local as Local
 from .strategies import PFedMe as PFedMe
 from .strategies import PFedMM as PFedMM
 from .strategies import PFedMoE as PFedMoE
+from .strategies import Scaffold as Scaffold
 from .training import FederatedTrainer as FederatedTrainer
 from .training import FederatedTrainingArguments as FederatedTrainingArguments
 from .training import FedMoETrainer as FedMoETrainer
