@@ -16,7 +16,6 @@ from tests.every_method import METHODS, trainer
 from tests.invariants.test_shared_batches import (
     TOLERANCE,
     BrokenRow,
-    FailsSomewhere,
     assert_equal_gate_reports,
     assert_like_one_process,
     recorded_rounds,
@@ -36,6 +35,7 @@ from tests.two_processes import (
     PROCESSES,
     ROOT,
     assert_same,
+    index_of_this_process,
     join_group,
     launch,
     record,
@@ -206,8 +206,27 @@ def broken_row(output_dir):
 
 
 def fails_somewhere(output_dir):
+    """One process fails before, the other after a client's training."""
     args = tiny_args(output_dir, clients_per_round=4, rounds=1, **engine(2))
-    run = FederatedTrainer(tiny_expert(), args, tiny_federation(), FailsSomewhere())
+    run = FederatedTrainer(tiny_expert(), args, tiny_federation())
+    federation = run._federation
+
+    def failing():
+        made = federation()
+        fit = made.engine.zero.fit
+
+        def fails(task):
+            if task.client == 0 and index_of_this_process() == 0:
+                raise OSError("before")
+            found = fit(task)
+            if task.client == 1 and index_of_this_process() == 1:
+                raise OSError("after")
+            return found
+
+        made.engine.zero.fit = fails
+        return made
+
+    run._federation = failing
     run.train()
     return run
 
