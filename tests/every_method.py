@@ -14,6 +14,7 @@ from hf_fedmoe.models import (
     EnsembleForImageClassification,
     FedMoEForImageClassification,
     MultiHeadForImageClassification,
+    classification_head,
 )
 from hf_fedmoe.strategies import (
     AFL,
@@ -32,6 +33,7 @@ from hf_fedmoe.strategies import (
     FedJETs,
     FedMix,
     FedMoE,
+    FedMoEGroups,
     FedMoESettings,
     FedProx,
     FedRep,
@@ -47,6 +49,7 @@ from hf_fedmoe.strategies import (
     freeze_common_expert,
 )
 from hf_fedmoe.training import FederatedTrainer
+from hf_fedmoe.weights import StateLayout
 from tests.tiny_federation import (
     tiny_args,
     tiny_ensemble,
@@ -76,8 +79,9 @@ class Method:
         personal (`bool`): Whether clients are evaluated with models of their own.
         adapters (`bool`): Whether clients can train adapters.
         stays (`tuple[str]`): Beginnings of the names of the server's tensors that never travel nor change.
-        sent (`Callable`, *optional*): From (trainer, round, client) to the bytes that a participant sends, which are
-            those that it receives; all but what stays if left out.
+        sent (`Callable`, *optional*): From (trainer, round, client) to the bytes that a participant sends; all but
+            what stays if left out.
+        received (`Callable`, *optional*): The same of what it receives, if that is not as much.
     """
 
     strategy: Callable[[], Strategy]
@@ -90,12 +94,19 @@ class Method:
     adapters: bool = True
     stays: tuple[str, ...] = ()
     sent: Callable[[FederatedTrainer, int, int], int] | None = None
+    received: Callable[[FederatedTrainer, int, int], int] | None = None
 
-    def bytes_of(self, clients: Iterable[int], trainer: FederatedTrainer, round_index: int) -> int:
+    def sent_by(self, clients: Iterable[int], trainer: FederatedTrainer, round_index: int) -> int:
         """What these participants of a round send, counted from the tensors of models."""
         if self.sent is None:
             return sum(num_bytes(trainer.model, but=self.stays) for _ in clients)
         return sum(self.sent(trainer, round_index, client) for client in clients)
+
+    def received_by(self, clients: Iterable[int], trainer: FederatedTrainer, round_index: int) -> int:
+        """What these participants of a round receive."""
+        if self.received is None:
+            return self.sent_by(clients, trainer, round_index)
+        return sum(self.received(trainer, round_index, client) for client in clients)
 
 
 def num_bytes(model: nn.Module, but: tuple[str, ...] = ()) -> int:
@@ -106,6 +117,26 @@ def num_bytes(model: nn.Module, but: tuple[str, ...] = ()) -> int:
 def num_trained(model: nn.Module) -> int:
     """Bytes of the parameters that learn."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def is_new(trainer: FederatedTrainer, round_index: int, client: int) -> bool:
+    """Tells whether no upload of a client was accepted before a round."""
+    return not any(
+        client in report.clients and client not in report.refused for report in trainer.rounds[:round_index]
+    )
+
+
+def sent_in_groups(trainer: FederatedTrainer, round_index: int, client: int) -> int:
+    """An expert, and in the first upload the statistics of its classes in as many features as its head reads."""
+    expert = trainer.model.experts[0]
+    C, d = expert.get_submodule(classification_head(expert)).weight.shape
+    return num_bytes(expert) + is_new(trainer, round_index, client) * (C + C * d + d * d) * 8
+
+
+def received_in_groups(trainer: FederatedTrainer, round_index: int, client: int) -> int:
+    """An expert, and the start as a row to compute the statistics by."""
+    expert = trainer.model.experts[0]
+    return num_bytes(expert) + is_new(trainer, round_index, client) * StateLayout.of(expert).size * 4
 
 
 def sent_in_fedjets(trainer: FederatedTrainer, round_index: int, client: int) -> int:
@@ -171,6 +202,17 @@ METHODS = {
         image_model=resnet_mixture,
         adapters=False,  # they are given to the mixture: LORA_RUNS
         sent=lambda trainer, round_index, client: num_bytes(trainer.model.experts[0]),
+    ),
+    "fedmoe_groups": Method(
+        FedMoEGroups,
+        "tests/strategies/test_fedmoe_groups.py::test_one_group_is_fedavg",
+        model=tiny_mixture,
+        image_model=resnet_mixture,
+        resumed=MOST_STATE,
+        personal=True,
+        adapters=False,
+        sent=sent_in_groups,
+        received=received_in_groups,
     ),
     "fedmix": Method(
         FedMix,

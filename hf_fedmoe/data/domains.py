@@ -46,7 +46,7 @@ def domains(
             f"example {len(names) * max(1, round(num_clients / len(names)))}."
         )
     clients: list[np.ndarray] = [np.empty(0, np.int64)] * num_clients
-    for number, name in enumerate(names):
+    for number, name in enumerate(names.tolist()):
         rows = np.flatnonzero(domain_N == number)
         try:
             parts = iid(len(rows), num_clients // len(names), seed + number, client_size)

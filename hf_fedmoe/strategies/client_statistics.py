@@ -97,9 +97,9 @@ def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
     expected of chance. Around 0 for clients that differ in their proportions of classes only.
     """
     size = sum_MCd.shape[2]
-    # A little of the mean variance keeps directions in which nothing varies from counting without end.
-    ridge = 1e-3 * covariance_dd.trace() / size
-    factor_dd = torch.linalg.cholesky(covariance_dd + ridge * torch.eye(size).to(covariance_dd))
+    # A little of each feature's own variance keeps directions in which nothing varies from counting without end.
+    variance_d = covariance_dd.diagonal()
+    factor_dd = torch.linalg.cholesky(covariance_dd + (1e-3 * variance_d + 1e-9 * variance_d.max()).diag())
     means_MCd = sum_MCd / count_MC.clamp_min(1)[..., None]
     white_MCd = torch.linalg.solve_triangular(factor_dd, means_MCd.flatten(0, 1).T, upper=False).T.view_as(means_MCd)
     weight_MM, total_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(sum_MCd)

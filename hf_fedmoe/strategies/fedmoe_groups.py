@@ -113,10 +113,10 @@ class FedMoEGroups(Strategy):
 
     def download_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
         """The model of whose features the statistics are, to a client that has not sent any."""
-        return {} if self._is_known(server, client) else {"start_P": server.tensors["start_P"]}
+        return {"start_P": server.tensors["start_P"]} if self._is_new(server, client) else {}
 
     def upload_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
-        if self._is_known(server, client):
+        if not self._is_new(server, client):
             return {}
         tensors = server.tensors
         return {"count_C": tensors["count_MC"][0], "sum_Cd": tensors["sum_MCd"][0], "gram_dd": tensors["gram_dd"]}
@@ -195,8 +195,10 @@ class FedMoEGroups(Strategy):
         contribution_SM[:, uploads.clients] += weights_Sm.cpu()
         return {f"expert_{k}_clients": float(count) for k, count in enumerate(member_Sm[1:].sum(1).tolist())}
 
-    def _is_known(self, server: Server, client: int) -> bool:
-        return bool(server.tensors["count_MC"][client].any())
+    def _is_new(self, server: Server, client: int) -> bool:
+        """Tells whether a client of the federation has not sent its statistics yet."""
+        count_MC = server.tensors["count_MC"]
+        return client < len(count_MC) and not count_MC[client].any()
 
     def _num_features(self, model: nn.Module) -> int:
         return min(self.statistics_size, model.get_submodule(classification_head(model)).in_features)

@@ -21,6 +21,7 @@ from hf_fedmoe.strategies import (
     FedAvgMovingAverage,
     FedAvgReserved,
     FedMoE,
+    FedMoEGroups,
     FedMoESettings,
     FedYogi,
     Server,
@@ -40,6 +41,7 @@ FUSIONS = ("svd", "ffa", "factors")
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fedavg_reserved": lambda: FedAvgReserved(learning_rate=0.0),
     "fedmoe": lambda: FedMoE(FedMoESettings(gate_epochs=0, final_expert_epochs=0)),
+    "fedmoe_groups": lambda: FedMoEGroups(gate_epochs=0),
     # The rounding of a new basis is multiplied by eta / tau.
     "fedadagrad": lambda: FedAdagrad(tau=0.1),
     "fedadam": lambda: FedAdam(tau=0.1),
@@ -54,6 +56,7 @@ BOOKS = {
     # The E-step has no learning rate: pi moves, and with it the weights of the gradients that the optimizer sees.
     # Gradients, of whatever size the steps are, and with their corrections what the optimizer sees.
     "scaffold": {"control_D", "exp_avg", "exp_avg_sq"},
+    "fedmoe_groups": {"contribution_SM", "group_M", "count_MC", "sum_MCd", "gram_dd"},  # of whom the server learns
     "fedem": {"pi_M", "exp_avg", "exp_avg_sq"},
     "pfedmm": {"pi_M", "exp_avg", "exp_avg_sq"},
     "fedrolex": {"round"},

@@ -43,8 +43,8 @@ def assert_communication(name, trainer, start):
     method = METHODS[name]
     for round_index, report in enumerate(trainer.rounds):
         sound = [client for client in report.clients if client not in report.refused]
-        assert report.bytes_down == method.bytes_of(report.clients, trainer, round_index)
-        assert report.bytes_up == method.bytes_of(sound, trainer, round_index)
+        assert report.bytes_down == method.received_by(report.clients, trainer, round_index)
+        assert report.bytes_up == method.sent_by(sound, trainer, round_index)
     end = state(trainer.model)
     changed = {key for key in start if not torch.equal(start[key], end[key])}
     assert not any(key.startswith(method.stays) for key in changed)

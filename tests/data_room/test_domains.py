@@ -1,0 +1,61 @@
+"""Domains: who holds rows of which, and what is shifted."""
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+
+from hf_fedmoe.data import DOMAIN_COLUMN, domains, with_domains
+
+
+def pictures(count: int = 40) -> Dataset:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 6, 6), dtype=np.uint8)
+    features = Features({"image": Image(mode="L"), "label": ClassLabel(names=list("abcd"))})
+    return Dataset.from_dict({"image": list(pixels), "label": np.arange(count) % 4}, features=features)
+
+
+def test_each_domain_has_clients_of_its_own():
+    domain = np.array(["x", "y", "y", "x"] * 10)
+    clients = domains(domain, num_clients=4, seed=1)
+    assert [set(domain[rows]) for rows in clients] == [{"x"}, {"y"}, {"x"}, {"y"}]
+    assert sorted(np.concatenate(clients)) == list(range(40)) and {len(rows) for rows in clients} == {10}
+    assert [len(rows) for rows in domains(domain, 4, client_size=3)] == [3] * 4
+    again = domains(domain, num_clients=4, seed=1)
+    assert all((mine == theirs).all() for mine, theirs in zip(clients, again, strict=True))
+    assert any((mine != theirs).any() for mine, theirs in zip(clients, domains(domain, 4, seed=2), strict=True))
+
+
+def test_clients_that_cannot_be_shared_out_are_refused():
+    with pytest.raises(ValueError, match=r"num_clients is 5, but there are 2 domains: .* for example 4"):
+        domains(["x", "y"] * 5, 5)
+    with pytest.raises(ValueError, match=r"The domain 'y' has too few rows. 2 clients need 6 rows, but num_rows is 2"):
+        domains(["x"] * 6 + ["y"] * 2, 4, client_size=3)
+
+
+def test_images_are_turned_by_their_domain():
+    before = pictures()
+    after = with_domains(before, 4, "rotations")
+    domain_N = after[DOMAIN_COLUMN]
+    assert sorted(domain_N) == sorted(list(range(4)) * 10)
+    assert after["label"][:] == before["label"][:] and after.features["image"] == before.features["image"]
+    for place in range(0, 40, 7):
+        turned = np.rot90(np.asarray(before[place]["image"]), domain_N[place])
+        assert (np.asarray(after[place]["image"]) == turned).all()
+
+
+def test_labels_are_moved_by_their_domain():
+    before = pictures()
+    after = with_domains(before, 2, "labels", seed=3)
+    moved = [(y + 2 * domain) % 4 for y, domain in zip(before["label"], after[DOMAIN_COLUMN], strict=True)]
+    assert after["label"][:] == moved and after.features["label"] == before.features["label"]
+    assert with_domains(before, 2, "labels", seed=3)[DOMAIN_COLUMN][:] == after[DOMAIN_COLUMN][:]
+
+
+def test_what_cannot_be_shifted_is_refused():
+    with pytest.raises(ValueError, match="shift is 'colours': choose one of 'rotations', 'labels'"):
+        with_domains(pictures(), 2, "colours")
+    with pytest.raises(ValueError, match="Only images can be turned, and the data has the columns"):
+        with_domains(pictures().remove_columns("image"), 2, "rotations")
+    with pytest.raises(ValueError, match="has a column 'domain' already"):
+        with_domains(with_domains(pictures(), 2, "labels"), 2, "labels")
+    with pytest.raises(ValueError, match="num_domains is 0"):
+        with_domains(pictures(), 0, "labels")

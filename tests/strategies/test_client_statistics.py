@@ -1,0 +1,135 @@
+"""Statistics of clients' data: sums, whitened shifts, and the groups that these tell."""
+
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+from torch import nn
+
+from hf_fedmoe.strategies.client_statistics import (
+    ClientStatistics,
+    client_statistics,
+    groups_of,
+    head_features,
+    shifts,
+    with_old_names,
+)
+from hf_fedmoe.training import FederatedTrainer
+from tests.tiny_federation import tiny_args, tiny_decoder, tiny_expert, tiny_federation
+
+
+C, D = 3, 5
+
+
+def rows(seed: int, count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, D, generator=generator), torch.randint(C, (count,), generator=generator)
+
+
+def assert_equal(first: ClientStatistics, second: ClientStatistics) -> None:
+    for mine, theirs in zip(vars(first).values(), vars(second).values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_by_hand():
+    features_Nd = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 0.0]])
+    found = ClientStatistics.of(features_Nd, torch.tensor([0, 2, 0]), 3)
+    assert found.count_C.tolist() == [2, 0, 1]
+    assert found.sum_Cd.tolist() == [[6, 2], [0, 0], [3, 4]]
+    assert found.gram_dd.tolist() == [[35, 14], [14, 20]]
+    # Around the means (3, 1) of class 0 and (3, 4) of class 2.
+    expected_dd = torch.tensor([[8, -4], [-4, 2]], dtype=torch.float64) / 3
+    torch.testing.assert_close(found.within_covariance(), expected_dd)
+
+
+def test_sums_over_clients_are_those_of_the_pooled_rows_and_can_be_taken_out_again():
+    clients = [rows(seed) for seed in range(4)]
+    own = [ClientStatistics.of(*client, C) for client in clients]
+    pooled = ClientStatistics.of(*(torch.cat(parts) for parts in zip(*clients, strict=True)), C)
+    assert_equal(own[0] + own[1] + own[2] + own[3], pooled)
+    without = ClientStatistics.of(*(torch.cat(parts) for parts in zip(*clients[:3], strict=True)), C)
+    assert_equal(pooled - own[3], without)
+
+
+SCALES_d = torch.tensor([0.1, 1.0, 10.0, 1.0, 3.0])
+
+
+def clients_of_groups(num_clients: int, num_groups: int, size: float, classes: list[int]) -> list[ClientStatistics]:
+    """Clients whose class means are those of their group, `size` apart in each direction, and of few classes each."""
+    generator = torch.Generator().manual_seed(1)
+    means_gCd = size * torch.randn(num_groups, C, D, generator=generator)
+    found = []
+    for client in range(num_clients):
+        labels_N = torch.tensor(classes)[torch.randint(len(classes), (200,), generator=generator)]
+        noise_Nd = torch.randn(200, D, generator=generator)
+        features_Nd = (means_gCd[client % num_groups][labels_N] + noise_Nd) * SCALES_d
+        found.append(ClientStatistics.of(features_Nd, labels_N, C))
+    return found
+
+
+def shifts_of(clients: list[ClientStatistics], covariance_dd: torch.Tensor | None = None) -> torch.Tensor:
+    together = clients[0]
+    for client in clients[1:]:
+        together = together + client
+    counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
+    return shifts(counts, sums, together.within_covariance() if covariance_dd is None else covariance_dd)
+
+
+def test_shifts_are_those_of_the_means_in_units_of_the_spread():
+    """Estimates without a bias, where the covariance is known."""
+    shift_MM = shifts_of(clients_of_groups(12, 3, 0.4, [0, 1, 2]), SCALES_d.double().square().diag())
+    means_gCd = 0.4 * torch.randn(3, C, D, generator=torch.Generator().manual_seed(1))
+    for g in range(3):
+        for other in range(3):
+            pairs = [(c, o) for c in range(g, 12, 3) for o in range(other, 12, 3) if c != o]
+            found = torch.stack([shift_MM[pair] for pair in pairs]).mean().item()
+            true = (means_gCd[g] - means_gCd[other]).square().sum(1).mean().item()
+            assert found == pytest.approx(true, abs=0.05 + 0.1 * true)
+
+
+def test_proportions_of_classes_make_no_shift():
+    same, other = clients_of_groups(2, 1, 1.0, [0, 1]), clients_of_groups(2, 1, 1.0, [0, 1, 1, 1, 1])
+    assert shifts_of([*same, *other]).fill_diagonal_(0).abs().max() < 0.2
+    apart = clients_of_groups(4, 2, 1.0, [0, 1])
+    assert shifts_of(apart)[0, 1] > 2
+
+
+@pytest.mark.parametrize("num_groups", [2, 4])
+def test_groups_are_found(num_groups):
+    clients = clients_of_groups(16, num_groups, size=0.7, classes=[0, 1, 2])
+    found = groups_of(shifts_of(clients), num_groups)
+    assert adjusted_rand_score([client % num_groups for client in range(16)], found.tolist()) == 1
+
+
+def test_groups_keep_their_numbers():
+    old_M = torch.tensor([2, 2, 0, 0, 1, -1, -1])
+    assert with_old_names(torch.tensor([0, 0, 1, 1, 2, 2, 0]), old_M, 3).tolist() == [2, 2, 0, 0, 1, 1, 2]
+    # One moves, the others stay what they are.
+    assert with_old_names(torch.tensor([0, 1, 1, 1, 2, 0, 0]), old_M, 3).tolist() == [2, 0, 0, 0, 1, 2, 2]
+    assert with_old_names(torch.tensor([1, 0, 2]), torch.tensor([-1, -1, -1]), 3).unique().numel() == 3
+
+
+@pytest.mark.parametrize("make", [tiny_expert, tiny_decoder])
+def test_features_of_texts_are_means_over_their_tokens(tmp_path, make):
+    local = FederatedTrainer(make(), tiny_args(tmp_path), tiny_federation())._federation().local_trainer
+    model = local.worker.eval()
+    long = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    long["labels"] = torch.tensor([0, 1])
+    found = head_features(local, long, 64)
+    assert found.shape == (2, model.config.hidden_size) and not torch.allclose(found[0], found[1])
+    torch.testing.assert_close(head_features(local, {n: t[:1] for n, t in long.items()}, 64), found[:1])
+    small = head_features(local, long, 4)
+    assert small.shape == (2, 4) and (small.norm(dim=1) <= found.norm(dim=1)).all()
+    assert torch.equal(small, head_features(local, long, 4))
+
+
+def test_those_of_a_client_are_of_all_its_rows(tmp_path):
+    trainer = FederatedTrainer(tiny_expert(), tiny_args(tmp_path), tiny_federation())
+    federation = trainer._federation()
+    local, data = federation.local_trainer, federation.participants.client_data(0)
+    found = client_statistics(local, data, seed=0, size=8)
+    labels = [row["label"] for row in trainer.federated_dataset.client(0)]
+    assert found.count_C.tolist() == [labels.count(c) for c in range(3)]
+    batch = trainer.data_collator([data[place] for place in range(len(data))])
+    features_Nd = head_features(local, batch, 8)
+    member_NC = nn.functional.one_hot(torch.tensor(labels), 3).double()
+    torch.testing.assert_close(found.sum_Cd, member_NC.T @ features_Nd.double(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,149 @@
+"""Fed-MoE of groups: who is in which, what is averaged over whom, and who is served by what."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+
+from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
+from hf_fedmoe.models import FedMoEForSequenceClassification
+from hf_fedmoe.strategies import FedAvg, FedMoEGroups
+from hf_fedmoe.strategies.fedmoe_groups import NOBODY
+from hf_fedmoe.training import FederatedTrainer
+from tests.tiny_federation import (
+    assert_equal_states,
+    state,
+    tiny_args,
+    tiny_expert,
+    tiny_federation,
+    tiny_gated_experts,
+    tiny_mixture,
+    tiny_rows,
+)
+
+
+CLIENTS, SIZE = 6, 60
+
+
+def federation_of_groups() -> FederatedDataset:
+    """Six clients: to the odd ones every class is the next one."""
+    rows = tiny_rows(CLIENTS * SIZE + 30)
+    labels = np.array(rows["label"])
+    parts = [np.arange(client * SIZE, (client + 1) * SIZE) for client in range(CLIENTS)]
+    for client in range(1, CLIENTS, 2):
+        labels[parts[client]] = (labels[parts[client]] + 1) % 3
+    rows = rows.remove_columns("label").add_column("label", labels)
+    return FederatedDataset(rows, parts, reserved=np.arange(CLIENTS * SIZE, CLIENTS * SIZE + 30))
+
+
+def make_trainer(tmp_path, strategy=None, data=None, model=None, **changes) -> FederatedTrainer:
+    args = tiny_args(tmp_path, **{"clients_per_round": CLIENTS, "rounds": 2, "learning_rate": 1e-2} | changes)
+    strategy = strategy or FedMoEGroups(statistics_size=16)
+    return FederatedTrainer(model or tiny_mixture(), args, data or federation_of_groups(), strategy)
+
+
+def trained(*args, **changes):
+    run = make_trainer(*args, **changes)
+    run.train()
+    return run
+
+
+def test_groups_of_clients_to_whom_labels_mean_something_else_are_found(tmp_path):
+    run = trained(tmp_path, rounds=1)
+    group_M = run._left[0]["group_M"]
+    assert group_M.unique().numel() == 2
+    assert (group_M[::2] == group_M[0]).all() and (group_M[1::2] == group_M[1]).all()
+    assert sorted(run.rounds[0].metrics[f"expert_{k}_clients"] for k in range(2)) == [3, 3]
+
+
+def test_a_round_by_hand(tmp_path):
+    """The trunk is the mean of all participants, a head that of its group, and nothing else moves."""
+    federation = make_trainer(tmp_path)._federation()
+    strategy, server = federation.strategy, federation.server
+    strategy.setup(server, CLIENTS)
+    trained_rows = {}
+    train_client = strategy.train_client
+
+    def recording(local, task):
+        payload, kept = train_client(local, task)
+        trained_rows[task.client] = payload.row_P.clone()
+        return payload, kept
+
+    strategy.train_client = recording
+    federation.draw = lambda *_: [0, 1, 2, 4]
+    federation.run_round(0, 4)
+    group_M = server.tensors["group_M"]
+    assert (group_M[[3, 5]] == NOBODY).all() and group_M[1] != group_M[0]
+    members = {1 + int(group_M[0]): [0, 2, 4], 1 + int(group_M[1]): [1]}
+    mean = server.layout.views(torch.stack([trained_rows[c] for c in (0, 1, 2, 4)]).mean(0))
+    for s, row_P in enumerate(server.bank_SP):
+        head = server.layout.views(torch.stack([trained_rows[c] for c in members.get(s, (0, 1, 2, 4))]).mean(0))
+        for name, view in server.layout.views(row_P).items():
+            expected = head[name] if name.startswith("classifier.") else mean[name]
+            torch.testing.assert_close(view, expected, rtol=1e-5, atol=1e-6)
+    before_SP = server.bank_SP.clone()
+    federation.draw = lambda *_: [0, 2]
+    federation.run_round(1, 2)
+    other = 1 + int(group_M[1])
+    views, before = server.layout.views(server.bank_SP[other]), server.layout.views(before_SP[other])
+    main = server.layout.views(server.bank_SP[0])
+    for name, view in views.items():  # nobody of the other group took part: its head stays, its trunk does not
+        assert torch.equal(view, before[name] if name.startswith("classifier.") else main[name])
+
+
+def test_statistics_travel_once(tmp_path):
+    run = trained(tmp_path, rounds=2)
+    first, second = run.rounds
+    expert = sum(p.numel() * 4 for p in run.model.experts[0].parameters())
+    statistics = (3 + 3 * 16 + 16 * 16) * 8
+    assert first.bytes_up == CLIENTS * (expert + statistics) and second.bytes_up == CLIENTS * expert
+    start = run._left[0]["start_P"].nbytes
+    assert first.bytes_down == CLIENTS * (expert + start) and second.bytes_down == CLIENTS * expert
+
+
+def test_one_group_is_fedavg(tmp_path):
+    model = FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=1)
+    run = trained(tmp_path / "groups", model=model, rounds=3, clients_per_round=3)
+    averaged = trained(tmp_path / "fedavg", FedAvg(), model=tiny_expert(), rounds=3, clients_per_round=3)
+    for expert in run.model.experts:
+        assert_equal_states(state(expert), state(averaged.model), atol=1e-6, rtol=0)
+
+
+def test_clients_are_served_by_the_expert_of_their_group_and_a_new_one_by_the_best(tmp_path):
+    data = hold_out_client_tests(federation_of_groups(), 0.25, unseen_share=0.34)
+    strategy = FedMoEGroups(own=("",), statistics_size=16)
+    run = trained(tmp_path, strategy, data, rounds=4, num_train_epochs=2, clients_per_round=data.num_clients)
+    federation = run._federation_of_the_last_round()
+    group_M = federation.server.tensors["group_M"]
+    for client in range(data.num_clients):
+        expert = run.model.experts[1 + int(group_M[client])]
+        assert_equal_states(state(federation.personal_model(client)), state(expert))
+    local, server = federation.local_trainer, federation.server
+    for client in range(data.num_clients, CLIENTS):
+        own = federation.participants.client_data(client)
+        losses = [local.mean_loss(own, row_P, {}, 0) for row_P in server.bank_SP[1:]]
+        best = run.model.experts[1 + losses.index(min(losses))]
+        assert_equal_states(state(federation.personal_model(client)), state(best))
+
+
+def test_what_it_needs_is_said_before_the_run(tmp_path):
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            trained(tmp_path, **changes)
+
+    refused("Groups have the experts of a mixture, `model` is a BertForSequence", model=tiny_expert())
+    refused("`num_main_experts` is 0, but the mean", model=tiny_gated_experts())
+    refused("`model` has adapters: leave `peft_config` out", model=tiny_mixture(peft_config=LoraConfig(r=2)))
+    refused(
+        "There are 4 clients for `num_routed_experts` = 5 groups",
+        model=tiny_mixture(5),
+        data=tiny_federation(),
+        clients_per_round=4,
+    )
+    refused(r"`own` is \('head',\), with which no tensor of a Bert", strategy=FedMoEGroups(own=("head",)))
+    for name, value in (("statistics_size", 0), ("gate_epochs", -1), ("gate_batch_size", 0)):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}: give at least"):
+            FedMoEGroups(**{name: value})
+    with pytest.raises(ValueError, match="`gate_learning_rate` is 0: give more"):
+        FedMoEGroups(gate_learning_rate=0)
+    assert not FedMoEGroups(gate_epochs=0).needs_reserved_set() and FedMoEGroups().needs_reserved_set()
