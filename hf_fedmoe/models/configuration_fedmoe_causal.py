@@ -148,6 +148,11 @@ class FedMoECausalConfig(PreTrainedConfig):
         unknown = sorted(set(self.router_names) - set(self.expert_names))
         if unknown:
             raise ValueError(f"`router_names` has {unknown}: pass names of `owners`, or {BASE_NAME!r}.")
+        if self.base_config.get_text_config() is not self.base_config:
+            raise ValueError(
+                f"`base_config` is a {type(self.base_config).__name__}, whose model reads more than text: pass the "
+                "configuration of a decoder alone, its `text_config`."
+            )
         check_integer("lora_rank", self.lora_rank, 1, MAX_RANK)
         for field in ("lora_alpha", "ridge", "router_temperature"):
             value = vars(self)[field]

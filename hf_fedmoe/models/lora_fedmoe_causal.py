@@ -49,7 +49,7 @@ class OwnersLora(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        """What the experts in use add to the layer's output, `(B, T, O)`."""
+        """Returns what the experts in use add to the layer's output, `(B, T, O)`."""
         if x_BTI.dim() != 3:
             raise ValueError(
                 f"A layer with experts reads a tensor of the shape {tuple(x_BTI.shape)}, and weights are given by row "
@@ -71,7 +71,7 @@ class OneExpert:
         self.rows, self.scale = rows, scale
 
     def update(self, stack: OwnersLora, x_BTI: Tensor) -> Tensor:
-        """`s B_k A_k x`."""
+        """Returns `s B_k A_k x`."""
         return nn.functional.linear(x_BTI, stack.lora_A[self.rows]) * self.scale @ stack.lora_B[self.rows]
 
 
@@ -87,7 +87,7 @@ class AllExperts:
         self.weights_BTR = weights_BTR
 
     def update(self, stack: OwnersLora, x_BTI: Tensor) -> Tensor:
-        """`sum_k w_k s B_k A_k x`."""
+        """Returns `sum_k w_k s B_k A_k x`."""
         return nn.functional.linear(x_BTI, stack.lora_A) * self.weights_BTR @ stack.lora_B
 
 
@@ -104,7 +104,7 @@ class ChosenExperts:
         self.shares = shares
 
     def update(self, stack: OwnersLora, x_BTI: Tensor) -> Tensor:
-        """`sum_k w_k s B_k A_k x`, over the experts with a weight."""
+        """Returns `sum_k w_k s B_k A_k x`, over the experts with a weight."""
         x_NI = x_BTI.flatten(0, 1)
         update_NO = x_NI.new_zeros(len(x_NI), stack.lora_B.shape[1])
         for rows, places_N, weights_N1 in self.shares:

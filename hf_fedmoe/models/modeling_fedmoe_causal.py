@@ -244,8 +244,6 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
         """As in the base, with the weights at the new positions, for which the whole text is looked at again."""
         inputs = self.base.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         if expert is None and expert_weights is None:
-            if kwargs.get("inputs_embeds") is not None:
-                raise ValueError("`inputs_embeds` is given to `generate`, which routes by tokens: pass `input_ids`.")
             new, cached = (
                 inputs["input_ids"].shape[1],
                 _cached_length(kwargs.get("cache") or kwargs.get("past_key_values")),
