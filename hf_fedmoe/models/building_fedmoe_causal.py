@@ -138,8 +138,9 @@ class FedMoECausalBuilding:
             stack.lora_A = nn.Parameter(torch.cat([stack.lora_A.detach(), A_rI.to(stack.lora_A)]))
             stack.lora_B = nn.Parameter(torch.cat([stack.lora_B.detach(), B_Or.T.to(stack.lora_B)]))
         model.sums_EP = torch.cat([self.sums_EP, torch.zeros_like(self.sums_EP[:1])])
-        model._solve_router()
-        if statistics is not None:
+        if statistics is None:
+            model._solve_router()
+        else:
             model.set_statistics(name, statistics)
         return model
 

@@ -64,10 +64,10 @@ class OneExpert:
 
     Args:
         rows (`slice`): Its rows of the stacks.
-        scale (`float`): Of its update.
+        scale (`float` or `torch.Tensor` of shape `(B, T, 1)`): Of its update, times its weight.
     """
 
-    def __init__(self, rows: slice, scale: float) -> None:
+    def __init__(self, rows: slice, scale: float | Tensor) -> None:
         self.rows, self.scale = rows, scale
 
     def update(self, stack: OwnersLora, x_BTI: Tensor) -> Tensor:
@@ -141,7 +141,8 @@ class ExpertsInUse:
 
     def use_chosen(self, weights_BTE: Tensor, dtype: torch.dtype) -> None:
         """Uses the experts with a weight, each where it has one; the cost does not grow with their number."""
-        scaled_NK = (weights_BTE[..., 1:] * self.scale).to(dtype).flatten(0, 1)
+        scaled_BTK = (weights_BTE[..., 1:] * self.scale).to(dtype)
+        scaled_NK = scaled_BTK.flatten(0, 1)
         places_M, owners_M = (scaled_NK != 0).nonzero().unbind(1)
         # On a GPU the host waits here, and in no layer.
         counts_K = owners_M.bincount(minlength=scaled_NK.shape[1]).tolist()
@@ -150,7 +151,12 @@ class ExpertsInUse:
         for owner, places_N in enumerate(places_M[order_M].split(counts_K)):
             if len(places_N):
                 shares.append((self.rows_of(owner + 1), places_N, scaled_NK[places_N, owner, None]))
-        self.experts = ChosenExperts(shares) if shares else None
+        if len(shares) == 1 and len(places_M) == len(scaled_NK):
+            # One expert everywhere, as for a single text whose next token is looked for: there is nothing to gather.
+            rows, _, weights_N1 = shares[0]
+            self.experts = OneExpert(rows, weights_N1.view(*scaled_BTK.shape[:2], 1))
+        else:
+            self.experts = ChosenExperts(shares) if shares else None
 
     def use_none(self) -> None:
         """Uses the base alone."""

@@ -136,7 +136,7 @@ def test_every_way_to_generate_is_the_same_with_and_without_a_cache(family):
         {"do_sample": True},
         {"num_beams": 3, "do_sample": False},
         {"num_beams": 3, "do_sample": False, "num_return_sequences": 2, "expert": "press"},
-        {"do_sample": False, "expert_weights": torch.full((3, 1, 4), 0.25)},
+        {"num_beams": 2, "do_sample": False, "expert_weights": model.route(**batch)[:, -1:]},
     ):
         texts = []
         for cache in ({"use_cache": True}, {"use_cache": False}, {"cache_implementation": "static"}):
