@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file, is_peft_available
+from transformers.utils import cached_file, is_peft_available, requires_backends
 
 from .adapters_fedmoe import peft_config_dict
 from .configuration_fedmoe_causal import FedMoECausalConfig
@@ -87,6 +87,7 @@ def read_adapter(
     if isinstance(adapter, Mapping):
         tensors = dict(adapter)
     elif isinstance(adapter, (str, os.PathLike)):
+        requires_backends(read_adapter, ["peft"])
         _check_adapter_config(peft_config_dict(PeftConfig.from_pretrained(str(adapter))), config)
         tensors = load_file(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME))
     elif is_peft_available() and isinstance(adapter, PeftModel):
@@ -151,6 +152,7 @@ def write_adapter(
         targets (`Mapping[str, nn.Module]`): The layers that experts change, by name.
         config ([`FedMoECausalConfig`]): Of the mixture.
     """
+    requires_backends(write_adapter, ["peft"])
     LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,

@@ -166,7 +166,9 @@ def _add_gram(gram_DD: Tensor | None, features: list[Tensor]) -> Tensor:
 def ridge_router(statistics: Sequence[TextStatistics], ridge: float = 0.01) -> Tensor:
     """
     Finds the linear map from a feature to a score for each class that comes closest to 1 for the own class and 0 for
-    the others, by ridge regression from sums alone. They are added in the order in which they are given.
+    the others, by ridge regression from sums alone. Each class counts as one, however much text its sums are over:
+    where they counted by their text, owners of little would lose theirs to owners of much. Sums are added in the order
+    in which they are given.
 
     Args:
         statistics (`Sequence[TextStatistics]`):
@@ -176,14 +178,19 @@ def ridge_router(statistics: Sequence[TextStatistics], ridge: float = 0.01) -> T
 
     Returns:
         `torch.Tensor` of shape `(len(statistics), D)`: the map in float64, its bias last.
+
+    Raises:
+        `ValueError`: If the sums of a class are over nothing.
     """
-    total_DD = torch.zeros_like(statistics[0].gram_DD)
-    for each in statistics:
-        total_DD += each.gram_DD
-    penalty = ridge * total_DD.diagonal().mean()
-    sums_ED = torch.stack([each.gram_DD[-1] for each in statistics])
-    total_DD.diagonal().add_(penalty)
-    return torch.linalg.solve(total_DD, sums_ED.T).T
+    total_DD, means = torch.zeros_like(statistics[0].gram_DD), []
+    for place, each in enumerate(statistics):
+        if each.count < 1:
+            raise ValueError(f"`statistics[{place}].count` is {each.count}: pass sums over some text.")
+        mean_DD = each.gram_DD / each.gram_DD[-1, -1]
+        total_DD += mean_DD
+        means.append(mean_DD[-1])
+    total_DD.diagonal().add_(ridge * total_DD.diagonal().mean())
+    return torch.linalg.solve(total_DD, torch.stack(means, dim=1)).T
 
 
 def packed_bits(gram_DD: Tensor) -> Tensor:

@@ -65,18 +65,29 @@ def test_bits_bring_back_every_sum():
     assert len(packed_bits(gram_DD)) == 33 * 34 // 2
 
 
-def test_router_is_that_of_ridge_regression():
+def test_router_is_that_of_ridge_regression_in_which_owners_count_alike():
     embed = tiny_decoder().get_input_embeddings()
     every_token = embed(torch.arange(40)).detach().double().numpy()
-    features = [features_by_hand(every_token, texts_of(name)) for name in OWNERS]
+    counts = {"court": 80, "press": 10, "code": 40}
+    features = [features_by_hand(every_token, texts_of(name, count)) for name, count in counts.items()]
     X = np.concatenate(features)
     Y = np.concatenate([np.eye(3)[[k] * len(each)] for k, each in enumerate(features)])
-    gram = X.T @ X
-    expected = np.linalg.inv(gram + 0.02 * np.trace(gram) / len(gram) * np.eye(HIDDEN + 1)) @ X.T @ Y
-    found = ridge_router([text_statistics(embed, texts_of(name)) for name in OWNERS], ridge=0.02)
+    weights = np.concatenate([np.full(len(each), 1 / len(each)) for each in features])
+    gram = (X.T * weights) @ X
+    ridge = 0.02 * np.trace(gram) / len(gram) * np.eye(HIDDEN + 1)
+    expected = np.linalg.inv(gram + ridge) @ (X.T * weights) @ Y
+    found = ridge_router([text_statistics(embed, texts_of(*each)) for each in counts.items()], ridge=0.02)
     np.testing.assert_allclose(found.numpy(), expected.T, rtol=1e-8, atol=1e-8)
-    # It knows the owners by their texts.
-    assert ((X @ expected).argmax(1) == Y.argmax(1)).mean() > 0.9
+    # It knows the texts of an owner of few; plain sums would not.
+    plain = np.linalg.inv(X.T @ X + 0.02 * np.trace(X.T @ X) / len(gram) * np.eye(HIDDEN + 1)) @ X.T @ Y
+    right, right_of_plain = (((features[1] @ router).argmax(1) == 1).mean() for router in (expected, plain))
+    assert right > 0.6 and right_of_plain < 0.1
+
+
+def test_sums_over_nothing_make_no_router():
+    one = statistics_for(tiny_mixture(), "court")
+    with pytest.raises(ValueError, match=r"`statistics\[1\].count` is 0: pass sums over some text"):
+        ridge_router([one, one - one])
 
 
 def test_router_of_a_mixture_is_that_of_its_sums():
