@@ -124,9 +124,8 @@ class FedMoECausalConfig(PreTrainedConfig):
         if isinstance(expert, str):
             if expert not in names:
                 near = difflib.get_close_matches(expert, names, n=1)
-                raise ValueError(
-                    f"`expert` is {expert!r}: {f'did you mean {near[0]!r}?' if near else ''} The experts are {names}."
-                )
+                hint = f"did you mean {near[0]!r}? The experts are" if near else "pass one of"
+                raise ValueError(f"`expert` is {expert!r}: {hint} {names}.")
             return names.index(expert)
         check_integer("expert", expert, 0, len(names) - 1)
         return expert

@@ -115,7 +115,8 @@ class ChosenExperts:
 
 class ExpertsInUse:
     """
-    Says to all layers which experts a forward uses. Nobody's, between forwards: the base is then the base.
+    Says to all layers which experts a forward uses. Nobody's, between forwards: the base is then the base. One forward
+    runs at a time; threads take a copy of the model each.
 
     Args:
         rank (`int`): Of an expert.

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer, Trainer, TrainingArguments
 
 from hf_fedmoe.models import FedMoEForCausalLM
+from hf_fedmoe.models.precision_fedmoe import to_float32_
 from tests.tiny_decoders import ALPHA, DECODERS, OWNERS, RANK, prompts, texts_of, tiny_decoder, tiny_mixture
 from tests.tiny_models import EOS_TOKEN_ID, PAD_TOKEN_ID
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -335,6 +336,14 @@ def test_half_precision(tmp_path, dtype):
     assert_close(half(**batch).logits.float(), model(**batch).logits, 0.1)
     assert_close(half.route(**batch), model.route(**batch), 0.05)
     assert half.generate(**batch, max_new_tokens=3).shape == (3, 13)
+    # Experts that are trained can be more exact than the base, and autocast is met.
+    to_float32_(parameter for parameter in half.parameters() if parameter.requires_grad)
+    for top_l in (None, 1):
+        half.config.top_l = model.config.top_l = top_l
+        assert half(**batch).logits.dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(half.route(**batch), model.route(**batch), 0.05 if top_l is None else 1.0)
+            assert model(**batch).logits.isfinite().all() and half(**batch).logits.isfinite().all()
     # Statistics outlive a cast by hand, and with them the ways to other mixtures.
     cast = copy.deepcopy(model).to(dtype)
     assert torch.equal(cast.without("press").router_ED, model.without("press").router_ED)
@@ -369,6 +378,8 @@ def test_wrong_arguments_of_a_forward():
     model, batch = tiny_mixture(), prompts()
     with pytest.raises(ValueError, match=r"`expert` is 'curt': did you mean 'court'\?"):
         model(**batch, expert="curt")
+    with pytest.raises(ValueError, match=r"`expert` is 'x': pass one of \['base', 'court', 'press', 'code'\]"):
+        model(**batch, expert="x")
     with pytest.raises(ValueError, match="`expert` is 4: pass an integer of at most 3"):
         model(**batch, expert=4)
     with pytest.raises(ValueError, match="`expert` is 1 and `expert_weights` are given too"):
