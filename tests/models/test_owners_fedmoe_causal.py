@@ -2,12 +2,13 @@
 
 import copy
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
 from hf_fedmoe.models import FedMoECausalConfig, FedMoEForCausalLM, TextStatistics, base_sha256
 from tests.tiny_decoders import (
@@ -179,6 +180,35 @@ def test_save_and_load_by_the_name_of_the_base(tmp_path, family):
     make_different(tiny_decoder(family), 1e-4).save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=r"base` belongs to a base with `base_sha256` .*: take the base that it was"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_base_in_4_bits(tmp_path, by_name):
+    tiny_decoder(intermediate_size=64, hidden_size=64).save_pretrained(tmp_path / "base")
+    whole = tiny_mixture(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    batch = prompts()
+    quantization = {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        "device_map": {"": "cpu"},
+    }
+    if by_name:
+        tiny_mixture(base=str(tmp_path / "base")).save_pretrained(tmp_path / "mixture")
+        model = FedMoEForCausalLM.from_pretrained(tmp_path / "mixture", **quantization)
+    else:
+        model = tiny_mixture(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base", **quantization))
+    with torch.no_grad():
+        expected = whole(**batch).logits
+        assert torch.nn.functional.cosine_similarity(model(**batch).logits, expected, dim=-1).mean() > 0.85
+        assert torch.equal(model.route(**batch), whole.route(**batch))
+        assert model.generate(**batch, max_new_tokens=3).shape == (3, 13)
+        fewer = model.without("press")
+        assert torch.equal(fewer(**batch, expert="court").logits, model(**batch, expert="court").logits)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 12 and all(parameter.grad.abs().sum() > 0 for parameter in trained)
+    with pytest.raises(ValueError, match=r"gate_proj` is quantised, in torch.uint8: load the base without that"):
+        model.merge("court")
 
 
 LOAD = """
