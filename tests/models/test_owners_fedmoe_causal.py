@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 
 from hf_fedmoe.models import FedMoECausalConfig, FedMoEForCausalLM, TextStatistics, base_sha256
@@ -176,6 +176,17 @@ def test_save_and_load_by_the_name_of_the_base(tmp_path, family):
     assert fewer.dtype == torch.bfloat16 and fewer.router_ED.dtype == torch.float32
     expected = model.only(["code"])(**batch).logits
     torch.testing.assert_close(fewer(**batch).logits.float(), expected, rtol=0.1, atol=0.1)
+    # A file that brings weights of its own for the base, or lacks some of the experts.
+    path = tmp_path / "mixture" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in model.state_dict() if "layers.0" in name or "h.0" in name)
+    save_file(tensors | {name: model.state_dict()[name] + 1}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit: missing \[\], not expected \['{name}'\]. Take both from one"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")
+    save_file({"router_ED": tensors["router_ED"]}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit: missing \['base.*lora_A', .*, not expected \[\]"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")
+    save_file(tensors, path, metadata={"format": "pt"})
     # Another base by the same name.
     make_different(tiny_decoder(family), 1e-4).save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=r"base` belongs to a base with `base_sha256` .*: take the base that it was"):
