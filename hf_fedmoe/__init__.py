@@ -10,10 +10,14 @@ __version__ = "0.1.0"
 
 # The room of each name that is offered here. A room is imported with the first of its names.
 _ROOMS = {
+    "FedMoECausalConfig": "models",
     "FedMoEConfig": "models",
+    "FedMoEForCausalLM": "models",
     "FedMoEForImageClassification": "models",
     "FedMoEForSequenceClassification": "models",
     "SmallImageProcessor": "models",
+    "TextStatistics": "models",
+    "text_statistics": "models",
     "AUGMENTATIONS": "data",
     "FederatedDataset": "data",
     "ImageCollator": "data",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import pipeline
 
 from hf_fedmoe.data import load_source
@@ -93,6 +94,30 @@ def test_readme_names_files_that_exist():
     for folder in re.findall(r"`(hf_fedmoe/\w+)`", text):
         assert (REPOSITORY / folder).is_dir(), folder
     assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
+
+
+def test_language_models_of_the_docs(newcomer):
+    owner, mixture, later, out = blocks("docs/language_models.md")
+    assert ", 60  # any decoder" in owner
+    names = run(owner.replace(", 60  # any decoder", ", 2  # any decoder"))
+    run(mixture, names)
+    model, inputs = names["mixture"], names["inputs"]
+    assert model.config.owners == [
+        {"name": "plays", "licence": "public domain"},
+        {"name": "code", "licence": "PSF-2.0"},
+    ]
+    # Code is known for code, plays for plays.
+    assert model.route(**inputs)[0, -1].argmax() == 2
+    assert model.route(**names["tokenizer"](names["plays"][:300], return_tensors="pt"))[0, -1].argmax() == 1
+    assert Path("runs/owners/mixture/model.safetensors").stat().st_size < 1_500_000
+    run(later, names)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(names["write"].model(**inputs).logits, expected)
+        run(out, names)
+        again = PeftModel.from_pretrained(names["alone"].from_pretrained(names["BASE"]), "runs/owners/code-again")
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs, expert="code").logits)
+        assert names["fewer"].config.expert_names == ["base", "plays"]
 
 
 def test_method_of_the_docs(newcomer, tmp_path):

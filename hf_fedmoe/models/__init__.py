@@ -3,15 +3,18 @@
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
 )
 
 from .adapters_fedmoe import AdapterExpert, as_expert
+from .adapters_fedmoe_causal import base_sha256
 from .char_lstm import CharLSTMConfig, CharLSTMForSequenceClassification, CharLSTMModel
 from .classification_head import classification_head
 from .configuration_adapted import AdaptedConfig
 from .configuration_fedmoe import FedMoEConfig
+from .configuration_fedmoe_causal import FedMoECausalConfig
 from .configuration_paired_experts import PairedExpertsConfig
 from .ensemble import (
     EnsembleConfig,
@@ -28,6 +31,7 @@ from .linear import LinearConfig, LinearForClassification
 from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_adapted import AdaptedClassifier, AdaptedForImageClassification, AdaptedForSequenceClassification
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
+from .modeling_fedmoe_causal import FedMoEForCausalLM
 from .modeling_fedmoe_vision import FedMoEForImageClassification
 from .modeling_paired_experts import (
     PairedExpertsForImageClassification,
@@ -35,6 +39,7 @@ from .modeling_paired_experts import (
     PairedExpertsPreTrainedModel,
 )
 from .narrow_convolutions import guard_narrow_convolutions
+from .router_fedmoe_causal import TextStatistics, ridge_router, text_statistics
 from .small_cnn import SmallCNNConfig, SmallCNNForImageClassification, SmallCNNModel
 from .small_image_resnet import SmallImageResNetConfig, SmallImageResNetForImageClassification
 
@@ -46,6 +51,8 @@ AutoModelForSequenceClassification.register(AdaptedConfig, AdaptedForSequenceCla
 AutoConfig.register(FedMoEConfig.model_type, FedMoEConfig, exist_ok=True)
 AutoModelForImageClassification.register(FedMoEConfig, FedMoEForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(FedMoEConfig, FedMoEForSequenceClassification, exist_ok=True)
+AutoConfig.register(FedMoECausalConfig.model_type, FedMoECausalConfig, exist_ok=True)
+AutoModelForCausalLM.register(FedMoECausalConfig, FedMoEForCausalLM, exist_ok=True)
 AutoConfig.register(PairedExpertsConfig.model_type, PairedExpertsConfig, exist_ok=True)
 AutoModelForImageClassification.register(PairedExpertsConfig, PairedExpertsForImageClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(PairedExpertsConfig, PairedExpertsForSequenceClassification, exist_ok=True)
@@ -58,6 +65,8 @@ AdaptedForSequenceClassification.register_for_auto_class("AutoModelForSequenceCl
 FedMoEConfig.register_for_auto_class()
 FedMoEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 FedMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+FedMoECausalConfig.register_for_auto_class()
+FedMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 PairedExpertsConfig.register_for_auto_class()
 PairedExpertsForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 PairedExpertsForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
@@ -76,7 +85,9 @@ __all__ = [
     "EnsembleForImageClassification",
     "EnsembleForSequenceClassification",
     "EnsemblePreTrainedModel",
+    "FedMoECausalConfig",
     "FedMoEConfig",
+    "FedMoEForCausalLM",
     "FedMoEForImageClassification",
     "FedMoEForSequenceClassification",
     "FedMoEOutput",
@@ -97,11 +108,15 @@ __all__ = [
     "SmallImageProcessor",
     "SmallImageResNetConfig",
     "SmallImageResNetForImageClassification",
+    "TextStatistics",
     "as_expert",
+    "base_sha256",
     "classification_head",
     "dense_mixture",
     "gating_entropy",
     "guard_narrow_convolutions",
     "load_imbalance",
+    "ridge_router",
     "select_experts",
+    "text_statistics",
 ]

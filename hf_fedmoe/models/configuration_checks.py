@@ -19,7 +19,7 @@ MAX_LABELS = 10**6
 
 # Models that consist of classifiers: none of them is a classifier in another one.
 COMPOSITE_TYPES = frozenset(
-    ("adapted_classifier", "classifier_ensemble", "fedmoe", "multi_head_classifier", "paired_experts")
+    ("adapted_classifier", "classifier_ensemble", "fedmoe", "fedmoe_causal", "multi_head_classifier", "paired_experts")
 )
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depths")
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "n_embd", "n_head")
@@ -89,6 +89,12 @@ def check_classifier_config(field: str, config: Any) -> None:
         )
     if isinstance(config, dict) and not model_type and config:
         raise ValueError(f"`{field}` has no `model_type`: name the architecture, for example 'bert'.")
+    check_sizes(field, values)
+    check_labels(values.get("num_labels"), values.get("id2label"), None, f"{field}.")
+
+
+def check_sizes(field: str, values: dict[str, Any]) -> None:
+    """Raises a `ValueError` when a configuration, as a `dict`, asks for more layers or width than can be built."""
     for name in _DEPTHS:
         depth = values.get(name)
         for value in depth if isinstance(depth, (list, tuple)) else [depth]:
@@ -97,7 +103,6 @@ def check_classifier_config(field: str, config: Any) -> None:
     for name in _WIDTHS:
         if isinstance(values.get(name), int):
             check_integer(f"{field}.{name}", values[name])
-    check_labels(values.get("num_labels"), values.get("id2label"), None, f"{field}.")
 
 
 def check_labels(num_labels: Any, id2label: Any, label2id: Any, place: str = "") -> None:

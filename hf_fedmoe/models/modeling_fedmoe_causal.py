@@ -1,0 +1,359 @@
+"""
+A mixture of owners of text as a causal language model: one frozen base, a LoRA expert for each owner, and a router in
+closed form that reads the running mean of the token embeddings. Flat: the file travels to the Hub as it is.
+
+Shape suffixes: B batch, T tokens, E experts (the base first), D width of the embeddings + 1, P = D (D + 1) / 2.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from .adapters_fedmoe import BASE_ARGUMENTS, SOURCE_ARGUMENTS, load_base
+from .adapters_fedmoe_causal import base_sha256, check_same_base
+from .building_fedmoe_causal import FedMoECausalBuilding
+from .configuration_fedmoe_causal import FedMoECausalConfig
+from .lora_fedmoe_causal import ExpertsInUse, attach_experts, checkpointed_with, find_targets
+from .router_fedmoe_causal import expert_weights_of, running_means
+
+
+logger = logging.get_logger(__name__)
+
+
+class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
+    """
+    A mixture of owners of text: at each position the layers of the frozen base run with all owners' LoRA experts at
+    once, weighted by how much the text so far looks like theirs. The weights are the same in all layers.
+
+    Build it with [`~FedMoEForCausalLM.from_base`] and [`~FedMoEForCausalLM.add_owner`]; save, load and use it as any
+    other causal language model.
+
+    Args:
+        config ([`FedMoECausalConfig`]):
+            The configuration.
+        base (`PreTrainedModel`, *optional*):
+            The decoder, used as it is. Made from the configuration, with random weights, if left out.
+    """
+
+    config_class = FedMoECausalConfig
+    base_model_prefix = ""
+    # Half precision would change whom a text is sent to.
+    _keep_in_fp32_modules_strict = frozenset({r"^router_ED$"})
+    # The base checks for itself which implementation it has.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: FedMoECausalConfig, base: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        config.validate()
+        self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
+        self.in_use = ExpertsInUse(config.lora_rank, config.lora_alpha / config.lora_rank)
+        targets = find_targets(self.base, config.target_modules)
+        self.target_names = list(targets)
+        attach_experts(targets, len(config.owners), self.in_use, self.base.dtype)
+        width = self.base.get_input_embeddings().weight.shape[1] + 1
+        router_ED = torch.zeros(len(config.owners) + 1, width, dtype=torch.float32)
+        router_ED[:, -1] = float("-inf")
+        self.register_buffer("router_ED", router_ED)
+        sums_EP = torch.zeros(len(config.owners) + 1, width * (width + 1) // 2, dtype=torch.int64)
+        self.register_buffer("sums_EP", sums_EP)
+        self._freeze_base()
+        self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
+        self._gather_from_base()
+        self.post_init()
+
+    def _gather_from_base(self) -> None:
+        for name in (
+            "_no_split_modules",
+            "_skip_keys_device_placement",
+            "_keep_in_fp32_modules",
+            "_keep_in_fp32_modules_strict",
+            "_keys_to_ignore_on_load_unexpected",
+            "_keys_to_ignore_on_load_missing",
+        ):
+            setattr(self, name, {*(getattr(self, name) or []), *(getattr(self.base, name) or [])})
+        self._keys_to_ignore_on_save = {f"base.{key}" for key in self.base._keys_to_ignore_on_save or []}
+        if self.config.base_model_name_or_path:
+            self._keys_to_ignore_on_save = {
+                name for name in self.state_dict() if name.startswith("base.") and "owners" not in name.split(".")
+            }
+
+    def _freeze_base(self) -> None:
+        for name, parameter in self.base.named_parameters():
+            parameter.requires_grad_("owners" in name.split("."))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the base's token embeddings, whose running mean is routed by."""
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the base's head."""
+        return self.base.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Raises a `ValueError`: experts and statistics belong to the base as it is."""
+        raise ValueError("Experts and statistics belong to their base as it is: resize it, then build the mixture.")
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        # Not a closure: copies of the model come with experts in use of their own.
+        function = partial(checkpointed_with, self.in_use, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
+
+    # Routing
+
+    @torch.no_grad()
+    def route(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Computes the weight of each expert at each position, from the text up to and including it.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+                The whole text, from its first token on.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                0 at padding, which does not count.
+            position_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Where these are 0 another text begins.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, D - 1)`, *optional*):
+                Token embeddings in the place of `input_ids`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, E)`: the weights, in float32, the base's first.
+
+        Raises:
+            `ValueError`: If the router knows no owner, or the mask does not say what is padding.
+        """
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and attention_mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but the tokens "
+                f"{tuple(embeds.shape[:2])}: pass a mask with 1 for each token and 0 for padding, or `expert_weights`."
+            )
+        if not self.config.owners:
+            return embeds.new_ones(*embeds.shape[:2], 1, dtype=torch.float32)
+        if not self.config.router_names:
+            raise ValueError(
+                "`router_names` is []: the router has nobody's statistics. Set them with `set_statistics`, or say "
+                "which expert to use, `expert=...`."
+            )
+        with torch.autocast(embeds.device.type, enabled=False):
+            router_ED = self.router_ED.float()
+            # The score of a mean is the mean of the scores, which are fewer numbers.
+            scores_BTE = nn.functional.linear(embeds.float(), router_ED[:, :-1])
+            scores_BTE = running_means(scores_BTE, attention_mask, position_ids) + router_ED[:, -1]
+            return expert_weights_of(scores_BTE, self.config.router_temperature, self.config.top_l)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        expert: int | str | None = None,
+        expert_weights: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Predicts the next token at each position.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Token ids.
+            attention_mask, position_ids, inputs_embeds, labels (`torch.Tensor`, *optional*):
+                As in the base; labels of -100 do not count.
+            expert (`int` or `str`, *optional*):
+                One expert to use alone: its index, 0 for the base, or its owner's name, `"base"` for the base. The
+                router is not asked.
+            expert_weights (`torch.Tensor` of shape `(B, T, E)` or `(B, 1, E)`, *optional*):
+                Weights in the place of the router's, `(B, 1, E)` for all positions alike. Needed with a cache that
+                holds tokens, whose text is not seen here; `generate` does that by itself.
+            cache, past_key_values (`Cache`, *optional*):
+                As in the base, by the name that it has there.
+            kwargs:
+                As in the base, e.g. `use_cache`, `logits_to_keep`, `num_items_in_batch`.
+
+        Returns:
+            The base's own output.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"inputs_embeds": inputs_embeds, "labels": labels}
+        inputs |= {"cache": cache, "past_key_values": past_key_values}
+        # Not every base names all of them.
+        inputs = {name: value for name, value in inputs.items() if value is not None} | kwargs
+        if expert is not None:
+            if expert_weights is not None:
+                raise ValueError(f"`expert` is {expert!r} and `expert_weights` are given too: pass one of them.")
+            self.in_use.use_one(self.config.expert_index(expert))
+        else:
+            if expert_weights is None:
+                _refuse_unseen_text(cache or past_key_values)
+                expert_weights = self.route(input_ids, attention_mask, position_ids, inputs_embeds)
+            size = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            self._check_weights_fit(expert_weights, size)
+            # Compiled, the shapes that depend on the weights would be a new graph each time.
+            if self.config.top_l is None or torch.compiler.is_compiling():
+                self.in_use.use_all(expert_weights, self._expert_dtype())
+            else:
+                self.in_use.use_chosen(expert_weights.expand(*size, -1), self._expert_dtype())
+        try:
+            return self.base(**inputs)
+        finally:
+            # Whoever runs the base by itself runs the base.
+            self.in_use.use_none()
+
+    def _expert_dtype(self) -> torch.dtype:
+        return self.base.get_submodule(self.target_names[0]).owners.lora_A.dtype
+
+    def _check_weights_fit(self, expert_weights: Tensor, size: torch.Size) -> None:
+        E, shape = len(self.config.owners) + 1, expert_weights.shape
+        if len(shape) != 3 or shape[2] != E or shape[1] not in (1, size[1]) or shape[0] not in (1, size[0]):
+            raise ValueError(
+                f"`expert_weights` has the shape {tuple(shape)}: pass ({size[0]}, {size[1]}, {E}), or "
+                f"({size[0]}, 1, {E}) for all positions alike, the base's weight first."
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        expert: int | str | None = None,
+        expert_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in the base, with the weights at the new positions, for which the whole text is looked at again."""
+        inputs = self.base.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if expert is None and expert_weights is None:
+            new, cached = (
+                inputs["input_ids"].shape[1],
+                _cached_length(kwargs.get("cache") or kwargs.get("past_key_values")),
+            )
+            if cached + new != input_ids.shape[1]:
+                raise ValueError(
+                    f"`input_ids` has {input_ids.shape[1]} tokens, but the cache holds {cached} before the {new} new "
+                    "ones: pass the whole text (and no `prefill_chunk_size`), or say which expert to use, "
+                    "`expert=...`."
+                )
+            expert_weights = self.route(input_ids, attention_mask)[:, -new:]
+        return inputs | {"expert": expert, "expert_weights": expert_weights}
+
+    # Saving and loading
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`; a base that was given by its name is saved by that name only."""
+        if self.config.base_model_name_or_path:
+            kwargs["save_original_format"] = False  # would rename some for the way back through the base's class
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: FedMoECausalConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        As in `PreTrainedModel`, from safetensors only. Where a checkpoint holds the name of its base, the base is
+        loaded by that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...),
+        and refused if its weights are others than they were.
+        """
+        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+        probed = config
+        if config is None:
+            probed = cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
+        if not probed.base_model_name_or_path:
+            kwargs.setdefault("use_safetensors", True)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model._freeze_base()  # loading makes every parameter anew
+            return loaded
+        for name in ("output_loading_info", "state_dict"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` does not go with a base that is loaded by its name: leave it out.")
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+        for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
+        for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
+        model = cls._around_named(config, for_base)
+        tensors = load_file(cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **source))
+        # In the place of tensors without memory: how many there are says a file that may be anybody's.
+        result = model.load_state_dict(tensors, strict=False, assign=True)
+        missing = sorted(set(result.missing_keys) - model._keys_to_ignore_on_save)
+        # Weights of a base would take the place of those that were compared.
+        unexpected = sorted({*result.unexpected_keys, *(tensors.keys() & model._keys_to_ignore_on_save)})
+        if missing or unexpected:
+            raise ValueError(
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} and the base "
+                f"{config.base_model_name_or_path!r} do not fit: missing {missing[:3]}, not expected "
+                f"{unexpected[:3]}. Take both from one save."
+            )
+        if cached_file(
+            pretrained_model_name_or_path,
+            "generation_config.json",
+            **source,
+            _raise_exceptions_for_missing_entries=False,
+        ):
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **source)
+        model._freeze_base()
+        return model._follow_base().eval()
+
+    @classmethod
+    def _around_named(cls, config: FedMoECausalConfig, for_base: dict[str, Any]) -> Self:
+        """A mixture around the base that the configuration names, experts and router without memory."""
+        asked = for_base.get("dtype")
+        if for_base.get("quantization_config") is None and asked not in (None, "auto"):
+            # In the type that it was saved in, for the hash.
+            for_base = {name: value for name, value in for_base.items() if name != "dtype"}
+        base = load_base(
+            AutoModelForCausalLM,
+            config.base_model_name_or_path,
+            config.base_config,
+            revision=config.base_revision,
+            **for_base,
+        )
+        if for_base.get("quantization_config") is None:
+            check_same_base(config.base_model_name_or_path, config.base_sha256, base_sha256(base))
+            if asked not in (None, "auto"):
+                base = base.to(getattr(torch, asked) if isinstance(asked, str) else asked)
+        else:
+            logger.warning_once("The weights of a quantised base are not compared with those it had.")
+        for module in base.modules():
+            module._is_hf_initialized = True
+        with torch.device("meta"):
+            return cls(config, base)
+
+
+def _cached_length(cache: Cache | None) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _refuse_unseen_text(cache: Cache | None) -> None:
+    if cached := _cached_length(cache):
+        raise ValueError(
+            f"`expert_weights` is None, and the cache holds {cached} tokens that the router does not see: pass "
+            "`expert_weights=model.route(all_input_ids, attention_mask)[:, -new:]` for the new tokens, or call "
+            "`generate`, which does."
+        )
