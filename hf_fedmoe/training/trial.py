@@ -33,7 +33,7 @@ class Trial:
 
     def __init__(self, federation: Federation, readers: list[Reader], loss_name: str | None = None):
         self.local, self.server = federation.local_trainer, federation.server
-        self.strategy, self.engine = federation.strategy, federation.engine
+        self.strategy, self.engine, self.num_clients = federation.strategy, federation.engine, federation.num_clients
         self.readers, self.loss_name = readers, loss_name
         self.device = self.local.accelerator.device
         worker = self.local.worker
@@ -265,15 +265,17 @@ class Trial:
     def _check_that_the_loss_is_asked_for(self, rows: torch.utils.data.Subset) -> None:
         """Raises `ValueError` if a client of this method is trained without a call of the loss that the user gave."""
         objective, row_P, integers = self.local.objective, self.server.bank_SP[0], self.server.integers[0]
-        received = Payload(row_P, integers)
-        task = ClientTask(0, 0, rows, received, torch.zeros_like(row_P), self.local.args.seed)
         self.local.learn_by(_ask)
+        self.strategy.setup(self.server, self.num_clients)  # by which tensors go to clients beside models
         try:
+            received = Payload(row_P, integers, tensors=self.strategy.download_tensors(self.server, 0))
+            task = ClientTask(0, 0, rows, received, torch.zeros_like(row_P), self.local.args.seed)
             self.strategy.train_client(self.local, task)
         except _Asked:
             return
         finally:
             self.local.learn_by(objective)
+            self.server.tensors, self.server.cache = {}, {}
         raise ValueError(
             f"`{self.loss_name}` gives the loss, but clients of {self.strategy.name!r} are trained by a loss of that "
             "method, which never asks for it: leave it out, or choose another method."
