@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from ..federation import LocalTrainer
 from ..models import classification_head
@@ -56,17 +57,16 @@ class ClientStatistics:
 
 
 @torch.no_grad()
-def head_features(local: LocalTrainer, batch: dict[str, Tensor], size: int) -> Tensor:
+def head_features(model: PreTrainedModel, batch: dict[str, Tensor], size: int) -> Tensor:
     """
-    Returns what the worker's classification head reads of a batch `[B, d]`: of texts the mean over tokens that are no
+    Returns what a model's classification head reads of a batch `[B, d]`: of texts the mean over tokens that are no
     padding, of more than `size` features that many random projections, which are the same everywhere.
     """
-    model, read = local.worker, []
+    read: list[Tensor] = []
     head = model.get_submodule(classification_head(model))
     hook = head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     try:
-        with local.accelerator.autocast():
-            model(**batch)
+        model(**batch)
     finally:
         hook.remove()
     features = read[0].float()
@@ -86,7 +86,8 @@ def client_statistics(local: LocalTrainer, dataset: Dataset, seed: int, size: in
     features, labels = [], []
     for batch in local.in_order(dataset, seed):
         labels.append(batch["labels"])
-        features.append(head_features(local, batch, size))
+        with local.accelerator.autocast():
+            features.append(head_features(local.worker, batch, size))
     return ClientStatistics.of(torch.cat(features), torch.cat(labels), local.worker.config.num_labels)
 
 
