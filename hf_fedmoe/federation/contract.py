@@ -283,7 +283,7 @@ class Strategy(LocalObjective):
     def check_arguments(self, args: TrainingArguments) -> None:
         """Raises `ValueError` that names the field, its value and the remedy, where the method cannot do with it."""
 
-    def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
+    def server_models(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
         return [as_expert(model)]
 
