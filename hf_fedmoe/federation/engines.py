@@ -49,7 +49,7 @@ class EngineArguments(TrainingArguments):
     """The training arguments that engines read: those of transformers, and these."""
 
     clients_at_once: int
-    client_parallelism: str
+    client_parallelism: str | None
     keep_client_optimizer: bool
 
 
