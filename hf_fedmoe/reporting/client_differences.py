@@ -15,7 +15,7 @@ from sklearn.metrics import silhouette_score
 from transformers import PreTrainedModel
 
 from ..data import FederatedDataset
-from ..strategies.client_statistics import ClientStatistics, groups_of, head_features, shifts
+from ..strategies.client_statistics import ClientStatistics, groups_of, head_features, head_of, shifts
 from .markdown import table
 
 
@@ -69,7 +69,7 @@ class ClientDifferences:
     def __str__(self) -> str:
         same_MM = np.equal.outer(self.groups, self.groups)
         within, between = self.shift_MM[same_MM & ~np.eye(len(same_MM), dtype=bool)], self.shift_MM[~same_MM]
-        rows = [
+        rows: list[list[object]] = [
             ["clients", len(self.groups)],
             ["label skew, 0 to 1", f"{self.label_skew:.2f}"],
             ["groups", self.num_groups],
@@ -118,13 +118,14 @@ def diagnose(
 
 
 def _statistics(rows: Dataset, model: PreTrainedModel, collate: Callable, size: int) -> ClientStatistics:
+    head = head_of(model)
     features, labels = [], []
     for start in range(0, min(len(rows), MOST_ROWS), 64):
         batch = collate([rows[place] for place in range(start, min(start + 64, len(rows), MOST_ROWS))])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        features.append(head_features(model, batch, size).cpu())
+        features.append(head_features(model, head, batch, size).cpu())
         labels.append(batch["labels"].cpu())
-    return ClientStatistics.of(torch.cat(features), torch.cat(labels), model.config.num_labels)
+    return ClientStatistics.of(torch.cat(features), torch.cat(labels), head.out_features)
 
 
 def _clearest_groups(shift_MM: torch.Tensor) -> tuple[list[int], float]:
