@@ -128,7 +128,7 @@ def test_language_models_of_the_docs(newcomer):
 
 
 def test_method_of_the_docs(newcomer, tmp_path):
-    method, use, weights, by_client, own = blocks("docs/strategies.md")
+    method, use, weights, feddyn, by_client, own = blocks("docs/strategies.md")
     names = run(method)
     momentum = names["FedAvgMomentum"]
     run(use, names)
@@ -155,6 +155,10 @@ def test_method_of_the_docs(newcomer, tmp_path):
         return state(trainer.model)
 
     plain = trained(FedAvg(), "plain")
+    run(feddyn, names)
+    assert_equal_states(trained(names["FedDyn"](0.0, 0.0), "static"), plain, atol=1e-6, rtol=0)
+    dynamic = trained(names["FedDyn"](), "dynamic")
+    assert not torch.allclose(dynamic["classifier.weight"], plain["classifier.weight"], atol=1e-4)
     assert_equal_states(trained(momentum(0.0), "none"), plain)
     heavy = trained(momentum(0.5), "heavy")
     assert not torch.allclose(heavy["classifier.weight"], plain["classifier.weight"], atol=1e-4)
