@@ -316,9 +316,7 @@ def server_fault(server: Server, computes: Callable[[nn.Module], bool]) -> str |
     for name, tensor in server.tensors.items():
         rows = tensor.dim() and tensor.shape[-1] == layout.size
         if rows and (fault := negative_variance(tensor.reshape(-1, layout.size), layout)):
-            return (
-                f"in `server.tensors[{name!r}]`, which is as long as a row, {fault}: leave what is no parameter at 0"
-            )
+            return f"in `server.tensors[{name!r}]`, as long as a row, {fault}: leave what is no parameter at 0"
     return None if computes(server.model) else "what its model computes of known rows is not finite"
 
 
