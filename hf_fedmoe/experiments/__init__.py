@@ -20,6 +20,7 @@ _MODULES = {
     "parse_settings": "settings",
     "read_preset": "settings",
     "read_words": "settings",
+    "training_arguments": "settings",
 }
 
 __all__ = list(_MODULES)

@@ -13,4 +13,5 @@ from .run_comparison import compare as compare
 from .settings import parse_settings as parse_settings
 from .settings import read_preset as read_preset
 from .settings import read_words as read_words
+from .settings import training_arguments as training_arguments
 from .texts import TextExperiment as TextExperiment
