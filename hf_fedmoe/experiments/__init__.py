@@ -16,6 +16,7 @@ _MODULES = {
     "find_model": "experiment",
     "main": "recipe",
     "make_trainer": "methods",
+    "owners_main": "language_owners",
     "parse": "recipe",
     "parse_settings": "settings",
     "read_preset": "settings",

@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +16,7 @@ from hf_fedmoe import FedMoEForCausalLM, TextStatistics
 from hf_fedmoe.cli import main
 from hf_fedmoe.models import base_sha256, text_statistics
 from hf_fedmoe.owners import default_arguments, merge_experts, pack, read_texts, remove_owner, train_expert
-from tests.tiny_decoders import tiny_decoder
+from tests.tiny_owners import save_base, text_of
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -25,24 +24,9 @@ OWNERS = ("court", "press", "code")
 PLAIN = {"lora_rank": 4, "sequence_length": 16}
 
 
-def text_of(name: str, words: int = 400) -> str:
-    """Words of which half are the owner's own."""
-    draws = np.random.default_rng(len(name) + 7 * ord(name[0]))
-    own = draws.integers(3, 24, 6)
-    return " ".join(
-        f"w{own[draws.integers(6)] if draws.random() < 0.5 else draws.integers(3, 24)}" for _ in range(words)
-    )
-
-
 def arguments(folder: Path, **settings):
     settings = {"max_steps": 4, "learning_rate": 0.05, "use_cpu": True, "disable_tqdm": True} | settings
     return default_arguments(folder, **settings)
-
-
-def save_base(folder: Path, seed: int = 0) -> Path:
-    tiny_decoder("gpt2", seed).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
