@@ -17,10 +17,14 @@ from .federation import Server as Server
 from .federation import ServerStep as ServerStep
 from .federation import Strategy as Strategy
 from .federation import Uploads as Uploads
+from .models import FedMoECausalConfig as FedMoECausalConfig
 from .models import FedMoEConfig as FedMoEConfig
+from .models import FedMoEForCausalLM as FedMoEForCausalLM
 from .models import FedMoEForImageClassification as FedMoEForImageClassification
 from .models import FedMoEForSequenceClassification as FedMoEForSequenceClassification
 from .models import SmallImageProcessor as SmallImageProcessor
+from .models import TextStatistics as TextStatistics
+from .models import text_statistics as text_statistics
 from .reporting import plot_clients as plot_clients
 from .strategies import AFL as AFL
 from .strategies import APFL as APFL

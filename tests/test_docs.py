@@ -135,7 +135,7 @@ def test_commands_of_language_models_in_the_docs(newcomer, capsys):
     assert "--max_steps 40" in train
     train = train.replace("--max_steps 40", "--max_steps 2 --disable_tqdm --use_cpu")
     for command in (train, train.replace("plays", "code").replace("public domain", "PSF-2.0"), merge, remove):
-        program, *words = shlex.split(command)
+        program, *words = shlex.split(command.replace("\\\n", " "))
         assert program == "hf-fedmoe"
         run_command(words)
     said = capsys.readouterr().out.splitlines()

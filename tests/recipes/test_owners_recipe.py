@@ -112,7 +112,8 @@ def test_federated_averaging_is_the_mean_of_what_owners_train(tmp_path):
         alone.append(get_peft_model_state_dict(model))
     for name, value in found.items():
         torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)
-    assert not any(torch.equal(alone[0][name], alone[1][name]) for name in found)
+    # In its first step, from B = 0, only B moves.
+    assert not any(torch.equal(alone[0][name], alone[1][name]) for name in found if "lora_B" in name)
 
 
 @pytest.mark.parametrize(
