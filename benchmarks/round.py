@@ -32,10 +32,11 @@ from transformers import get_linear_schedule_with_warmup as linear_schedule
 from transformers.utils import logging
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.federation import LocalTrainer, Stream, round, seed_of
+from hf_fedmoe.federation import LocalTrainer, Stream, seed_of, soundness
 from hf_fedmoe.federation.local_training import local_steps
 from hf_fedmoe.strategies import Strategy
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, federated_trainer
+from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
+from hf_fedmoe.training.client_training import ClientTraining
 from hf_fedmoe.weights import StateLayout
 
 
@@ -109,9 +110,9 @@ STAGES = [
     *((nn.utils, "clip_grad_norm_", "clip"), (adam, "adam", "optimizer step"), (Optimizer, "zero_grad", "zero_grad")),
     *((StateLayout, "write", "download copy"), (nn.Module, "load_state_dict", "download copy")),
     *((StateLayout, "read", "upload copy"), (BareLoop, "copy_state", "upload copy")),
-    *((LocalTrainer, "_reset_optimizer", "optimizer reset"), (AdamW, "__init__", "optimizer reset")),
-    *((federated_trainer, "get_scheduler", "scheduler"), (LRScheduler, "step", "scheduler")),
-    *((round, "payload_fault", "check"), (Strategy, "update", "server"), (BareLoop, "average", "server")),
+    *((LocalTrainer, "reset_optimizer", "optimizer reset"), (AdamW, "__init__", "optimizer reset")),
+    *((ClientTraining, "_local_scheduler", "scheduler"), (LRScheduler, "step", "scheduler")),
+    *((soundness, "payload_fault", "check"), (Strategy, "update", "server"), (BareLoop, "average", "server")),
 ]
 
 

@@ -62,6 +62,7 @@ _ROOMS = {
     "PFedMoE": "strategies",
     "QFFL": "strategies",
     "Scaffold": "strategies",
+    "diagnose": "reporting",
     "plot_clients": "reporting",
     "FedMoETrainer": "training",
     "FederatedTrainer": "training",

@@ -25,6 +25,7 @@ from .models import FedMoEForSequenceClassification as FedMoEForSequenceClassifi
 from .models import SmallImageProcessor as SmallImageProcessor
 from .models import TextStatistics as TextStatistics
 from .models import text_statistics as text_statistics
+from .reporting import diagnose as diagnose
 from .reporting import plot_clients as plot_clients
 from .strategies import AFL as AFL
 from .strategies import APFL as APFL

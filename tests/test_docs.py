@@ -100,6 +100,13 @@ def test_readme_names_files_that_exist():
     assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
 
 
+def test_protocol_of_the_docs(newcomer):
+    (block,) = blocks("docs/protocol.md")
+    found = run(block)["found"]
+    # Reviews are the same everywhere: only the proportions of stars differ.
+    assert found.num_groups == 1 and found.label_skew > 0.2 and "one model for all is right" in str(found)
+
+
 def test_language_models_of_the_docs(newcomer):
     owner, mixture, later, out = blocks("docs/language_models.md")
     assert ", 60  # any decoder" in owner
@@ -152,7 +159,7 @@ def test_commands_of_language_models_in_the_docs(newcomer, capsys):
 
 
 def test_method_of_the_docs(newcomer, tmp_path):
-    method, use, weights, by_client, own = blocks("docs/strategies.md")
+    method, use, weights, feddyn, by_client, own = blocks("docs/strategies.md")
     names = run(method)
     momentum = names["FedAvgMomentum"]
     run(use, names)
@@ -179,6 +186,10 @@ def test_method_of_the_docs(newcomer, tmp_path):
         return state(trainer.model)
 
     plain = trained(FedAvg(), "plain")
+    run(feddyn, names)
+    assert_equal_states(trained(names["FedDyn"](0.0, 0.0), "static"), plain, atol=1e-6, rtol=0)
+    dynamic = trained(names["FedDyn"](), "dynamic")
+    assert not torch.allclose(dynamic["classifier.weight"], plain["classifier.weight"], atol=1e-4)
     assert_equal_states(trained(momentum(0.0), "none"), plain)
     heavy = trained(momentum(0.5), "heavy")
     assert not torch.allclose(heavy["classifier.weight"], plain["classifier.weight"], atol=1e-4)

@@ -19,7 +19,7 @@ from .contract import (
     untracked,
     warmed_up,
 )
-from .engines import EachItsOwn, SomeAtOnce, Together, TogetherByZero
+from .engines import EachItsOwn, EngineArguments, SomeAtOnce, Together, TogetherByZero
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
 from .filters import Filter, make_filters
 from .folder_lock import FolderLock
@@ -50,6 +50,7 @@ __all__ = [
     "ClientStore",
     "ClientTask",
     "EachItsOwn",
+    "EngineArguments",
     "Federation",
     "FileDigest",
     "Filter",

@@ -125,13 +125,13 @@ class BatchReader:
     def _take(self, own: deque[_Batch], check: Callable[[], None]) -> dict[str, Tensor] | Exception:
         """The answer of the first batch of a pass, which leaves it."""
         self._ask()
-        while own[0].answer is None:
+        while (answer := own[0].answer) is None:
             self._hear(check)
             self._ask()
         self._ahead -= 1
-        batch = own.popleft()
+        own.popleft()
         self._ask()  # so that workers have something to do while this one is trained on
-        return batch.answer
+        return answer
 
     def _ask(self) -> None:
         """Asks workers for what waits, in order, each time the one that has least to do."""

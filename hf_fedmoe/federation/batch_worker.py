@@ -83,6 +83,7 @@ class BatchWorker:
         self._process.join()
         self.connection.close()
         code = self._process.exitcode
+        assert code is not None  # it has ended
         self._process.close()
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
 

@@ -216,8 +216,8 @@ class _RandomState:
 
 
 def _random_state(device: torch.device) -> _RandomState:
-    _, keys, place, *_ = np.random.get_state()
-    host = (random.getstate(), keys.tobytes(), place)
+    state = np.random.get_state(legacy=False)["state"]
+    host = (random.getstate(), state["key"].tobytes(), state["pos"])
     if device.type != "cuda":
         return _RandomState(device, torch.get_rng_state(), host)
     return _RandomState(device, torch.cuda.get_rng_state(device), (*host, torch.get_rng_state().numpy().tobytes()))

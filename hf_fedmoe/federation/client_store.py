@@ -128,7 +128,9 @@ class ClientStore:
 
     def _delete_replaced(self, replaced: dict[str, str]) -> None:
         """Deletes versions, given with those in their place, unless a checkpoint or a failed write is in the way."""
-        self._delete(old for old, new in replaced.items() if old not in self.named and new not in self._unwritten)
+        named = self.named
+        assert named is not None  # or nothing is replaced
+        self._delete(old for old, new in replaced.items() if old not in named and new not in self._unwritten)
 
     def _seal(self, name: str) -> FileDigest:
         sync(self.folder / name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..data import ReservedSet
@@ -142,6 +142,10 @@ class Uploads:
     @property
     def rows_mP(self) -> Tensor:
         """Their models, one in a row; for a method that `needs` "rows"."""
+        return self._rows()
+
+    def _rows(self) -> Tensor:
+        assert self._rows_mP is not None  # or they are [`UploadsApart`] or a [`MeanOfUploads`]
         return self._rows_mP
 
     @property
@@ -171,7 +175,7 @@ class Uploads:
         bank <- keep * bank + weights @ uploads; returns what [`fuse_models_`] does. For a method that `needs` "rows"
         or "fusion".
         """
-        return fuse_models_(server.bank_SP, self._rows_mP, weights_Sm, keep_S, server.layout)
+        return fuse_models_(server.bank_SP, self._rows(), weights_Sm, keep_S, server.layout)
 
     def average_into_(self, server: Server, num_examples: int | None = None) -> dict[str, float]:
         """
@@ -190,7 +194,7 @@ class Uploads:
 
     def _summands(self) -> tuple[Tensor, Tensor]:
         """The rows of the mean, and how many examples each stands for."""
-        return self._rows_mP, self.num_examples_m
+        return self._rows(), self.num_examples_m
 
 
 @dataclass
@@ -201,7 +205,7 @@ class ClientTask:
     Args:
         client (`int`): Its number.
         round_index (`int`): The round, from 0.
-        dataset (`torch.utils.data.Dataset`): Its examples.
+        dataset (`torch.utils.data.Subset`): Its examples.
         received ([`~weights.Payload`]): What the server sent. A method that sends this client less than the
             [`Strategy.shared`] tensors has it weighed again, and its upload.
         out_P (`Tensor` of shape `[P]`): Where its upload goes.
@@ -213,7 +217,7 @@ class ClientTask:
 
     client: int
     round_index: int
-    dataset: Dataset
+    dataset: Subset
     received: Payload
     out_P: Tensor
     seed: int
@@ -279,7 +283,7 @@ class Strategy(LocalObjective):
     def check_arguments(self, args: TrainingArguments) -> None:
         """Raises `ValueError` that names the field, its value and the remedy, where the method cannot do with it."""
 
-    def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
+    def server_models(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         """The modules that become the rows of the server's bank; clients have the architecture of the first."""
         return [as_expert(model)]
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..models import FedMoEPreTrainedModel
 from ..weights import Payload
@@ -44,6 +45,14 @@ class Plan(NamedTuple):
     groups: list[list[int]]
 
 
+class EngineArguments(TrainingArguments):
+    """The training arguments that engines read: those of transformers, and these."""
+
+    clients_at_once: int
+    client_parallelism: str | None
+    keep_client_optimizer: bool
+
+
 class EachItsOwn:
     """
     Has each process train clients of its own, the largest first to whoever has the least to do, one by one.
@@ -57,7 +66,7 @@ class EachItsOwn:
         self.participants, self.processes = participants, processes
 
     @classmethod
-    def refuse(cls, client_model: nn.Module, args: TrainingArguments, strategy: Strategy) -> None:
+    def refuse(cls, client_model: nn.Module, args: EngineArguments, strategy: Strategy) -> None:
         """Raises `ValueError` for what this engine is known not to train; nothing."""
 
     def plan(self, chosen: list[int]) -> Plan:
@@ -72,7 +81,7 @@ class EachItsOwn:
         """Returns the places in `sizes` (examples of clients) of those that are trained at once: each by itself."""
         return [[place] for place in range(len(sizes))]
 
-    def reading(self, clients: Sequence[tuple[Dataset, int]]) -> Reading:
+    def reading(self, clients: Sequence[tuple[Subset, int]]) -> Reading:
         """Gives what is read to train a group, each client a dataset and a seed."""
         return self.participants.local_trainer.reading(clients)
 
@@ -80,7 +89,7 @@ class EachItsOwn:
         """Trains the participants of a group together, whose rows are given; here nobody."""
         return {}
 
-    def try_out(self, dataset: Dataset) -> None:
+    def try_out(self, dataset: Subset) -> None:
         """Raises `ValueError` if the model cannot be trained in this way, which is tried on a client's examples."""
 
     def fit(
@@ -136,7 +145,7 @@ class SomeAtOnce(EachItsOwn):
         self.stacked = stacked
 
     @classmethod
-    def refuse(cls, client_model: nn.Module, args: TrainingArguments, strategy: Strategy) -> None:
+    def refuse(cls, client_model: nn.Module, args: EngineArguments, strategy: Strategy) -> None:
         begin, remedy = f"`clients_at_once` is {args.clients_at_once}, but", "set it to 1."
         if not has_plain_clients(strategy):
             raise ValueError(
@@ -149,22 +158,23 @@ class SomeAtOnce(EachItsOwn):
                 raise ValueError(
                     f"{begin} `{name}` is True, which is for clients one by one: leave it out, or {remedy}"
                 )
-        if args.optim not in WEIGHT_BY_WEIGHT:
+        optimizer = OptimizerNames(args.optim)
+        if optimizer not in WEIGHT_BY_WEIGHT:
             raise ValueError(
-                f"{begin} `optim` is {args.optim.value!r}, and only optimizers that treat each weight by itself can "
+                f"{begin} `optim` is {optimizer.value!r}, and only optimizers that treat each weight by itself can "
                 f"train several models as one: choose one of {', '.join(WEIGHT_BY_WEIGHT)}, or {remedy}"
             )
 
     def groups(self, sizes: Sequence[int]) -> list[list[int]]:
         return self.stacked.groups(sizes)
 
-    def reading(self, clients: Sequence[tuple[Dataset, int]]) -> Reading:
+    def reading(self, clients: Sequence[tuple[Subset, int]]) -> Reading:
         return self.stacked.reading(clients)
 
     def train_group(self, rows: dict[int, Tensor], round_index: int) -> dict[int, tuple[ClientTask, Payload]]:
         return self.participants.train_at_once(rows, round_index, self.stacked.train) if len(rows) > 1 else {}
 
-    def try_out(self, dataset: Dataset) -> None:
+    def try_out(self, dataset: Subset) -> None:
         self.stacked.try_out(dataset)
 
 
@@ -175,7 +185,7 @@ class Together(EachItsOwn):
     """
 
     @classmethod
-    def refuse(cls, client_model: nn.Module, args: TrainingArguments, strategy: Strategy) -> None:
+    def refuse(cls, client_model: nn.Module, args: EngineArguments, strategy: Strategy) -> None:
         """Raises `ValueError` where the gradient of a batch is not the mean of those of its rows."""
         begin = "`client_parallelism` is 'data', but"
         remedy = 'choose "clients".'
@@ -237,8 +247,8 @@ class Together(EachItsOwn):
                 raise errors[0]
             return replies, marks
 
-        gathered, marks = zip(*self.processes.gather(own_replies), strict=True)
-        soundness.check_alike(participants.strategy, plan.chosen, marks)
+        gathered, all_marks = zip(*self.processes.gather(own_replies), strict=True)
+        soundness.check_alike(participants.strategy, plan.chosen, all_marks)
         replies = gathered[0]
         for place, reply in enumerate(replies):
             reply.fault = next((told[place].fault for told in gathered if told[place].fault is not None), None)
@@ -260,7 +270,7 @@ class TogetherByZero(Together):
         self.zero = zero
 
     @classmethod
-    def refuse(cls, client_model: nn.Module, args: TrainingArguments, strategy: Strategy) -> None:
+    def refuse(cls, client_model: nn.Module, args: EngineArguments, strategy: Strategy) -> None:
         begin, remedy = "The clients are to be trained by DeepSpeed, but", "leave DeepSpeed out."
         if not has_plain_clients(strategy):
             raise ValueError(

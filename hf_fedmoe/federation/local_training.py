@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainingArguments
 
 from ..data import has_batch_statistics, split_rows
@@ -29,7 +30,7 @@ from .team import Stage, Team
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 # A dataset, the indices of each batch, the seed of augmentation.
-Reading = tuple[Dataset, list[list[int]], int]
+Reading = tuple[Subset, list[list[int]], int]
 
 
 def local_steps(
@@ -146,6 +147,7 @@ class LocalTrainer:
         # Accelerate's wrapper looks for an optional package on disk in every step; without scaling it does nothing
         # else, but on TPUs.
         if self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.XLA:
+            assert isinstance(self.optimizer, AcceleratedOptimizer)  # it is prepared
             self.optimizer = self.optimizer.optimizer
         self._pass, self._updates = self._plain_pass, LocalUpdates(self.optimizer, self._clip)
         if self.captures:
@@ -164,7 +166,7 @@ class LocalTrainer:
 
     def train(
         self,
-        dataset: Dataset,
+        dataset: Subset,
         received_P: Tensor,
         integers: dict[str, Tensor],
         out_P: Tensor,
@@ -179,7 +181,7 @@ class LocalTrainer:
         One client's local epochs from the received row; its trained row is written to `out_P`.
 
         Args:
-            dataset (`torch.utils.data.Dataset`): The client's examples.
+            dataset (`torch.utils.data.Subset`): The client's examples.
             received_P (`Tensor` of shape `[P]`): What it starts from.
             integers (`dict[str, Tensor]`): Integer buffers to start from.
             out_P (`Tensor` of shape `[P]`): Where the upload goes.
@@ -212,7 +214,7 @@ class LocalTrainer:
 
         return loss
 
-    def plan(self, dataset: Dataset, seed: int, epochs: float | None = None) -> list[list[list[int]]]:
+    def plan(self, dataset: Subset, seed: int, epochs: float | None = None) -> list[list[list[int]]]:
         """The client's optimizer steps, see [`local_steps`]."""
         return local_steps(len(dataset), self.args, seed, epochs, self.has_batch_statistics)
 
@@ -237,12 +239,12 @@ class LocalTrainer:
         if self.reader is not None:
             self.reader.expect(self._wanted(*reading) for reading in readings)
 
-    def reading(self, clients: Sequence[tuple[Dataset, int]]) -> Reading:
+    def reading(self, clients: Sequence[tuple[Subset, int]]) -> Reading:
         """Gives what is read to train a client, which is a dataset and a seed."""
         ((dataset, seed),) = clients
         return dataset, list(self.own_rows(self.plan(dataset, seed))), seed
 
-    def read(self, dataset: Dataset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
+    def read(self, dataset: Subset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
         """Gives the batches of these indices, and seeds whatever is random about them and about dropout."""
         self._seed(seed)
         return self._batches(dataset, places, seed)
@@ -251,7 +253,7 @@ class LocalTrainer:
         """The indices of each batch of [`LocalTrainer.steps`]: as planned, or of this process's share."""
         return (self.team.share(batch)[0] for step in plan for batch in step)
 
-    def steps(self, dataset: Dataset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
+    def steps(self, dataset: Subset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
         """The batches of each planned step; `seed` is that of dropout and augmentation."""
         self._seed(self.team.seed(seed))
         batches = self._batches(dataset, list(self.own_rows(plan)), seed)
@@ -306,7 +308,7 @@ class LocalTrainer:
         return self.worker
 
     @torch.no_grad()
-    def mean_loss(self, dataset: Dataset, row_P: Tensor, integers: dict[str, Tensor], seed: int) -> float:
+    def mean_loss(self, dataset: Subset, row_P: Tensor, integers: dict[str, Tensor], seed: int) -> float:
         """The mean of `objective` over a client's examples, without dropout."""
         model = self.load(row_P, integers).eval()
         total = torch.zeros((), device=self.accelerator.device)
@@ -315,7 +317,7 @@ class LocalTrainer:
                 total += self.objective(model, batch) * len(next(iter(batch.values())))
         return (total / len(dataset)).item()
 
-    def in_order(self, dataset: Dataset, seed: int) -> Iterator[dict[str, Tensor]]:
+    def in_order(self, dataset: Subset, seed: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a client's examples in their order; `seed` is that of augmentation."""
         self._seed(seed)
         places = torch.arange(len(dataset)).split(self.args.eval_batch_size)
@@ -372,11 +374,13 @@ class LocalTrainer:
         elif device.type != "cpu":
             torch.manual_seed(seed)
 
-    def _batches(self, dataset: Dataset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
+    def _batches(self, dataset: Subset, places: list[list[int]], seed: int) -> Iterator[dict[str, Tensor]]:
         device = self.accelerator.device
         pin_memory = self.args.dataloader_pin_memory and device.type == "cuda"
         if self.reader is not None and isinstance(dataset, Subset) and dataset.dataset is self.reader.pool:
-            batches = self.reader.read(self._wanted(dataset, places, seed), self.clock.check)
+            batches: Iterable[dict[str, Tensor]] = self.reader.read(
+                self._wanted(dataset, places, seed), self.clock.check
+            )
         else:
             batches = DataLoader(dataset, batch_sampler=places, collate_fn=self.collate)
         for batch in batches:

@@ -107,9 +107,9 @@ class CapturedUpdates(LocalUpdates):
     def _capture(self) -> None:
         """Takes a plain step, captures its like, and keeps the graph if its replay gives the same."""
         self._tried, optimizer = True, self.optimizer
-        parameters = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
+        given = {parameter: parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None}
         _to_device(optimizer)
-        gradients = [parameter.grad.clone() for parameter in parameters]
+        parameters, gradients = list(given), [grad.clone() for grad in given.values()]
         before = _Snapshot.of(optimizer, parameters)
         super().__call__()
         after = _Snapshot.of(optimizer, parameters)
@@ -268,7 +268,8 @@ class _CapturedUpdate:
     def reset(self, kept: dict[str, Tensor] | None) -> None:
         """Makes the state that of a fresh optimizer, or another, in the same memory."""
         self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
+        for parameter, own in self.state.items():
+            self.optimizer.state[parameter] = own
         tensors = [tensor for entries in self.state.values() for tensor in entries.values()]
         if tensors:
             torch._foreach_zero_(tensors)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
@@ -104,7 +104,8 @@ class Participants:
             trained (`tuple[ClientTask, Payload]`, *optional*): What there is of one that has been trained already.
             fit (`Callable`, *optional*): Trains it, [`Strategy.train_client`] if left out.
         """
-        reply, stays, task = Reply(), {}, None
+        reply, task = Reply(), None
+        stays: dict[str, Tensor] = {}
         fit = fit or (lambda task: self.strategy.train_client(self.local_trainer, task))
         try:
             with self.local_trainer.team.client():
@@ -170,7 +171,7 @@ class Participants:
         return stays
 
     def read_ahead(
-        self, groups: list[list[int]], round_index: int, reading: Callable[[Sequence[tuple[Dataset, int]]], Reading]
+        self, groups: list[list[int]], round_index: int, reading: Callable[[Sequence[tuple[Subset, int]]], Reading]
     ) -> None:
         """Has worker processes, if there are any, begin to read what these groups of participants will train on."""
         if has_plain_clients(self.strategy):
@@ -205,7 +206,7 @@ class Participants:
             optimizer or None,
         )
 
-    def personal_model(self, client: int, data: Dataset | None = None) -> nn.Module:
+    def personal_model(self, client: int, data: Subset | None = None) -> nn.Module:
         """
         The model that is evaluated for a client; what it trains for that is forgotten again. `data` are the examples
         of one that the federation does not know.

@@ -74,7 +74,7 @@ class Processes:
 
     def on_main(self, make: Callable[[], T]) -> T:
         """Returns what `make` returns in the main process, the only one that calls it; see [`Processes.gather`]."""
-        return self.gather(lambda: make() if self.index == 0 else None)[0]
+        return self.gather(lambda: [make()] if self.index == 0 else [])[0][0]
 
     def tell(self, message: Any = None) -> Any:
         """The main process's `message`, in all of them."""

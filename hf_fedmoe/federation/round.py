@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 from transformers.utils import logging
 
 from . import soundness
+from .captured_passes import CapturedPasses
 from .client_choice import CLIENT_CHOICES
 from .contract import ServerStep, Track, Uploads, untracked
 from .engines import EachItsOwn, Plan
@@ -87,7 +88,7 @@ class Federation:
         self.local_trainer, self.store = self.participants.local_trainer, self.participants.store
         self.collect = APART[self.strategy.needs] if self.apart else Rows
         self.memory = UploadMemory(self.server)
-        self.captured = {} if self.local_trainer.captures else None
+        self.captured: dict[nn.Module, CapturedPasses] | None = {} if self.local_trainer.captures else None
         # Whether the server, and what clients keep, are those of a finished round.
         self.settled = True
 
@@ -215,7 +216,7 @@ class Federation:
         for written in self.processes.gather(write):
             self.store.replace(written)
 
-    def personal_model(self, client: int, data: Dataset | None = None) -> nn.Module:
+    def personal_model(self, client: int, data: Subset | None = None) -> nn.Module:
         """
         Returns the model that is evaluated for a client; what it trains for that is forgotten again. `data` are the
         examples of one that the federation does not know.

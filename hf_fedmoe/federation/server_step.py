@@ -89,16 +89,16 @@ def take_step(
         return act(step)
     shared = SharedStep(step, processes, uploads)
 
-    def lead() -> T:
+    def lead() -> list[T]:
         try:
             result = act(shared)
         except Exception:  # no other: where that comes from, nobody listens
             processes.tell(None)
             raise
         processes.tell(None)
-        return result
+        return [result]
 
-    def help_out() -> None:
+    def help_out() -> list[T]:
         error = None
         while (told := processes.tell()) is not None:
             part, arguments = told
@@ -109,9 +109,10 @@ def take_step(
                 error = caught
         if error is not None:
             raise error
+        return []
 
     # Whatever fails in between, all come to this gathering, which raises it.
-    result = processes.gather(lead if processes.index == 0 else help_out)[0]
+    result = processes.gather(lead if processes.index == 0 else help_out)[0][0]
     broadcast_server_(step.server, processes)
     return result
 

@@ -233,9 +233,12 @@ def sound_update(
         strategy, uploads, step: As in [`Strategy.update`].
         computes (`Callable`): Tells of a model whether what it computes is finite, see [`computes_finite`].
     """
-    server = step.server
+    server, bank_SP = step.server, step.server.bank_SP
     with kept_needs(strategy, "update"):
         report = strategy.update(server, uploads, step)
+    if server.bank_SP is not bank_SP:
+        fault = "`update` puts another tensor in the place of `server.bank_SP`, which the model would not follow"
+        raise BrokenPromiseError(strategy, f"{fault}: change it in place, `server.bank_SP.copy_(...)`")
     if fault := _fault_of_numbers(report, "its report"):
         raise BrokenPromiseError(strategy, f"`update` {fault}")
     check_state(strategy, server)
@@ -308,10 +311,12 @@ def server_fault(server: Server, computes: Callable[[nn.Module], bool]) -> str |
                     return f"`{name}` of its model {s} holds values that are not finite"
         name = next((name for name, tensor in beside.items() if not all_finite([tensor])), "padding")
         return f"`{name}` holds values that are not finite"
-    rows = [tensor for tensor in server.tensors.values() if tensor.dim() and tensor.shape[-1] == layout.size]
-    for rows_SP in [server.bank_SP, *(tensor.reshape(-1, layout.size) for tensor in rows)]:
-        if fault := negative_variance(rows_SP, layout):
-            return fault
+    if fault := negative_variance(server.bank_SP, layout):
+        return fault
+    for name, tensor in server.tensors.items():
+        rows = tensor.dim() and tensor.shape[-1] == layout.size
+        if rows and (fault := negative_variance(tensor.reshape(-1, layout.size), layout)):
+            return f"in `server.tensors[{name!r}]`, as long as a row, {fault}: leave what is no parameter at 0"
     return None if computes(server.model) else "what its model computes of known rows is not finite"
 
 

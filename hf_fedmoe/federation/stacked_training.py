@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import masking_utils
 
 from ..models import AdapterExpert
@@ -80,7 +80,7 @@ class StackedTraining:
             for start in range(0, len(places), self.at_once)
         ]
 
-    def reading(self, clients: Sequence[tuple[Dataset, int]]) -> tuple[Dataset, list[list[int]], int]:
+    def reading(self, clients: Sequence[tuple[Subset, int]]) -> tuple[Subset, list[list[int]], int]:
         """Batches of equally many rows of each client that is still training; one that has fewer repeats its first."""
         if len(clients) == 1:
             return self.local.reading(clients)
@@ -144,7 +144,7 @@ class StackedTraining:
         # Nothing of the graph outlives this: it would remember how many models there were.
         return losses_n.detach()
 
-    def try_out(self, dataset: Dataset) -> None:
+    def try_out(self, dataset: Subset) -> None:
         """Raises `ValueError` unless the first and the last example have their losses together as by themselves."""
         begin, local = f"`clients_at_once` is {self.at_once}, but", self.local
         if local.accelerator.scaler is not None:
@@ -255,7 +255,7 @@ def by_client(batch: dict[str, Tensor], sizes: Sequence[int]) -> dict[str, Tenso
 @torch.no_grad()
 def pull_(weights: dict[str, nn.Parameter], received: dict[str, Tensor], mu: float) -> Tensor | float:
     """Adds the gradient of mu / 2 ||w - w_received||^2 of each client; returns its values `[n]`."""
-    total_n = 0.0
+    total_n: Tensor | float = 0.0
     for name, start_n in received.items():
         moved_n = weights[name] - start_n
         grad = weights[name].grad

@@ -92,7 +92,7 @@ class MeanOfUploads(AverageableUploads):
         return self.mean_1P, self.num_examples_m.sum()[None]
 
 
-KINDS = {"rows": Uploads, "fusion": FusibleUploads, "mean": AverageableUploads}
+KINDS: dict[str, type[Uploads]] = {"rows": Uploads, "fusion": FusibleUploads, "mean": AverageableUploads}
 
 
 class UploadMemory:
@@ -186,7 +186,8 @@ class Rows:
             known: `clients`, `integers`, `num_examples_m`, `metrics` and `probed` of [`Uploads`].
         """
         clients, *others = known
-        return KINDS[self.needs](clients, self._sound(places), *others, self._beside(places))
+        known = (clients, self._sound(places), *others, self._beside(places))
+        return KINDS[self.needs](*known)
 
     def _beside(self, places: list[int]) -> list[dict[str, Tensor]]:
         """Returns the tensors that sound uploads have beside their models, as far as they are here."""
@@ -211,8 +212,8 @@ class RowsApart(Rows):
     def close(self, places: list[int], *known: Any) -> Uploads:
         clients, *others = known
         own = [places.index(place) for place in self.held if place in places]
-        where = {"own_nP": self._sound(places), "places": own, "processes": self.processes}
-        return UploadsApart(clients, None, *others, self._beside(places), **where)
+        known = (clients, None, *others, self._beside(places))
+        return UploadsApart(*known, own_nP=self._sound(places), places=own, processes=self.processes)
 
 
 class Sum(Rows):
@@ -241,8 +242,8 @@ class Sum(Rows):
             self.processes.add_up_(total)
         mean_of_sum_(self.sum_P, int(num_examples_m.double().sum().item()), self.server.layout.batchnorm)
         self.mean_1P.copy_(self.sum_P)
-        found = {"mean_1P": self.mean_1P, "sums": self.sums}
-        return MeanOfUploads(clients, None, integers, num_examples_m, *others, **found)
+        known = (clients, None, integers, num_examples_m, *others)
+        return MeanOfUploads(*known, mean_1P=self.mean_1P, sums=self.sums)
 
 
 # How uploads are collected where they stay in the processes that trained them, by what the method needs.

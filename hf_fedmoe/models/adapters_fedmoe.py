@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available, logging
 
 from .configuration_checks import AutoClassifier
@@ -337,7 +337,9 @@ def as_expert(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_base(auto_class: AutoClassifier, name: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+def load_base(
+    auto_class: AutoClassifier | type[AutoModelForCausalLM], name: str, config: PreTrainedConfig, **arguments: Any
+) -> PreTrainedModel:
     """Loads the base of that name or folder. Its own head, which may be missing or another, is never used."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of the head that it lacks

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, is_peft_available, requires_backends
 
 from .adapters_fedmoe import peft_config_dict
 from .configuration_fedmoe_causal import FedMoECausalConfig
-from .lora_fedmoe_causal import layer_sizes
+from .lora_fedmoe_causal import TargetLayer, layer_sizes
 
 
 if is_peft_available():
@@ -48,7 +48,7 @@ def base_sha256(base: PreTrainedModel) -> str:
             continue
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         value = weight.detach().to(torch.bfloat16) if weight.is_floating_point() else weight.detach()
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -63,7 +63,7 @@ def check_same_base(place: str, found: str | None, expected: str | None) -> None
 
 def read_adapter(
     adapter: "str | os.PathLike | PeftModel | Mapping[str, Tensor]",
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, TargetLayer],
     config: FedMoECausalConfig,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """
@@ -89,7 +89,9 @@ def read_adapter(
     elif isinstance(adapter, (str, os.PathLike)):
         requires_backends(read_adapter, ["peft"])
         _check_adapter_config(peft_config_dict(PeftConfig.from_pretrained(str(adapter))), config)
-        tensors = load_file(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME))
+        file = cached_file(adapter, SAFETENSORS_WEIGHTS_NAME)
+        assert file is not None  # or it has raised
+        tensors = load_file(file)
     elif is_peft_available() and isinstance(adapter, PeftModel):
         name = adapter.active_adapter
         _check_adapter_config(peft_config_dict(adapter.peft_config[name]), config)
@@ -140,7 +142,7 @@ def _check_adapter_config(found: dict[str, Any], config: FedMoECausalConfig) -> 
 def write_adapter(
     folder: str | os.PathLike,
     matrices: Mapping[str, tuple[Tensor, Tensor]],
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, TargetLayer],
     config: FedMoECausalConfig,
 ) -> None:
     """
@@ -156,13 +158,13 @@ def write_adapter(
     LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with any number
         target_modules=list(targets),
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in targets.values()),
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.base_revision,
         inference_mode=True,
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     tensors = {}
     for layer, pair in matrices.items():
         for matrix, value in zip("AB", pair, strict=True):

@@ -19,7 +19,7 @@ from .adapters_fedmoe import BASE_ARGUMENTS, SOURCE_ARGUMENTS
 from .adapters_fedmoe_causal import base_sha256, check_same_base, read_adapter, write_adapter
 from .configuration_checks import check_weights
 from .configuration_fedmoe_causal import BASE_NAME, FedMoECausalConfig, check_base_config, owners_as_dicts
-from .lora_fedmoe_causal import OwnersLora, merge_expert
+from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, TargetLayer, merge_expert, stack_of, target_layer
 from .router_fedmoe_causal import TextStatistics, packed_bits, ridge_router, unpacked_bits
 
 
@@ -27,8 +27,17 @@ from .router_fedmoe_causal import TextStatistics, packed_bits, ridge_router, unp
 _LOADING_ARGUMENTS = (*BASE_ARGUMENTS, *(name for name in SOURCE_ARGUMENTS if name != "subfolder"))
 
 
-class FedMoECausalBuilding:
+class FedMoECausalBuilding(PreTrainedModel):
     """The constructors of a mixture of owners of text, and its ways to mixtures of more and of fewer: a part of it."""
+
+    config: FedMoECausalConfig
+    config_class: type[FedMoECausalConfig] = FedMoECausalConfig
+
+    base: PreTrainedModel
+    in_use: ExpertsInUse
+    target_names: list[str]
+    router_ED: Tensor
+    sums_EP: Tensor
 
     @classmethod
     def from_base(
@@ -80,14 +89,14 @@ class FedMoECausalBuilding:
         check_base_config(base.config)
         check_weights("base", base)
         config = FedMoECausalConfig(
-            base_config=base.config, owners=owners, base_sha256=base_sha256(base), **config_kwargs
+            base_config=base.config, owners=owners_as_dicts(owners), base_sha256=base_sha256(base), **config_kwargs
         )
         return cls._around(config, base)
 
     @classmethod
     def _around(cls, config: FedMoECausalConfig, base: PreTrainedModel) -> Self:
         for module in base.modules():
-            module._is_hf_initialized = True  # its weights are there
+            module._is_hf_initialized = True  # type: ignore[assignment]  # its weights are there
         model = cls(config, base)
         model.generation_config = copy.deepcopy(base.generation_config)
         return model._follow_base().eval()
@@ -96,10 +105,15 @@ class FedMoECausalBuilding:
         """Brings experts and router to the devices, and the experts to the type, of the layers that they belong to."""
         dtype = self.base.dtype
         for layer in self.expert_layers().values():
-            layer.owners.to(layer.weight.device, dtype)
-        device = self.get_input_embeddings().weight.device
+            stack_of(layer).to(layer.weight.device, dtype)
+        device = self._embedding_weight().device
         self.router_ED, self.sums_EP = self.router_ED.to(device), self.sums_EP.to(device)
         return self
+
+    def _embedding_weight(self) -> Tensor:
+        weight = self.base.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     # Owners come and go
 
@@ -131,10 +145,10 @@ class FedMoECausalBuilding:
         targets = self.expert_layers()
         matrices = read_adapter(adapter, targets, self.config)
         config = copy.deepcopy(self.config)
-        config.owners = owners_as_dicts([*config.owners, {"name": name, **facts}])
+        config.owners = owners_as_dicts([*(config.owners or ()), {"name": name, **facts}])
         model = self._sharing_base(config)
         for layer, module in model.expert_layers().items():
-            stack, (A_rI, B_Or) = module.owners, matrices[layer]
+            stack, (A_rI, B_Or) = stack_of(module), matrices[layer]
             stack.lora_A = nn.Parameter(torch.cat([stack.lora_A.detach(), A_rI.to(stack.lora_A)]))
             stack.lora_B = nn.Parameter(torch.cat([stack.lora_B.detach(), B_Or.T.to(stack.lora_B)]))
         model.sums_EP = torch.cat([self.sums_EP, torch.zeros_like(self.sums_EP[:1])])
@@ -157,7 +171,7 @@ class FedMoECausalBuilding:
             `ValueError`: If there is no such owner.
         """
         gone = {self._owner_index(name) for name in names}
-        return self._of([k for k in range(1, len(self.config.owners) + 1) if k not in gone])
+        return self._of([k for k in range(1, len(self.config.expert_names)) if k not in gone])
 
     def only(self, names: Collection[str]) -> Self:
         """
@@ -189,7 +203,7 @@ class FedMoECausalBuilding:
                 raise ValueError(f"`base.{name}` is quantised, in {layer.weight.dtype}: load the base without that.")
         base = copy.deepcopy(self.base)
         for name in self.target_names:
-            merge_expert(base.get_submodule(name), expert)
+            merge_expert(target_layer(base, name), expert)
         return base.requires_grad_(True)
 
     def save_adapter(self, owner: str, folder: str | os.PathLike) -> None:
@@ -203,7 +217,7 @@ class FedMoECausalBuilding:
         own, targets = self.in_use.rows_of(self._owner_index(owner)), self.expert_layers()
         matrices = {}
         for name, layer in targets.items():
-            matrices[name] = layer.owners.lora_A[own], layer.owners.lora_B[own].T
+            matrices[name] = stack_of(layer).lora_A[own], stack_of(layer).lora_B[own].T
         write_adapter(folder, matrices, targets, self.config)
 
     # Statistics and router
@@ -232,7 +246,7 @@ class FedMoECausalBuilding:
             )
         check_same_base("statistics", statistics.base_sha256, self.config.base_sha256)
         self.sums_EP[expert] = packed_bits(statistics.gram_DD).to(self.sums_EP.device)
-        names = {*self.config.router_names, name}
+        names = {*(self.config.router_names or ()), name}
         self.config.router_names = [each for each in self.config.expert_names if each in names]
         self._solve_router()
 
@@ -244,13 +258,14 @@ class FedMoECausalBuilding:
             name (`str`): Name of the owner, or `"base"`.
         """
         expert = self.config.expert_index(name)
-        if name not in self.config.router_names:
+        if name not in (self.config.router_names or ()):
             return None
         return TextStatistics(unpacked_bits(self.sums_EP[expert].cpu()), self.config.base_sha256)
 
     def _solve_router(self) -> None:
         """Finds the router from the sums, which are added in the order of the experts."""
-        places = [place for place, name in enumerate(self.config.expert_names) if name in self.config.router_names]
+        known = self.config.router_names or ()
+        places = [place for place, name in enumerate(self.config.expert_names) if name in known]
         router_ED = torch.zeros(len(self.sums_EP), self.router_ED.shape[1])
         router_ED[:, -1] = float("-inf")  # the score of an expert that the router does not know
         if places:
@@ -260,9 +275,9 @@ class FedMoECausalBuilding:
 
     # Copies over one base
 
-    def expert_layers(self) -> dict[str, nn.Module]:
+    def expert_layers(self) -> dict[str, TargetLayer]:
         """The layers of the base that experts change, by name; each has a stack of the experts as `owners`."""
-        return {name: self.base.get_submodule(name) for name in self.target_names}
+        return {name: target_layer(self.base, name) for name in self.target_names}
 
     def _owner_index(self, name: str) -> int:
         if name == BASE_NAME:
@@ -272,13 +287,14 @@ class FedMoECausalBuilding:
     def _of(self, kept: list[int]) -> Self:
         """A mixture of the experts `kept`."""
         config = copy.deepcopy(self.config)
-        config.owners = [config.owners[k - 1] for k in kept]
-        config.router_names = [name for name in config.router_names if name in config.expert_names]
+        owners = config.owners or []
+        config.owners = [owners[k - 1] for k in kept]
+        config.router_names = [name for name in config.router_names or () if name in config.expert_names]
         model = self._sharing_base(config)
         rank = config.lora_rank
         rows = [row for k in kept for row in range((k - 1) * rank, k * rank)]
         for layer in model.expert_layers().values():
-            stack = layer.owners
+            stack = stack_of(layer)
             stack.lora_A, stack.lora_B = (nn.Parameter(each.detach()[rows]) for each in (stack.lora_A, stack.lora_B))
         model.sums_EP = self.sums_EP[[0, *kept]]
         model._solve_router()
@@ -286,7 +302,7 @@ class FedMoECausalBuilding:
 
     def _sharing_base(self, config: FedMoECausalConfig) -> Self:
         """A copy with a configuration of its own, whose tensors are views of the same memory."""
-        memo = {id(self.config): config}
+        memo: dict[int, Any] = {id(self.config): config}
         for tensor in [*self.parameters(), *self.buffers()]:
             # A parameter of its own: what moves one model to a device would move the other's weights, not its buffers.
             plain = type(tensor) is nn.Parameter

@@ -10,7 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapters_fedmoe import MAX_RANK
-from .configuration_checks import MAX_MODULES, check_choice, check_integer, check_number, check_sizes
+from .configuration_checks import MAX_MODULES, built, check_choice, check_integer, check_number, check_sizes
 
 
 ROUTERS = ("ridge",)
@@ -99,7 +99,7 @@ class FedMoECausalConfig(PreTrainedConfig):
         if self.target_modules is not None:
             self.target_modules = _list_of_names("target_modules", self.target_modules)
         super().__post_init__(**kwargs)
-        text_config = self.base_config.get_text_config()
+        text_config = built(self.base_config).get_text_config()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if vars(self)[name] is None:
                 setattr(self, name, getattr(text_config, name, None))
@@ -108,7 +108,7 @@ class FedMoECausalConfig(PreTrainedConfig):
     @property
     def expert_names(self) -> list[str]:
         """Names of the K + 1 experts: the base, then the owners."""
-        return [BASE_NAME, *(owner["name"] for owner in self.owners)]
+        return [BASE_NAME, *(owner["name"] for owner in self.owners or ())]
 
     def expert_index(self, expert: int | str) -> int:
         """
@@ -132,7 +132,7 @@ class FedMoECausalConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Returns the base's configuration: vocabulary, layers and kinds of attention are the base's."""
-        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+        return built(self.base_config).get_text_config(decoder=decoder, encoder=encoder)
 
     def validate(self) -> None:
         """
@@ -141,13 +141,14 @@ class FedMoECausalConfig(PreTrainedConfig):
         Raises:
             `ValueError`: Naming the field, its value and the remedy.
         """
-        super().validate()
-        if len(self.owners) > MAX_MODULES:
-            raise ValueError(f"`owners` has {len(self.owners)} entries: pass at most {MAX_MODULES}.")
-        unknown = sorted(set(self.router_names) - set(self.expert_names))
+        super().validate()  # type: ignore[misc]  # a decorator of `huggingface_hub` makes it
+        num_owners = len(self.expert_names) - 1
+        if num_owners > MAX_MODULES:
+            raise ValueError(f"`owners` has {num_owners} entries: pass at most {MAX_MODULES}.")
+        unknown = sorted(set(self.router_names or ()) - set(self.expert_names))
         if unknown:
             raise ValueError(f"`router_names` has {unknown}: pass names of `owners`, or {BASE_NAME!r}.")
-        if self.base_config.get_text_config() is not self.base_config:
+        if built(self.base_config).get_text_config() is not self.base_config:
             raise ValueError(
                 f"`base_config` is a {type(self.base_config).__name__}, whose model reads more than text: pass the "
                 "configuration of a decoder alone, its `text_config`."

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
+# The layers that experts can change.
+TargetLayer = nn.Linear | Conv1D
 # Feed-forward blocks, as transformers calls them in its decoders.
 _FEED_FORWARD = "mlp"
 
@@ -48,14 +50,14 @@ class OwnersLora(nn.Module):
         nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        """Returns what the experts in use add to the layer's output, `(B, T, O)`."""
+    def forward(self, x_BTI: Tensor, experts: "OneExpert | AllExperts | ChosenExperts") -> Tensor:
+        """Returns what these experts add to the layer's output, `(B, T, O)`."""
         if x_BTI.dim() != 3:
             raise ValueError(
                 f"A layer with experts reads a tensor of the shape {tuple(x_BTI.shape)}, and weights are given by row "
                 "and position: leave this layer out of `target_modules` (its model flattens what it reads)."
             )
-        return self.in_use.experts.update(self, x_BTI.to(self.lora_A.dtype))
+        return experts.update(self, x_BTI.to(self.lora_A.dtype))
 
 
 class OneExpert:
@@ -166,19 +168,34 @@ class ExpertsInUse:
 
 def _add_experts(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     # A plain function: copies of the model must not run the experts of the original.
-    if layer.owners.in_use.experts is None:
+    owners: OwnersLora = layer.owners  # type: ignore[assignment]  # torch's stub: any module, or a tensor
+    experts = owners.in_use.experts
+    if experts is None:
         return output
-    return output + layer.owners(args[0]).to(output.dtype)
+    return output + owners(args[0], experts).to(output.dtype)
 
 
-def layer_sizes(layer: nn.Module) -> tuple[int, int] | None:
-    """Widths of the input and the output of a linear layer, `None` for what is none."""
+def layer_sizes(layer: TargetLayer) -> tuple[int, int]:
+    """Widths of the input and the output of a linear layer."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else None
+    return layer.nx, layer.nf
 
 
-def find_targets(base: PreTrainedModel, names: list[str] | None = None) -> dict[str, nn.Module]:
+def target_layer(base: nn.Module, name: str) -> TargetLayer:
+    """The layer of that name, which [`find_targets`] has found in this base or in the one that it is a copy of."""
+    layer = base.get_submodule(name)
+    assert isinstance(layer, TargetLayer)
+    return layer
+
+
+def stack_of(layer: TargetLayer) -> OwnersLora:
+    """The experts of a layer, which [`attach_experts`] has put there."""
+    assert isinstance(layer.owners, OwnersLora)
+    return layer.owners
+
+
+def find_targets(base: PreTrainedModel, names: list[str] | None = None) -> dict[str, TargetLayer]:
     """
     Finds the linear layers of a decoder that experts change.
 
@@ -194,7 +211,7 @@ def find_targets(base: PreTrainedModel, names: list[str] | None = None) -> dict[
     linear = {
         name: module
         for name, module in base.named_modules()
-        if name.startswith(prefix) and layer_sizes(module) is not None
+        if name.startswith(prefix) and isinstance(module, TargetLayer)
     }
     if names is None:
         found = {name: layer for name, layer in linear.items() if _FEED_FORWARD in name.split(".")[:-1]}
@@ -216,7 +233,7 @@ def _ends_with(name: str, end: str) -> bool:
 
 
 def attach_experts(
-    targets: dict[str, nn.Module], num_owners: int, in_use: ExpertsInUse, dtype: torch.dtype | None
+    targets: dict[str, TargetLayer], num_owners: int, in_use: ExpertsInUse, dtype: torch.dtype | None
 ) -> None:
     """Puts a stack of experts beside each of the layers, whose own names and weights stay as they are."""
     for layer in targets.values():
@@ -225,14 +242,14 @@ def attach_experts(
 
 
 @torch.no_grad()
-def merge_expert(layer: nn.Module, expert: int) -> None:
+def merge_expert(layer: TargetLayer, expert: int) -> None:
     """Adds one expert to the weight of its layer, in float32 at least, and takes the stack away."""
-    use = layer.owners.in_use
-    own = use.rows_of(expert)
+    stack = stack_of(layer)
+    own = stack.in_use.rows_of(expert)
     if expert:
         weight = layer.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        update_IO = use.scale * (layer.owners.lora_A[own].to(exact).T @ layer.owners.lora_B[own].to(exact))
+        update_IO = stack.in_use.scale * (stack.lora_A[own].to(exact).T @ stack.lora_B[own].to(exact))
         update = update_IO if isinstance(layer, Conv1D) else update_IO.T
         layer.weight = nn.Parameter((weight.to(exact) + update).to(weight.dtype), requires_grad=weight.requires_grad)
     del layer.owners

@@ -21,15 +21,16 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 from .adapters_fedmoe import BASE_ARGUMENTS, SOURCE_ARGUMENTS, load_base
 from .adapters_fedmoe_causal import base_sha256, check_same_base
 from .building_fedmoe_causal import FedMoECausalBuilding
+from .configuration_checks import built
 from .configuration_fedmoe_causal import FedMoECausalConfig
-from .lora_fedmoe_causal import ExpertsInUse, attach_experts, checkpointed_with, find_targets
+from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, attach_experts, checkpointed_with, find_targets
 from .router_fedmoe_causal import expert_weights_of, running_means
 
 
 logger = logging.get_logger(__name__)
 
 
-class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
+class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
     """
     A mixture of owners of text: at each position the layers of the frozen base run with all owners' LoRA experts at
     once, weighted by how much the text so far looks like theirs. The weights are the same in all layers.
@@ -44,10 +45,9 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
             The decoder, used as it is. Made from the configuration, with random weights, if left out.
     """
 
-    config_class = FedMoECausalConfig
     base_model_prefix = ""
     # Half precision would change whom a text is sent to.
-    _keep_in_fp32_modules_strict = frozenset({r"^router_ED$"})
+    _keep_in_fp32_modules_strict = {r"^router_ED$"}
     # The base checks for itself which implementation it has.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -61,12 +61,13 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
         self.in_use = ExpertsInUse(config.lora_rank, config.lora_alpha / config.lora_rank)
         targets = find_targets(self.base, config.target_modules)
         self.target_names = list(targets)
-        attach_experts(targets, len(config.owners), self.in_use, self.base.dtype)
-        width = self.base.get_input_embeddings().weight.shape[1] + 1
-        router_ED = torch.zeros(len(config.owners) + 1, width, dtype=torch.float32)
+        num_experts = len(config.expert_names)
+        attach_experts(targets, num_experts - 1, self.in_use, self.base.dtype)
+        width = self._embedding_weight().shape[1] + 1
+        router_ED = torch.zeros(num_experts, width, dtype=torch.float32)
         router_ED[:, -1] = float("-inf")
         self.register_buffer("router_ED", router_ED)
-        sums_EP = torch.zeros(len(config.owners) + 1, width * (width + 1) // 2, dtype=torch.int64)
+        sums_EP = torch.zeros(num_experts, width * (width + 1) // 2, dtype=torch.int64)
         self.register_buffer("sums_EP", sums_EP)
         self._freeze_base()
         self.supports_gradient_checkpointing = self.base.supports_gradient_checkpointing
@@ -101,16 +102,16 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
         """Returns the base's head."""
         return self.base.get_output_embeddings()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Raises a `ValueError`: experts and statistics belong to the base as it is."""
         raise ValueError("Experts and statistics belong to their base as it is: resize it, then build the mixture.")
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, *args: Any, **kwargs: Any
     ) -> None:
         # Not a closure: copies of the model come with experts in use of their own.
         function = partial(checkpointed_with, self.in_use, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
+        super()._set_gradient_checkpointing(enable, function, *args, **kwargs)
 
     # Routing
 
@@ -196,7 +197,11 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
         Returns:
             The base's own output.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
         inputs |= {"inputs_embeds": inputs_embeds, "labels": labels}
         inputs |= {"cache": cache, "past_key_values": past_key_values}
         # Not every base names all of them.
@@ -206,10 +211,13 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
                 raise ValueError(f"`expert` is {expert!r} and `expert_weights` are given too: pass one of them.")
             self.in_use.use_one(self.config.expert_index(expert))
         else:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            if given is None:
+                raise ValueError("`input_ids` is None: pass the tokens, or `inputs_embeds`.")
+            size = given.shape[:2]
             if expert_weights is None:
                 _refuse_unseen_text(cache or past_key_values)
                 expert_weights = self.route(input_ids, attention_mask, position_ids, inputs_embeds)
-            size = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
             self._check_weights_fit(expert_weights, size)
             # Compiled, the shapes that depend on the weights would be a new graph each time.
             if self.config.top_l is None or torch.compiler.is_compiling():
@@ -223,10 +231,12 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
             self.in_use.use_none()
 
     def _expert_dtype(self) -> torch.dtype:
-        return self.base.get_submodule(self.target_names[0]).owners.lora_A.dtype
+        # A module of any kind, for torch's stub.
+        stack: OwnersLora = self.base.get_submodule(f"{self.target_names[0]}.owners")  # type: ignore[assignment]
+        return stack.lora_A.dtype
 
     def _check_weights_fit(self, expert_weights: Tensor, size: torch.Size) -> None:
-        E, shape = len(self.config.owners) + 1, expert_weights.shape
+        E, shape = len(self.router_ED), expert_weights.shape
         if len(shape) != 3 or shape[2] != E or shape[1] not in (1, size[1]) or shape[0] not in (1, size[0]):
             raise ValueError(
                 f"`expert_weights` has the shape {tuple(shape)}: pass ({size[0]}, {size[1]}, {E}), or "
@@ -242,7 +252,9 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in the base, with the weights at the new positions, for which the whole text is looked at again."""
-        inputs = self.base.prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        inputs = self.base.prepare_inputs_for_generation(  # type: ignore[operator]  # which each decoder has
+            input_ids, attention_mask=attention_mask, **kwargs
+        )
         if expert is None and expert_weights is None:
             new, cached = (
                 inputs["input_ids"].shape[1],
@@ -259,18 +271,18 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
 
     # Saving and loading
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in `PreTrainedModel`; a base that was given by its name is saved by that name only."""
         if self.config.base_model_name_or_path:
             kwargs["save_original_format"] = False  # would rename some for the way back through the base's class
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
-        config: FedMoECausalConfig | None = None,
+        config: FedMoECausalConfig | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Self:
         """
@@ -279,9 +291,10 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
         and refused if its weights are others than they were.
         """
         source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
-        probed = config
-        if config is None:
-            probed = cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
+        given = pretrained_model_name_or_path if config is None else config
+        if given is None:
+            raise ValueError("`pretrained_model_name_or_path` is None: pass a folder or a name, or a `config`.")
+        probed = cls.config_class.from_pretrained(given, **source) if isinstance(given, (str, os.PathLike)) else given
         if not probed.base_model_name_or_path:
             kwargs.setdefault("use_safetensors", True)
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
@@ -291,23 +304,25 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
         for name in ("output_loading_info", "state_dict"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` does not go with a base that is loaded by its name: leave it out.")
-        if config is None:
-            config, kwargs = cls.config_class.from_pretrained(
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
+        if pretrained_model_name_or_path is None:
+            raise ValueError("`pretrained_model_name_or_path` is None: pass the folder or name of the experts.")
+        file = cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **source)
+        assert file is not None  # or it has raised
+        if isinstance(given, (str, os.PathLike)):
+            probed, kwargs = cls.config_class.from_pretrained(given, return_unused_kwargs=True, **kwargs)
         for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
         for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
-        model = cls._around_named(config, for_base)
-        tensors = load_file(cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **source))
+        model = cls._around_named(probed, for_base)
+        tensors, ignored = load_file(file), set(model._keys_to_ignore_on_save or ())
         # In the place of tensors without memory: how many there are says a file that may be anybody's.
         result = model.load_state_dict(tensors, strict=False, assign=True)
-        missing = sorted(set(result.missing_keys) - model._keys_to_ignore_on_save)
+        missing = sorted(set(result.missing_keys) - ignored)
         # Weights of a base would take the place of those that were compared.
-        unexpected = sorted({*result.unexpected_keys, *(tensors.keys() & model._keys_to_ignore_on_save)})
+        unexpected = sorted({*result.unexpected_keys, *(tensors.keys() & ignored)})
         if missing or unexpected:
             raise ValueError(
                 f"The checkpoint {str(pretrained_model_name_or_path)!r} and the base "
-                f"{config.base_model_name_or_path!r} do not fit: missing {missing[:3]}, not expected "
+                f"{probed.base_model_name_or_path!r} do not fit: missing {missing[:3]}, not expected "
                 f"{unexpected[:3]}. Take both from one save."
             )
         if cached_file(
@@ -323,25 +338,22 @@ class FedMoEForCausalLM(FedMoECausalBuilding, PreTrainedModel, GenerationMixin):
     @classmethod
     def _around_named(cls, config: FedMoECausalConfig, for_base: dict[str, Any]) -> Self:
         """A mixture around the base that the configuration names, experts and router without memory."""
-        asked = for_base.get("dtype")
+        named, asked = config.base_model_name_or_path, for_base.get("dtype")
+        assert named is not None
         if for_base.get("quantization_config") is None and asked not in (None, "auto"):
             # In the type that it was saved in, for the hash.
             for_base = {name: value for name, value in for_base.items() if name != "dtype"}
         base = load_base(
-            AutoModelForCausalLM,
-            config.base_model_name_or_path,
-            config.base_config,
-            revision=config.base_revision,
-            **for_base,
+            AutoModelForCausalLM, named, built(config.base_config), revision=config.base_revision, **for_base
         )
         if for_base.get("quantization_config") is None:
-            check_same_base(config.base_model_name_or_path, config.base_sha256, base_sha256(base))
+            check_same_base(named, config.base_sha256, base_sha256(base))
             if asked not in (None, "auto"):
                 base = base.to(getattr(torch, asked) if isinstance(asked, str) else asked)
         else:
             logger.warning_once("The weights of a quantised base are not compared with those it had.")
         for module in base.modules():
-            module._is_hf_initialized = True
+            module._is_hf_initialized = True  # type: ignore[assignment]  # their weights are there
         with torch.device("meta"):
             return cls(config, base)
 

@@ -1,5 +1,6 @@
 """What a run and its result look like: expert analysis, plots, the model card."""
 
+from .client_differences import ClientDifferences, diagnose
 from .client_metrics import (
     ClientScore,
     plot_clients,
@@ -15,12 +16,14 @@ from .model_card import RunFacts, write_model_card
 
 
 __all__ = [
+    "ClientDifferences",
     "ClientScore",
     "ExpertAnalysis",
     "RunFacts",
     "RunResult",
     "analyse_experts",
     "comparison_table",
+    "diagnose",
     "plot_clients",
     "plot_gate",
     "plot_learning_curves",

@@ -13,10 +13,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
 
 from ..federation import LocalTrainer
 from ..models import classification_head
+from .narrowing import as_whole
 
 
 @dataclass
@@ -55,18 +57,29 @@ class ClientStatistics:
         return (self.gram_dd - between_dd) / self.count_C.sum()
 
 
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """Returns the linear layer that gives the class scores; raises `ValueError` if there is none."""
+    name = classification_head(model)
+    if name is None:
+        raise ValueError(
+            f"Statistics are of what a classification head reads, but {type(model).__name__} has no linear layer with "
+            f"`num_labels` = {model.config.num_labels} outputs: take a model that ends in one."
+        )
+    head = model.get_submodule(name)
+    assert isinstance(head, nn.Linear)
+    return head
+
+
 @torch.no_grad()
-def head_features(local: LocalTrainer, batch: dict[str, Tensor], size: int) -> Tensor:
+def head_features(model: nn.Module, head: nn.Linear, batch: dict[str, Tensor], size: int) -> Tensor:
     """
-    Returns what the worker's classification head reads of a batch `[B, d]`: of texts the mean over tokens that are no
+    Returns what a model's classification head reads of a batch `[B, d]`: of texts the mean over tokens that are no
     padding, of more than `size` features that many random projections, which are the same everywhere.
     """
-    model, read = local.worker, []
-    head = model.get_submodule(classification_head(model))
+    read: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
     try:
-        with local.accelerator.autocast():
-            model(**batch)
+        model(**batch)
     finally:
         hook.remove()
     features = read[0].float()
@@ -80,14 +93,16 @@ def head_features(local: LocalTrainer, batch: dict[str, Tensor], size: int) -> T
     return features @ projection_Hd.to(features)
 
 
-def client_statistics(local: LocalTrainer, dataset: Dataset, seed: int, size: int) -> ClientStatistics:
+def client_statistics(local: LocalTrainer, dataset: Subset, seed: int, size: int) -> ClientStatistics:
     """Returns those of a client's examples in the features of the worker, as it is loaded."""
     local.worker.eval()
+    head = head_of(as_whole(local.worker))
     features, labels = [], []
     for batch in local.in_order(dataset, seed):
         labels.append(batch["labels"])
-        features.append(head_features(local, batch, size))
-    return ClientStatistics.of(torch.cat(features), torch.cat(labels), local.worker.config.num_labels)
+        with local.accelerator.autocast():
+            features.append(head_features(local.worker, head, batch, size))
+    return ClientStatistics.of(torch.cat(features), torch.cat(labels), head.out_features)
 
 
 def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from ..federation import Server, ServerStep, Strategy, Uploads, warmed_up
 from ..weights import fuse_models_
+from .narrowing import reserved_of
 from .server_training import fine_tune
 
 
@@ -63,7 +64,7 @@ class FedAvgReserved(Strategy):
     def fine_tune(self, server: Server, step: ServerStep) -> float:
         """The server's training by itself; returns its mean loss."""
         settings = (self.epochs, self.learning_rate, server.weight_decay, self.batch_size, step.seed)
-        return fine_tune(server.model, step.reserved, *settings, track=step.track, captured=step.captured)
+        return fine_tune(server.model, reserved_of(step), *settings, track=step.track, captured=step.captured)
 
 
 @dataclass

@@ -79,7 +79,7 @@ class FedEM(Strategy):
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         pi_M = task.kept["pi_M"] if "pi_M" in task.kept else self.expect(local, task)[1]
         model = local.load(task.received_P, task.integers)
-        model.mixture_M.copy_(pi_M)
+        model.get_buffer("mixture_M").copy_(pi_M)
         return model
 
     @torch.no_grad()

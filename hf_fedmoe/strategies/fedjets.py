@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import FedMoEPreTrainedModel, dense_mixture
-from ..weights import Payload, StateLayout, fuse_, fuse_integers
+from ..weights import Payload, Slot, StateLayout, fuse_, fuse_integers
+from .narrowing import as_mixture
 
 
 # The sigmoid of this is 1 to the last bit of float32.
@@ -31,8 +32,8 @@ def freeze_common_expert(model: FedMoEPreTrainedModel) -> FedMoEPreTrainedModel:
     return model
 
 
-def check_mixture(model: PreTrainedModel) -> None:
-    """Raises `ValueError` unless `model` has whole experts, a main one, and a gate that reads its features."""
+def check_mixture(model: PreTrainedModel) -> FedMoEPreTrainedModel:
+    """Returns `model`; raises `ValueError` unless it has whole experts, a main one, and a gate on its features."""
     build = "`FedMoEForSequenceClassification.from_expert(model, gate='main_features', num_routed_experts=5)`"
     if not isinstance(model, FedMoEPreTrainedModel):
         raise ValueError(
@@ -46,6 +47,7 @@ def check_mixture(model: PreTrainedModel) -> None:
             f"gate={config.gate!r}, num_main_experts={config.num_main_experts} and "
             f"{'a' if config.peft_config else 'no'} `peft_config`: build it with {build}."
         )
+    return model
 
 
 @dataclass
@@ -81,18 +83,18 @@ class FedJETs(Strategy):
             raise ValueError(f"`experts_per_client` is {self.experts_per_client}: give at least 1.")
 
     def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
-        check_mixture(model)
+        mixture = check_mixture(model)
         num_experts = model.config.num_routed_experts
         if self.experts_per_client > num_experts:
             raise ValueError(
                 f"`experts_per_client` is {self.experts_per_client}, but the mixture has {num_experts} routed "
                 "experts: lower it, or build a mixture of more."
             )
-        learns = any(p.requires_grad for p in [*model.main_experts.parameters(), model.alpha_logit])
-        if learns or model.alpha != 1:
+        learns = any(p.requires_grad for p in [*mixture.main_experts.parameters(), mixture.alpha_logit])
+        if learns or mixture.alpha != 1:
             raise ValueError(
                 "FedJETs needs a frozen main expert and alpha frozen at 1, but in `model` they "
-                f"{'are trainable' if learns else 'are frozen'} and alpha is {model.alpha.item():.3f}: call "
+                f"{'are trainable' if learns else 'are frozen'} and alpha is {mixture.alpha.item():.3f}: call "
                 "`freeze_common_expert(model)` first, also for a model that was loaded."
             )
         return [model]
@@ -117,7 +119,9 @@ class FedJETs(Strategy):
         task.received.weigh(local.layout, names)
         places = local.own_rows(local.plan(task.dataset, task.seed))
 
-        def loss(model: FedMoEPreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        model = as_mixture(local.worker)
+
+        def loss(worker: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             labels_B = batch.pop("labels")
             gate_logits_BK = model.gate_logits(features_NH[next(places)], batch)
             logits_BEC = torch.stack([model.routed_logits(k, batch) for k in experts], dim=1)
@@ -137,13 +141,14 @@ class FedJETs(Strategy):
     @torch.no_grad()
     def consult_gate(self, local: LocalTrainer, task: ClientTask) -> tuple[Tensor, Tensor]:
         """The common expert's features of a client's examples, and the sum over them of each expert's probability."""
-        model = local.load(task.received_P, task.integers).eval()
+        model = as_mixture(local.load(task.received_P, task.integers))
+        model.eval()
         features = []
         with local.accelerator.autocast():
             for batch in local.in_order(task.dataset, task.seed):
                 del batch["labels"]
                 features.append(model.gate_features(batch))
-            features_NH = torch.cat(features)
+            features_NH = torch.cat([own_BH for own_BH in features if own_BH is not None])
             return features_NH, model.gate_logits(features_NH, {}).softmax(-1).sum(0)
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
@@ -169,10 +174,12 @@ def average_part_(server: Server, uploads: Uploads, prefix: str, examples_m: Ten
     weights_m = examples_m / examples_m.sum()
     slots = [slot for slot in server.layout.slots if slot.name.startswith(prefix)]
     columns = slice(slots[0].start, slots[-1].stop)  # of one module, which stands in one piece
+
+    def moved(slot: Slot) -> Slot:
+        return dataclasses.replace(slot, start=slot.start - columns.start)
+
     batchnorm = tuple(
-        tuple(dataclasses.replace(slot, start=slot.start - columns.start) for slot in pair)
-        for pair in server.layout.batchnorm
-        if pair[0].name.startswith(prefix)
+        (moved(mean), moved(variance)) for mean, variance in server.layout.batchnorm if mean.name.startswith(prefix)
     )
     keep_1 = torch.zeros(1, device=weights_m.device)
     fuse_(server.bank_SP[:1, columns], uploads.rows_mP[:, columns], weights_m[None], keep_1, batchnorm)

@@ -4,7 +4,9 @@ Shape suffixes: S experts (main ones first), K routed experts, m participants, M
 T inner iterations, P elements of a model's row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from ..federation import Server, ServerStep, Strategy, Uploads, warmed_up
 from ..models import FedMoEPreTrainedModel, gating_entropy
 from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
 from .gate_training import fit_gate
+from .narrowing import as_mixture, reserved_of
 from .relevance import CORRELATIONS, client_mixture, correlate
 from .server_training import expert_outputs, fine_tune, fine_tune_experts, gate_probabilities, probe
 from .setting_kinds import check_setting_kinds
@@ -52,7 +55,7 @@ PRESETS: dict[str, dict[str, float | int | str | bool]] = {
 }
 
 
-def _setting(default: float | int | str | bool | None, help: str) -> field:
+def _setting(default: float | int | str | bool | None, help: str) -> Any:  # as `field` says of itself
     return field(default=default, metadata={"help": help})
 
 
@@ -156,13 +159,13 @@ class FedMoE(Strategy):
         self.settings.resolve_preset()
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> str:  # type: ignore[override]  # a promise that depends on settings, which nobody sets
         return "fusion" if self.settings.synchronisation in ("download_main", "download_mixture") else "rows"
 
     def needs_reserved_set(self) -> bool:
         return True
 
-    def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
+    def server_models(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         if not isinstance(model, FedMoEPreTrainedModel):
             raise ValueError(
                 f"Fed-MoE trains a mixture, `model` is a {type(model).__name__}: build one around it with "
@@ -191,20 +194,24 @@ class FedMoE(Strategy):
 
     def probe(self, server: Server, row_P: Tensor, reserved: ReservedSet | None) -> Tensor:
         """P_y of one client, which Eq. 4 correlates with the gate."""
+        assert reserved is not None
         return probe(server.worker, server.layout, row_P, reserved)
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         """Stage B, and the part of Stage C that the server needs (Eq. 11-12)."""
-        settings, model = self.settings, server.model
+        settings, model, reserved = self.settings, as_mixture(server.model), reserved_of(step)
+        # The preset has filled these in.
+        assert settings.gate_epochs is not None and settings.balance_weight is not None
         if "outputs" not in server.cache:
             server.cache["outputs"] = expert_outputs(step)
         P_y_mR = torch.stack(uploads.probed)
-        report, steps_TSm = {}, []
+        report: dict[str, float] = {}
+        steps_TSm: list[Tensor] = []
         # T fusions of the same uploads are one fusion of what was before: LoRA experts are cut to their rank once.
         before_SP = server.bank_SP.clone() if server.layout.lora and not settings.expert_epochs else None
         for iteration in range(settings.server_iterations):
-            Q_RK = gate_probabilities(model, server.cache["outputs"], step.reserved)
-            W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
+            Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
+            W_Km = self._correlate(Q_RK, P_y_mR)
             steps_TSm.append(self._weights(server, uploads, W_Km.softmax(1), step.round_index))
             if before_SP is None:
                 report |= self._fuse(server, uploads, steps_TSm[-1:], step.round_index)
@@ -227,8 +234,8 @@ class FedMoE(Strategy):
             )
         if settings.download_epochs:
             report |= self._fine_tune_start(server, step)
-        Q_RK = gate_probabilities(model, server.cache["outputs"], step.reserved)
-        W_Km = correlate(Q_RK, P_y_mR, settings.correlation, settings.correlation_temperature)
+        Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
+        W_Km = self._correlate(Q_RK, P_y_mR)
         server.cache["mixture_Sm"] = client_mixture(W_Km, model.alpha.detach(), model.config.num_main_experts)
         if "mixture_SM" in server.tensors:
             server.tensors["mixture_SM"][:, uploads.clients] = server.cache["mixture_Sm"]
@@ -241,7 +248,7 @@ class FedMoE(Strategy):
 
     def finish(self, server: Server, step: ServerStep) -> None:
         if self.settings.final_expert_epochs:
-            Q_RK = gate_probabilities(server.model, expert_outputs(step), step.reserved)
+            Q_RK = gate_probabilities(as_mixture(server.model), expert_outputs(step), reserved_of(step))
             self._fine_tune(step, Q_RK, self.settings.final_expert_epochs, step.seed)
 
     def synchronise(self, server: Server, uploads: Uploads) -> dict[int, Tensor]:
@@ -250,11 +257,21 @@ class FedMoE(Strategy):
             return dict(zip(uploads.clients, uploads.rows_mP, strict=True))
         if self.settings.synchronisation != "after_round":
             return {}
-        rate = self.settings.fusion_rate
+        rate = self._fusion_rate
         rows_mP = uploads.rows_mP.clone()
         keep_m = torch.full((len(rows_mP),), rate, device=rows_mP.device)
         fuse_models_(rows_mP, server.bank_SP, (1 - rate) * server.cache["mixture_Sm"].T, keep_m, server.layout)
         return dict(zip(uploads.clients, rows_mP, strict=True))
+
+    @property
+    def _fusion_rate(self) -> float:
+        assert self.settings.fusion_rate is not None  # the preset has filled it in
+        return self.settings.fusion_rate
+
+    def _correlate(self, Q_RK: Tensor, P_y_mR: Tensor) -> Tensor:
+        """W `[K, m]`, as the settings say."""
+        assert self.settings.correlation is not None  # the preset has filled it in
+        return correlate(Q_RK, P_y_mR, self.settings.correlation, self.settings.correlation_temperature)
 
     def _main(self, server: Server) -> Tensor:
         """The first main expert, or the mean of the routed ones in a mixture without."""
@@ -266,8 +283,9 @@ class FedMoE(Strategy):
     def _rate(self, server: Server, round_index: int) -> Tensor:
         """lambda of each expert `[S]`."""
         num_main = server.model.config.num_main_experts
+        assert self.settings.main_fusion_rate is not None  # the preset has filled it in
         rates = [self.settings.main_fusion_rate] * num_main
-        rates += [self.settings.fusion_rate] * (len(server.bank_SP) - num_main)
+        rates += [self._fusion_rate] * (len(server.bank_SP) - num_main)
         if self.settings.fusion_warmup:
             rates = [warmed_up(rate, round_index) for rate in rates]
         return torch.tensor(rates, device=server.bank_SP.device)
@@ -296,10 +314,11 @@ class FedMoE(Strategy):
     def _fine_tune_start(self, server: Server, step: ServerStep) -> dict[str, float]:
         """A copy of the main expert, trained on the reserved set, for the next round's participants."""
         settings = self.settings
+        assert settings.download_epochs is not None
         server.layout.write(self._main(server), server.worker)
         loss = fine_tune(
             server.worker,
-            step.reserved,
+            reserved_of(step),
             settings.download_epochs,
             settings.expert_learning_rate,
             server.weight_decay,
@@ -314,7 +333,7 @@ class FedMoE(Strategy):
 
     def _fine_tune(self, step: ServerStep, Q_RK: Tensor, epochs: int, seed: int) -> dict[str, float]:
         """Every expert by itself; in a routed one the examples that the gate sends it weigh more (one on average)."""
-        weights = [None] * step.server.model.config.num_main_experts
+        weights: list[Tensor | None] = [None] * step.server.model.config.num_main_experts
         for own_R in Q_RK.T:
             # Half of its attention is for all examples: on its own ones alone, few as they are, it gets worse.
             weights.append(0.5 + 0.5 * own_R / own_R.mean().clamp_min(1e-6))

@@ -5,6 +5,7 @@ Shape suffixes: S experts (main ones first), K routed experts and groups, m part
 d features, P elements of a model's row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
-from ..models import AdapterExpert, FedMoEPreTrainedModel, classification_head
+from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..weights import Payload, fuse_integers
-from .client_statistics import ClientStatistics, client_statistics, groups_of, shifts, with_old_names
+from .client_statistics import ClientStatistics, client_statistics, groups_of, head_of, shifts, with_old_names
 from .fedrep import names_of_part
 from .gate_training import fit_gate
+from .narrowing import as_mixture, as_whole
 from .server_training import expert_outputs
 
 
@@ -70,7 +72,7 @@ class FedMoEGroups(Strategy):
     def needs_reserved_set(self) -> bool:
         return self.gate_epochs > 0
 
-    def server_models(self, model: PreTrainedModel) -> list[nn.Module]:
+    def server_models(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         if not isinstance(model, FedMoEPreTrainedModel):
             raise ValueError(
                 f"Groups have the experts of a mixture, `model` is a {type(model).__name__}: build one around it with "
@@ -83,6 +85,7 @@ class FedMoEGroups(Strategy):
             )
         if isinstance(model.experts[0], AdapterExpert):
             raise ValueError("Experts of groups are whole models, `model` has adapters: leave `peft_config` out.")
+        head_of(model.experts[0])  # or there is nothing to group by
         return model.experts
 
     def setup(self, server: Server, num_clients: int) -> None:
@@ -98,7 +101,8 @@ class FedMoEGroups(Strategy):
                 f"`own` is {self.own!r}, with which no tensor of a {type(server.worker).__name__} begins: name the "
                 "part that each group has for itself, for example own=('classifier',)."
             )
-        num_labels, d = server.worker.config.num_labels, self._num_features(server.worker)
+        head = head_of(as_whole(server.worker))
+        num_labels, d = head.out_features, min(self.statistics_size, head.in_features)
         server.tensors |= {
             "start_P": server.bank_SP[0].clone(),
             "group_M": torch.full((num_clients,), NOBODY),
@@ -145,7 +149,7 @@ class FedMoEGroups(Strategy):
                 0.0,
                 step.seed,
             )
-        return report | {"alpha": server.model.alpha.item()}
+        return report | {"alpha": as_mixture(server.model).alpha.item()}
 
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         group_M, experts_KP = server.tensors["group_M"], server.bank_SP[1:]
@@ -199,6 +203,3 @@ class FedMoEGroups(Strategy):
         """Tells whether a client of the federation has not sent its statistics yet."""
         count_MC = server.tensors["count_MC"]
         return client < len(count_MC) and not count_MC[client].any()
-
-    def _num_features(self, model: nn.Module) -> int:
-        return min(self.statistics_size, model.get_submodule(classification_head(model)).in_features)

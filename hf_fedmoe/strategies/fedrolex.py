@@ -27,6 +27,7 @@ from ..weights import (
     take_held,
 )
 from ..weights.sub_models import Places
+from .narrowing import as_whole
 
 
 @dataclass
@@ -75,7 +76,7 @@ class FedRolex(Strategy):
                 f"{type(self).__name__} sends narrower models whole, but `model` has frozen parameters: let all learn."
             )
         for capacity in self.capacities:
-            narrow_config(module.config, capacity)
+            narrow_config(as_whole(module).config, capacity)
         return [module]
 
     def setup(self, server: Server, num_clients: int) -> None:
@@ -99,11 +100,12 @@ class FedRolex(Strategy):
         return payload, {}
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
+        config = as_whole(server.worker).config
         statistics = {slot.name for pair in server.layout.batchnorm for slot in pair}
         places_m = []
         for capacity in map(self.capacity, uploads.clients):
             narrow, shift = self.narrow_layout(server, capacity), self.shift(step.round_index)
-            places = sub_places(server.worker.config, server.layout, narrow, shift, server.bank_SP.device)
+            places = sub_places(config, server.layout, narrow, shift, server.bank_SP.device)
             if capacity < max(self.capacities):
                 places = {name: place for name, place in places.items() if name not in statistics}
             places_m.append(places)
@@ -120,13 +122,13 @@ class FedRolex(Strategy):
         if sub.layout.batchnorm:
             with local.accelerator.autocast():
                 measure_statistics(model, sub.in_order(task.dataset, task.seed))
-        model = copy_module(model)  # the trainer's own needs its scales in the next round
-        fold_scales_(model, local.worker)
-        return model
+        own = as_whole(copy_module(model))  # the trainer's own needs its scales in the next round
+        fold_scales_(own, as_whole(local.worker))
+        return own
 
     def sub_model(self, local: LocalTrainer, client: int, round_index: int) -> tuple[LocalTrainer, Places]:
         """The trainer of a client's narrower model, and where the model stands in the server's."""
-        capacity, model = self.capacity(client), local.worker
+        capacity, model = self.capacity(client), as_whole(local.worker)
         sub = local.of(f"capacity {capacity}", lambda: narrow_model(model, capacity))
         shift, device = self.shift(round_index), local.accelerator.device
         return sub, sub_places(model.config, local.layout, sub.layout, shift, device)
@@ -134,7 +136,7 @@ class FedRolex(Strategy):
     def narrow_layout(self, server: Server, capacity: float) -> StateLayout:
         layouts = server.cache.setdefault("layouts", {})
         if capacity not in layouts:
-            layouts[capacity] = narrow_layout(server.worker, capacity)
+            layouts[capacity] = narrow_layout(as_whole(server.worker), capacity)
         return layouts[capacity]
 
 

@@ -4,9 +4,9 @@ Shape suffixes: R reserved examples, B of a batch, b those of them that this pro
 K routed experts, C classes, H features.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,29 @@ from torch.nn.functional import cross_entropy
 from ..data import ReservedSet, has_batch_statistics, split_rows
 from ..federation import CapturedPasses, CapturedUpdates, Processes, ServerStep, Track, untracked
 from ..models import FedMoEPreTrainedModel
-from ..models.modeling_fedmoe import dense_mixture, gating_entropy, load_imbalance
+from ..models.mixture_fedmoe import dense_mixture, gating_entropy, load_imbalance
+from .narrowing import as_mixture, reserved_of
 from .server_training import ExpertOutputs, adamw
 
 
-def fit_gate(step: ServerStep, cached: ExpertOutputs, *settings: Any) -> dict[str, float]:
+# Of [`train_gate`], from `epochs` to `seed`.
+GateSettings = tuple[int, float, float, int, float, float, int]
+
+
+def fit_gate(step: ServerStep, cached: ExpertOutputs, *settings: *GateSettings) -> dict[str, float]:
     """[`train_gate`], by all processes if they work together and the gate is more than a layer on features."""
     if step.gate_fit is None or cached.features_RH is not None:
-        fit = GateFit(step.server.model)
+        model = as_mixture(step.server.model)
+        fit = GateFit(model)
         if step.captured is not None and cached.features_RH is not None:
-            fit = step.server.cache.setdefault("gate_fit", CapturedGateFit(step.server.model))
-        return train_gate(fit, cached, step.reserved, *settings, track=step.track)
+            fit = step.server.cache.setdefault("gate_fit", CapturedGateFit(model))
+        return train_gate(fit, cached, reserved_of(step), *settings, step.track)
     return step.join(_fit_gate_together, {"logits_RSC": cached.logits_RSC}, settings)
 
 
-def _fit_gate_together(step: ServerStep, tensors: dict[str, Tensor], settings: tuple[Any, ...]) -> dict[str, float]:
+def _fit_gate_together(step: ServerStep, tensors: dict[str, Tensor], settings: GateSettings) -> dict[str, float]:
     outputs = ExpertOutputs(tensors["logits_RSC"], None)
-    return train_gate(step.gate_fit, outputs, step.reserved, *settings, track=step.track)
+    return train_gate(step.gate_fit, outputs, reserved_of(step), *settings, step.track)
 
 
 class GateFit:
@@ -48,8 +54,8 @@ class GateFit:
 
     def __init__(self, model: FedMoEPreTrainedModel, processes: Processes | None = None):
         self.model = model
-        self.index, self.count = (processes.index, processes.count) if processes else (0, 1)
-        self._processes = processes
+        self._processes = processes or Processes()
+        self.index, self.count = self._processes.index, self._processes.count
 
     def begin(self, learning_rate: float, weight_decay: float) -> None:
         """A fresh optimizer; the gate learns from now on."""
@@ -149,9 +155,11 @@ class CapturedGateFit(GateFit):
         model ([`~models.FedMoEPreTrainedModel`]): The mixture.
     """
 
+    _updates: CapturedUpdates
+
     def __init__(self, model: FedMoEPreTrainedModel):
         super().__init__(model)
-        self._settings: tuple[Any, ...] | None = None
+        self._settings: tuple[float, float] | None = None
         self._trained = nn.ModuleDict({"gate": model.gate})
         self._trained.register_parameter("alpha_logit", model.alpha_logit)
 
@@ -162,7 +170,8 @@ class CapturedGateFit(GateFit):
             self.model.gate.train()
             return
         super().begin(learning_rate, weight_decay)
-        self._settings, grads = settings, {}
+        self._settings = settings
+        grads: dict[nn.Parameter, Tensor] = {}
         self._norm = torch.zeros((), device=self.model.alpha_logit.device)
         self._updates = CapturedUpdates(self._optimizer, self._clip, grads)
         self._passes: dict[GateObjective, CapturedPasses] = {}
@@ -171,6 +180,8 @@ class CapturedGateFit(GateFit):
     def learn(
         self, reserved: ReservedSet, cached: ExpertOutputs, indices_B: Tensor, objective: GateObjective
     ) -> tuple[Tensor, Tensor]:
+        if cached.features_RH is None:
+            return super().learn(reserved, cached, indices_B, objective)
         batch = {
             "features": cached.features_RH[indices_B],
             "logits": cached.logits_RSC[indices_B],
@@ -183,7 +194,7 @@ class CapturedGateFit(GateFit):
         self._updates()
         return loss, self._norm
 
-    def _pass(self, objective: GateObjective, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
+    def _pass(self, objective: Callable, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
         Q_BK = self.model.gate_logits(batch["features"], {}).float().softmax(-1)
         loss, total = objective(Q_BK, self.alpha, batch["logits"], batch["labels"])
         total.backward()

@@ -38,5 +38,6 @@ class PFedMM(FedEM):
         return [model]
 
     def learning_rate_factors(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, MultiHeadPreTrainedModel)
         backbone = (name for name, _ in model.named_parameters() if name.startswith("backbone."))
         return dict.fromkeys(backbone, float(len(model.models)))

@@ -23,6 +23,7 @@ from ..models import (
 from ..weights import Payload, StateLayout
 from .fedrep import average_body_into_
 from .local import kept_or_trained
+from .narrowing import as_whole
 
 
 @dataclass
@@ -83,7 +84,7 @@ class PFedMoE(Strategy):
     def setup(self, server: Server, num_clients: int) -> None:
         with torch.device("meta"):
             for index in range(len(self.client_models)):
-                self.make_pair(server.worker, index, seed=0)  # raises where two do not go together
+                self.make_pair(as_whole(server.worker), index, seed=0)  # raises where two do not go together
 
     def pair_config(self, model: PreTrainedModel, index: int) -> PairedExpertsConfig:
         """The configuration of the clients of `client_models[index]` under a server's `model`."""
@@ -101,7 +102,8 @@ class PFedMoE(Strategy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # Configurations of models that were stored in half precision say so.
-            return kind(self.pair_config(model, index)).to(model.dtype)
+            pair = kind(self.pair_config(model, index))
+            return pair.to(model.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
 
     def body(self, layout: StateLayout, model: PreTrainedModel) -> set[str]:
         """Names of the tensors of G in the server's model."""
@@ -110,7 +112,7 @@ class PFedMoE(Strategy):
         return {name for name in names if not name.startswith(f"{head}.")}
 
     def shared(self, server: Server, round_index: int) -> set[str]:
-        return self.body(server.layout, server.worker)
+        return self.body(server.layout, as_whole(server.worker))
 
     def learning_rate_factors(self, model: nn.Module) -> dict[str, float]:
         if not isinstance(model, PairedExpertsPreTrainedModel):
@@ -124,7 +126,7 @@ class PFedMoE(Strategy):
         state = pair.layout.views(row_P) | trained.integers
         task.out_P.copy_(task.received_P)
         views, counts = local.layout.views(task.out_P), dict(task.integers)
-        for name in self.body(local.layout, local.worker):
+        for name in self.body(local.layout, as_whole(local.worker)):
             if name in views:
                 views[name].copy_(state[f"shared.{name}"])
             else:
@@ -148,7 +150,7 @@ class PFedMoE(Strategy):
         index = task.client % len(self.client_models)
 
         def make() -> PairedExpertsPreTrainedModel:
-            return self.make_pair(local.worker, index, local.args.seed)
+            return self.make_pair(as_whole(local.worker), index, local.args.seed)
 
         pair = local.of(str(index), make)
         state = dict(kept or make().state_dict())
@@ -172,7 +174,7 @@ def pfedmoe_cnns(num_labels: int = 10, image_size: int = 32, num_channels: int =
     """
     sizes = [((16, 32), 2000), ((16, 16), 2000), ((16, 32), 1000), ((16, 32), 800), ((16, 32), 500)]
     return [
-        SmallCNNConfig(
+        SmallCNNConfig(  # type: ignore[call-arg]  # `num_labels` is one that transformers takes without a field
             num_labels=num_labels,
             image_size=image_size,
             num_channels=num_channels,

@@ -3,6 +3,7 @@
 Shape suffixes: R reserved examples, S experts (main ones first), C classes, H features, m clients, K routed experts.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,11 @@ from ..data import ReservedSet, has_batch_statistics, split_rows
 from ..federation import CapturedPasses, Loss, Pass, ServerStep, Track, untracked
 from ..models import FedMoEPreTrainedModel
 from ..weights import StateLayout
+from .narrowing import as_mixture, reserved_of
+
+
+# An expert, the settings of [`fine_tune`] and the weights of the examples.
+_Tuning = tuple[int, tuple[int, float, float, int, int], Tensor | None]
 
 
 def adamw(parameters: list[nn.Parameter] | list[dict[str, Any]], **settings: Any) -> AdamW:
@@ -100,7 +106,7 @@ def _cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def fine_tune_experts(
     step: ServerStep,
-    weights: list[Tensor | None],
+    weights: Sequence[Tensor | None],
     epochs: int,
     learning_rate: float,
     batch_size: int,
@@ -109,18 +115,18 @@ def fine_tune_experts(
     """[`fine_tune`] of each expert by itself, with its own weights `[R]` of the examples; returns their losses."""
     server = step.server
     settings = (epochs, learning_rate, server.weight_decay, batch_size, seed)
-    items = [(s, *settings, None if weights_R is None else weights_R.cpu()) for s, weights_R in enumerate(weights)]
+    items = [(s, settings, None if weights_R is None else weights_R.cpu()) for s, weights_R in enumerate(weights)]
     tuned = step.share(_fine_tune_expert, items)
-    for row_P, expert, found in zip(server.bank_SP, server.model.experts, tuned, strict=True):
+    for row_P, expert, found in zip(server.bank_SP, as_mixture(server.model).experts, tuned, strict=True):
         row_P.copy_(found["row_P"])  # the same memory if it was trained here
         server.layout.write_integers(found, expert)
     return [found["loss"].item() for found in tuned]
 
 
-def _fine_tune_expert(step: ServerStep, item: tuple[Any, ...]) -> dict[str, Tensor]:
-    s, *settings, weights_R = item
-    server, reserved = step.server, step.reserved
-    expert = server.model.experts[s]
+def _fine_tune_expert(step: ServerStep, item: _Tuning) -> dict[str, Tensor]:
+    s, settings, weights_R = item
+    server, reserved = step.server, reserved_of(step)
+    expert = as_mixture(server.model).experts[s]
     if weights_R is not None:
         weights_R = weights_R.to(reserved.labels_R.device)
     what = f"Fine-tuning expert {s + 1}/{len(server.bank_SP)}"
@@ -148,7 +154,7 @@ class ExpertOutputs:
 
 def expert_outputs(step: ServerStep) -> ExpertOutputs:
     """One dense pass of every expert over the reserved set, batch by batch."""
-    outputs = step.share(_outputs_of_batch, range(len(step.reserved.inputs)))
+    outputs = step.share(_outputs_of_batch, range(len(reserved_of(step).inputs)))
     features = [found["features_BH"] for found in outputs if "features_BH" in found]
     return ExpertOutputs(
         torch.cat([found["logits_BSC"] for found in outputs]), torch.cat(features) if features else None
@@ -157,14 +163,15 @@ def expert_outputs(step: ServerStep) -> ExpertOutputs:
 
 @torch.no_grad()
 def _outputs_of_batch(step: ServerStep, index: int) -> dict[str, Tensor]:
-    server, reserved = step.server, step.reserved
+    model, reserved = as_mixture(step.server.model), reserved_of(step)
+    model.eval()
     with reserved.autocast():
-        logits_BSC, features_BH = server.model.eval().expert_outputs(reserved.inputs[index])
+        logits_BSC, features_BH = model.expert_outputs(reserved.inputs[index])
     found = {"logits_BSC": logits_BSC.float()}
     if features_BH is None:
         return found
     # The gate reads them without autocast.
-    return found | {"features_BH": features_BH.to(server.model.gate.weight.dtype)}
+    return found | {"features_BH": features_BH.to(next(model.gate.parameters()).dtype)}
 
 
 @torch.no_grad()

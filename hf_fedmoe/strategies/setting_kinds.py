@@ -23,7 +23,7 @@ def check_setting_kinds(settings: Any) -> None:
         ValueError: When a number is none or has a fraction that it must not have, or a switch is a text, which would
             be on whatever it says.
     """
-    for name, (kind, optional) in _kinds(type(settings)).items():
+    for name, (kind, optional) in _kinds(type(settings)).items():  # type: ignore[arg-type]  # a class has a hash
         value = vars(settings).get(name)
         if value is None:
             if optional or name not in vars(settings):

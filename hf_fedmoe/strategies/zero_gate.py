@@ -46,6 +46,7 @@ class ZeroGateFit(GateFit):
     def zero(self) -> ZeroEngine:
         """Made when it is needed first."""
         module = copy_module(self._trained)
+        assert isinstance(module, GateAndAlpha)
         own = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 1}
         optimizer = AdamW([{"params": list(module.gate.parameters())}, {"params": [module.alpha_logit]}])
         return ZeroEngine(module, StateLayout.of(module), optimizer, self.config | own, self._processes, autocast=True)

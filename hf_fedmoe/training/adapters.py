@@ -1,6 +1,7 @@
 """Adapters in a federated run: putting one into a classifier, and what must hold before rounds start."""
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -31,7 +32,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     return with_adapters(model, config, ["default"], AdaptedClassifier)
 
 
-def check_adapters(experts: list[nn.Module], args: FederatedTrainingArguments) -> None:
+def check_adapters(experts: Sequence[nn.Module], args: FederatedTrainingArguments) -> None:
     """Raises `ValueError` when the experts' adapters cannot be fused as `args` ask; says nothing otherwise."""
     first = experts[0]
     if not isinstance(first, AdapterExpert):
@@ -47,7 +48,8 @@ def check_adapters(experts: list[nn.Module], args: FederatedTrainingArguments) -
                 'clients train a whole mixture of adapters, for which there are "svd" or "factors", and "clients".'
             )
         return
-    for expert in experts:
+    adapters = [expert for expert in experts if isinstance(expert, AdapterExpert)]
+    for expert in adapters:
         peft_config_dict(expert.peft_model.peft_config[expert.name])
     largest = vars(first.peft_model.peft_config[first.name]).get("r")
     if args.client_ranks is not None and (largest is None or max(args.client_ranks) > largest):
@@ -61,10 +63,10 @@ def check_adapters(experts: list[nn.Module], args: FederatedTrainingArguments) -
             'client_parallelism="clients", or lora_fusion="ffa".'
         )
     if args.lora_fusion == "ffa":
-        starts = [_lora_a(expert) for expert in experts]
+        starts = [_lora_a(expert) for expert in adapters]
         if not starts[0]:
             raise ValueError("`lora_fusion` is 'ffa', but the adapters are no LoRA: leave it out.")
-        for expert, other in zip(experts[1:], starts[1:], strict=True):
+        for expert, other in zip(adapters[1:], starts[1:], strict=True):
             if not all(torch.equal(A, B) for A, B in zip(starts[0], other, strict=True)):
                 raise ValueError(
                     f"`lora_fusion` is 'ffa', but A of the adapter {expert.name!r} is another than that of "
@@ -89,11 +91,11 @@ def base_fingerprint(expert: nn.Module) -> int | None:
             and "original_module" not in name
             and "lora_" not in name
         ):
-            checksum = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy(), checksum)
+            checksum = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data, checksum)
     return checksum
 
 
-def freeze_lora_a(experts: list[nn.Module]) -> None:
+def freeze_lora_a(experts: Sequence[nn.Module]) -> None:
     """FFA-LoRA: A keeps its common start, is not trained, and therefore does not travel."""
     for expert in experts:
         if isinstance(expert, AdapterExpert):

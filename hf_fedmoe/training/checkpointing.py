@@ -34,15 +34,17 @@ from ..federation import (
 from ..models.modeling_adapted import save_base_configs
 from .adapters import base_fingerprint
 from .checks import make_folder
+from .columns import ModelColumns
 from .resuming import CLIENTS_FOLDER, choose_checkpoint, in_words, numbered_checkpoints
 from .run_identity import check_identity, run_identity
+from .several_processes import SeveralProcesses
 from .termination import SigtermWatch, TerminatedError
 
 
 logger = logging.get_logger(__name__)
 
 
-class Checkpointing:
+class Checkpointing(ModelColumns, SeveralProcesses):
     """Writes checkpoints, whole or not at all, and finds the one that a run goes on from."""
 
     _lock: FolderLock | None = None
@@ -52,14 +54,16 @@ class Checkpointing:
 
     # Around a run
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Chooses the checkpoint, and has `output_dir` for this run alone; see [`FederatedTrainer.train`]."""
         self._identity_of_run = self._newest_checkpoint = None
         # By the name of a checkpoint's folder, the client files that it needs.
         self._needed: dict[str, set[str]] = {}
         with SigtermWatch() as self._sigterm, self._sole_use_of_output_dir():
             folder = self.processes.on_main(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
-            return super().train(resume_from_checkpoint=folder, **kwargs)
+            return super().train(folder, *args, **kwargs)
 
     @contextmanager
     def _sole_use_of_output_dir(self) -> Iterator[None]:
@@ -79,14 +83,14 @@ class Checkpointing:
 
     def _take_lock(self) -> None:
         if self._lock is None:
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(folder)
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self._output_dir)
 
     def _has_unsaved_clients(self) -> bool:
         """Tells whether an evaluation of clients needs files that are in no checkpoint."""
         if self._lock is None or (self.args.load_best_model_at_end and not self.args.save_only_model):
             return False
+        assert self._left is not None  # a run has ended
         _, _, clients = self._left
         return not self._named_by_checkpoints().issuperset(clients.values())
 
@@ -94,7 +98,7 @@ class Checkpointing:
 
     def _checkpoint_to_resume(self, wanted: str | os.PathLike | bool | None) -> str | None:
         """Returns the folder that `train(resume_from_checkpoint=wanted)` means, with its clients' files at hand."""
-        output_dir = Path(self.args.output_dir)
+        output_dir = self._output_dir
         if wanted is None or wanted is False:
             if self.args.save_strategy != "no" and not self.rounds and numbered_checkpoints(output_dir):
                 raise ValueError(
@@ -128,6 +132,7 @@ class Checkpointing:
         return result
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # or nobody loads it
         best = Path(self.state.best_model_checkpoint)
         faults = self.processes.on_main(lambda: find_faults(best, best.parent / CLIENTS_FOLDER))
         if faults:
@@ -138,16 +143,17 @@ class Checkpointing:
             )
         super()._load_best_model()
 
-    def _finalize_training(self, *args: Any) -> TrainOutput:
+    def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
         """As in [`~transformers.Trainer`], which would delete checkpoints in place, others' among them."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            output = super()._finalize_training(*args)
+            output = super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
         best = self.state.best_model_checkpoint
         if best is not None and limit == 1 and self.is_world_process_zero():
             self._rotate(Path(best))
+            assert self._active_federation is not None
             self._prune(self._active_federation.store)
         return output
 
@@ -165,7 +171,7 @@ class Checkpointing:
                 modules,
                 layout,
                 self._base_fingerprint,
-                self.federated_dataset,
+                self._data,
                 self._columns_of_clients().column_names,
                 self.model.config,
                 self.train_data_collator,
@@ -177,11 +183,11 @@ class Checkpointing:
     def _tidy_up(self, store: ClientStore) -> None:
         """Removes what killed runs left in `output_dir`, and the client files that nothing names."""
         if self.is_world_process_zero():
-            remove_leftovers(Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-*")
+            remove_leftovers(self._output_dir, f"{PREFIX_CHECKPOINT_DIR}-*")
             self._prune(store)
 
     def _checkpoint_of(self, step: int) -> Path:
-        return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        return self._output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A whole checkpoint or none: written beside its place, synced, renamed."""
@@ -194,12 +200,15 @@ class Checkpointing:
 
     def _write_checkpoint(self, target: Path) -> None:
         federation = self._active_federation
+        assert federation is not None
         clients = {} if self.args.save_only_model else federation.store.seal()
         with atomic_directory(target) as folder:
             self._save(str(folder))
+            # A dict since the state was made, whatever transformers declares.
+            exported: Any = self.state.stateful_callbacks
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                    exported[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             if not self.args.save_only_model:
                 save_federation(folder, federation.server, federation.store, self._identity())
@@ -243,7 +252,7 @@ class Checkpointing:
         """
         present = [
             folder
-            for folder in Path(self.args.output_dir).iterdir()
+            for folder in self._output_dir.iterdir()
             if not folder.name.startswith("_") and (has_manifest(folder) or has_federation(folder))
         ]
         for folder in present:
@@ -251,7 +260,7 @@ class Checkpointing:
                 self._needed[folder.name] = set(read_manifest(folder).clients)
             except UnreadableManifestError as error:
                 logger.warning_once(f"{folder} may need files of clients, none of which are deleted: {error}.")
-                clients = Path(self.args.output_dir, CLIENTS_FOLDER).glob("*")
+                clients = (self._output_dir / CLIENTS_FOLDER).glob("*")
                 self._needed.setdefault(folder.name, {path.name for path in clients})
         return {name for folder in present for name in self._needed[folder.name]}
 
@@ -296,14 +305,14 @@ class Checkpointing:
         """The model and its processor; the arguments as JSON, where `Trainer` writes a pickle."""
         if not self.args.should_save:
             return
-        output_dir = Path(output_dir or self.args.output_dir)
-        make_folder(output_dir)
-        self.model.save_pretrained(output_dir, state_dict=state_dict)
+        folder = Path(output_dir) if output_dir else self._output_dir
+        make_folder(folder)
+        self.model.save_pretrained(folder, state_dict=state_dict)
         if isinstance(self.model, PeftModel):
-            save_base_configs(self.model, output_dir)
+            save_base_configs(self.model, folder)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        (output_dir / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
+            self.processing_class.save_pretrained(folder)
+        (folder / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
 
 
 @contextmanager

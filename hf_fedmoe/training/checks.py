@@ -5,14 +5,15 @@ import os
 from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import FederatedDataset
-from ..models.configuration_checks import check_weights
+from ..models.configuration_checks import check_weights, class_names
 from ..strategies import Strategy, check_setting_kinds
 from .engine_choice import engine_kind
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_arguments
+from .trainer_of_rounds import client_model_of
 
 
 # What follows a model's name when its head is none for one label per row.
@@ -80,7 +81,7 @@ def check_run(
     args: FederatedTrainingArguments,
     data: FederatedDataset,
     strategy: Strategy,
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: PreTrainedTokenizerBase | BaseImageProcessor | None,
 ) -> None:
     """Raises `ValueError` naming the field, its value and the remedy; says nothing when the run can start."""
     if not isinstance(data, FederatedDataset):
@@ -128,9 +129,10 @@ def check_run(
             '"clients". (One of your own that does not says so by `needs`.)'
         )
     engine_kind(args).refuse(strategy.server_models(model)[0], args, strategy)
-    if data.num_labels > model.config.num_labels:
+    num_labels = len(class_names(model.config))
+    if data.num_labels > num_labels:
         raise ValueError(
-            f"The data has {data.num_labels} labels, the model {model.config.num_labels} (`num_labels`): load it with "
+            f"The data has {data.num_labels} labels, the model {num_labels} (`num_labels`): load it with "
             f"`num_labels={data.num_labels}`."
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -154,7 +156,7 @@ def check_run(
             "`processing_class` has no pad token, so that texts of different lengths make no batch: set "
             "`tokenizer.pad_token = tokenizer.eos_token`, and `pad_token_id` in the model's configuration alike."
         )
-    client_config = strategy.server_models(model)[0].config
+    client_config = client_model_of(strategy.server_models(model)[0]).config
     if model.main_input_name == "input_ids" and client_config.pad_token_id is None:
         raise ValueError(
             "The model's configuration has `pad_token_id` None, so that it cannot tell texts of a batch from their "
@@ -163,6 +165,7 @@ def check_run(
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")
     if args.should_save:
+        assert args.output_dir is not None  # transformers has filled it in
         make_folder(args.output_dir)
 
 

@@ -16,12 +16,14 @@ from ..federation import Federation, balance, load_federation
 from ..models import AdapterExpert
 from ..reporting import ClientScore, score_client, summarise_clients, write_client_table
 from ..weights import copy_module, release
+from .columns import ModelColumns
+from .several_processes import SeveralProcesses
 
 
 CLIENT_TABLE_NAME = "client_metrics.csv"
 
 
-class ClientEvaluation:
+class ClientEvaluation(ModelColumns, SeveralProcesses):
     """Evaluates clients' models, for [`FederatedTrainer`]."""
 
     def evaluate_clients(self) -> dict[str, float]:
@@ -52,7 +54,7 @@ class ClientEvaluation:
             )
         self.client_table = sorted((score for part in parts for score in part), key=lambda score: score.client)
         if self.is_world_process_zero():
-            write_client_table(self.client_table, Path(self.args.output_dir, CLIENT_TABLE_NAME))
+            write_client_table(self.client_table, self._output_dir / CLIENT_TABLE_NAME)
         metrics = {f"clients_{name}": value for name, value in summarise_clients(self.client_table).items()}
         self.log(dict(metrics))  # which adds the epoch
         return metrics
@@ -88,7 +90,7 @@ class ClientEvaluation:
 
     def _client_and_examples(self, client: int | str | datasets.Dataset) -> tuple[int, datasets.Dataset | None]:
         """The number by which the federation asks, and the examples of a client that it does not know."""
-        data = self.federated_dataset
+        data = self._data
         if not isinstance(client, datasets.Dataset):
             try:
                 return data.client_number(client), None

@@ -1,32 +1,37 @@
 """What [`FederatedTrainer`] gives the training of clients, by the hooks that users of `Trainer` know."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..federation import Federation, Loss, check_start, local_steps, never_accepted, reasons, scale_learning_rates
-from ..models import AdapterExpert
+from ..models.configuration_checks import class_names
 from ..strategies import own_loss
 from ..weights import release
+from .columns import ModelColumns
 from .honoured import loss_name
 from .readers import Reader, readers_of_run, scan_readers
+from .several_processes import SeveralProcesses
 from .trial import Trial
 
 
 logger = logging.get_logger(__name__)
 
 
-class ClientTraining:
+class ClientTraining(ModelColumns, SeveralProcesses):
     """Loss, optimizer and schedule of clients, and the trial of them before the first round."""
 
     def client_name(self, client: int) -> str:
         """Calls a client in messages, by its name, or by its number from 0."""
-        return f"client {self.federated_dataset.client_name(client)}"
+        return f"client {self._data.client_name(client)}"
 
     # The loss
 
@@ -36,9 +41,14 @@ class ClientTraining:
 
     def _loss_of_batch(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, dict(batch))  # which may take the labels out
+            # It may take the labels out.
+            return self.compute_loss(model, dict(batch))  # type: ignore[return-value]  # no tuple without outputs
 
     # The optimizer
+
+    @property
+    def _optim(self) -> str:
+        return OptimizerNames(self.args.optim).value
 
     def _make_optimizer(self, worker: nn.Module) -> torch.optim.Optimizer:
         """
@@ -50,7 +60,7 @@ class ClientTraining:
         self._check_that_optimizer_takes("optim_args", worker)
         self._check_that_optimizer_takes("optim_target_modules", worker)
         self.optimizer = None
-        begin = f"`optim` is {self.args.optim.value!r}, but `create_optimizer(model)` of {type(self).__name__}"
+        begin = f"`optim` is {self._optim!r}, but `create_optimizer(model)` of {type(self).__name__}"
         if self.optimizer_cls_and_kwargs is not None:
             begin = f"`optimizer_cls_and_kwargs` is {self.optimizer_cls_and_kwargs}, but `create_optimizer`"
         try:
@@ -82,14 +92,13 @@ class ClientTraining:
         without = copy.copy(self.args)
         setattr(without, name, None)
         try:
-            differs = self.get_optimizer_cls_and_kwargs(self.args, worker) != self.get_optimizer_cls_and_kwargs(
-                without, worker
-            )
+            make = self.get_optimizer_cls_and_kwargs
+            differs = make(self.args, worker) != make(without, worker)  # type: ignore[arg-type]  # any module will do
         except Exception:  # told when it is made
             return
         if not differs:
             raise ValueError(
-                f"`{name}` is {value!r}, of which the optimizer {self.args.optim.value!r} takes nothing: leave it "
+                f"`{name}` is {value!r}, of which the optimizer {self._optim!r} takes nothing: leave it "
                 "out, or choose the `optim` that it is for."
             )
 
@@ -111,12 +120,12 @@ class ClientTraining:
                     'itself: choose "round"'
                 )
             factors = [function(round_index) for function in scheduler.lr_lambdas]
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, f=f: f for f in factors])
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [_always(factor) for factor in factors])
         return scheduler
 
     def _check_schedule(self) -> None:
         """Raises `ValueError` if clients of the fewest or the most examples can have no schedule."""
-        sizes = self.federated_dataset.client_sizes
+        sizes = self._data.client_sizes
         for size in sorted({int(sizes.min()), int(sizes.max())}):
             num_steps = len(local_steps(size, self.args, seed=0))
             optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate)
@@ -127,8 +136,9 @@ class ClientTraining:
                 optimizer.step()
                 scheduler.step()
             except Exception as error:
+                kind = SchedulerType(self.args.lr_scheduler_type).value
                 raise ValueError(
-                    f"`lr_scheduler_type` is {self.args.lr_scheduler_type.value!r} and `lr_scheduler_kwargs` "
+                    f"`lr_scheduler_type` is {kind!r} and `lr_scheduler_kwargs` "
                     f"{self.args.lr_scheduler_kwargs}, of which there is no schedule for the {num_steps} local steps "
                     f"of a client. It says: {type(error).__name__}: {error}. Give what is missing in "
                     "`lr_scheduler_kwargs`, or choose another schedule, for example 'linear'."
@@ -153,7 +163,7 @@ class ClientTraining:
         """Looks at all rows of the run; raises `ValueError` that names those that cannot be read."""
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         readers = readers_of_run(
-            self.federated_dataset,
+            self._data,
             lambda dataset: self._remove_unused_columns(dataset, "trial"),
             self.train_data_collator,
             self.data_collator,
@@ -165,18 +175,10 @@ class ClientTraining:
             self.strategy.needs_reserved_set(),
             self.client_name,
         )
-        faults = scan_readers(readers, self._num_embeddings(), self.model.config.num_labels)
+        faults = scan_readers(readers, self._num_embeddings(), len(class_names(self.model.config)))
         if faults:
             raise ValueError("\n".join(faults))
         return readers
-
-    def _num_embeddings(self) -> int | None:
-        """Tokens that the client model knows, `None` if it reads none."""
-        client_model = self.strategy.server_models(self.model)[0]
-        if client_model.main_input_name != "input_ids":
-            return None
-        model = client_model.base if isinstance(client_model, AdapterExpert) else client_model
-        return len(model.get_input_embeddings().weight)
 
     def _try_out(self, federation: Federation, readers: list[Reader]) -> None:
         """Tries out what the first round is about to do, see [`Trial`]."""
@@ -195,3 +197,7 @@ class ClientTraining:
                 f"Took part in rounds {first} to {self.state.global_step} and never accepted: "
                 f"{reasons(self.never_accepted, self.client_name)}."
             )
+
+
+def _always(factor: float) -> Callable[[int], float]:
+    return lambda step: factor

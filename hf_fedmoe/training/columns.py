@@ -1,22 +1,25 @@
-"""The columns of a dataset that reach the model, labels under a name that collators know."""
+"""What the model is trained as and reads: the columns of a dataset, labels under a name that collators know."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import datasets
 import torch
+from torch import nn
 
 from ..data.labels import labels_for_collators
-from ..models import AdapterExpert
+from ..weights import StateLayout
+from .adapters import freeze_lora_a
+from .trainer_of_rounds import TrainerOfRounds, client_model_of
 
 
-class ModelColumns:
-    """Chooses columns for [`FederatedTrainer`]."""
+class ModelColumns(TrainerOfRounds):
+    """Chooses columns, and knows the clients' model, for [`FederatedTrainer`]."""
 
     def _columns_of_clients(self) -> datasets.Dataset:
         """The pool without the columns that the client model does not take."""
         self._set_signature_columns_if_needed()
-        return self._remove_unused_columns(self.federated_dataset.pool, "client")
+        return self._remove_unused_columns(self._data.pool, "client")
 
     def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:
         """
@@ -35,8 +38,24 @@ class ModelColumns:
             super()._set_signature_columns_if_needed()
             expert = self.strategy.server_models(self.model)[0]
             if expert is not self.model:
-                client_model = expert.base if isinstance(expert, AdapterExpert) else expert
-                self._signature_columns += list(inspect.signature(client_model.forward).parameters)
+                own = inspect.signature(client_model_of(expert).forward).parameters
+                self._signature_columns = [*(self._signature_columns or ()), *own]
+
+    def _server_models(self) -> tuple[Sequence[nn.Module], StateLayout]:
+        """Returns the modules that become the rows of the server, and their layout."""
+        modules = self.strategy.server_models(self.model)
+        if self.args.lora_fusion == "ffa":
+            freeze_lora_a(modules)
+        return modules, StateLayout.of(modules[0], lora_products=self.args.lora_fusion == "svd")
+
+    def _num_embeddings(self) -> int | None:
+        """Tokens that the client model knows, `None` if it reads none."""
+        client_model = client_model_of(self.strategy.server_models(self.model)[0])
+        if client_model.main_input_name != "input_ids":
+            return None
+        weight = client_model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return len(weight)
 
 
 def check_batch_has_labels(rows: datasets.Dataset, collate: Callable, label_column: str) -> None:

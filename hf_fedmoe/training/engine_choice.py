@@ -34,6 +34,7 @@ def make_engine(args: FederatedTrainingArguments, participants: Participants, pr
         constant_rate = args.lr_scheduler_type == "constant" or args.lr_scheduler_scope == "run"
         return kind(participants, processes, StackedTraining(local, args.clients_at_once, constant_rate))
     if issubclass(kind, TogetherByZero):
+        assert isinstance(args.deepspeed, dict)  # they have read it
         config = engine_config(args.deepspeed, args, local.accelerator.mixed_precision)
         return kind(participants, processes, ZeroTraining(local, config))
     return kind(participants, processes)
@@ -45,6 +46,6 @@ def make_gate_fit(
     """Returns by what all processes train a mixture's gate together, `None` if they do not."""
     if args.client_parallelism != "data" or not isinstance(model, FedMoEPreTrainedModel):
         return None
-    if args.deepspeed and model.config.gate == "model":
+    if isinstance(args.deepspeed, dict) and model.config.gate == "model":
         return ZeroGateFit(model, processes, engine_config(args.deepspeed, args, mixed_precision))
     return GateFit(model, processes)

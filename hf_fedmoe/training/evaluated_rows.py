@@ -8,10 +8,13 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import FederatedDataset
+from ..models.configuration_checks import class_names
+from .columns import ModelColumns
 from .readers import Part, Reader, scan_readers
+from .trainer_of_rounds import client_model_of
 
 
-class EvaluatedRows:
+class EvaluatedRows(ModelColumns):
     """Says in plain words what is wrong with a dataset, for [`FederatedTrainer`]."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -39,7 +42,7 @@ class EvaluatedRows:
 
     def _fault(self, dataset: datasets.Dataset) -> str | None:
         """Says what is wrong with the rows, `None` if nothing is known to be."""
-        client_model = self.strategy.server_models(self.model)[0]
+        client_model = client_model_of(self.strategy.server_models(self.model)[0])
         wanted = client_model.main_input_name
         if wanted not in dataset.column_names:
             return (
@@ -48,7 +51,7 @@ class EvaluatedRows:
             )
         part = Part("the dataset", "dataset", np.arange(len(dataset)))
         reader = Reader(dataset, [part], self.data_collator, "data_collator", trains=False)
-        if faults := scan_readers([reader], self._num_embeddings(), self.model.config.num_labels):
+        if faults := scan_readers([reader], self._num_embeddings(), len(class_names(self.model.config))):
             return " ".join(faults)
         most = getattr(client_model.config, "max_position_embeddings", None)
         if most is not None and reader.scan.lengths_N is not None and reader.scan.lengths_N.max() > most:

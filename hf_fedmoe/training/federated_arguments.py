@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from accelerate import PartialState
 from accelerate.utils import str_to_bool
-from transformers import TrainingArguments
 
-from ..federation import CLIENT_CHOICES, leave_group
+from ..federation import CLIENT_CHOICES, EngineArguments, leave_group
 from ..strategies import check_setting_kinds
 from ..weights import COMPRESSIONS, make_codec
 from .deepspeed_config import hidden_from_accelerate, requested_config
@@ -16,12 +15,12 @@ from .deepspeed_config import hidden_from_accelerate, requested_config
 
 LORA_FUSIONS = ("svd", "ffa", "factors")
 CLIENT_PARALLELISMS = ("clients", "sums", "data")
-NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
+NOT_NEGATIVE: tuple[str, ...] = ("weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers")
 NOT_NEGATIVE += ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass
-class FederatedTrainingArguments(TrainingArguments):
+class FederatedTrainingArguments(EngineArguments):
     """
     [`~transformers.TrainingArguments`] of a federated run.
 
@@ -160,7 +159,7 @@ class FederatedTrainingArguments(TrainingArguments):
                 f'`client_parallelism` is {self.client_parallelism!r}: choose "clients", "sums" or "data".'
             )
         if self.client_timeout:
-            self._check_client_timeout()
+            self._check_client_timeout(self.client_timeout)
         make_codec(self.upload_compression, self.top_k_share)
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise ValueError(f"`max_update_norm` is {self.max_update_norm}: give a norm above 0, or leave it out.")
@@ -180,16 +179,16 @@ class FederatedTrainingArguments(TrainingArguments):
         if self.client_draw_seed is None:
             self.client_draw_seed = self.seed
 
-    def _check_client_timeout(self) -> None:
-        begin = f"`client_timeout` is {self.client_timeout:g}"
-        if self.client_timeout < 0:
+    def _check_client_timeout(self, timeout: float) -> None:
+        begin = f"`client_timeout` is {timeout:g}"
+        if timeout < 0:
             raise ValueError(f"{begin}: give seconds, or 0 for as long as it takes.")
         if self.client_parallelism == "data":
             raise ValueError(
                 f"{begin}, but with `client_parallelism` = 'data' all processes train each client together, and none "
                 'can leave it: choose "clients", or leave `client_timeout` out.'
             )
-        if self.world_size > 1 and self.client_timeout >= self.ddp_timeout:
+        if self.world_size > 1 and timeout >= self.ddp_timeout:
             raise ValueError(
                 f"{begin}, but the other processes wait `ddp_timeout` = {self.ddp_timeout} s for one that trains: "
                 "raise that, or lower `client_timeout`."

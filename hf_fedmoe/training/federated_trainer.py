@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
 from peft import PeftConfig
-from torch import nn
 from torch.utils.data import Subset
 from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
+    TrainingArguments,
     default_data_collator,
 )
 from transformers.trainer_utils import TrainOutput
@@ -34,17 +33,16 @@ from ..federation import (
     Federation,
     LocalTrainer,
     Participants,
-    RoundReport,
     Team,
     check_start,
     load_federation,
     make_filters,
 )
 from ..models import guard_narrow_convolutions
-from ..reporting import ClientScore, write_model_card
+from ..reporting import write_model_card
 from ..strategies import FedAvg, Server, Strategy
-from ..weights import StateLayout, copy_module, make_codec, release
-from .adapters import add_adapter, check_adapters, freeze_lora_a
+from ..weights import copy_module, make_codec, release
+from .adapters import add_adapter, check_adapters
 from .checkpointing import Checkpointing
 from .checks import check_parts, check_run
 from .client_evaluation import ClientEvaluation
@@ -65,9 +63,7 @@ from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
-class FederatedTrainer(
-    ClientTraining, ClientEvaluation, EvaluatedRows, Checkpointing, ModelColumns, SeveralProcesses, Trainer
-):
+class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpointing, ModelColumns, SeveralProcesses):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
     callbacks, logging, checkpoints and the best model mean what they mean in [`~transformers.Trainer`], with rounds in
@@ -120,16 +116,15 @@ class FederatedTrainer(
         self.strategy = FedAvg() if strategy is None else strategy
         check_parts(model, args, self.strategy)
         if peft_config is not None:
-            model = add_adapter(model, peft_config)
+            model = add_adapter(model, peft_config)  # type: ignore[assignment]  # it passes for the model in it
         guard_narrow_convolutions(model)
         self.federated_dataset = train_dataset
-        self.rounds: list[RoundReport] = []
-        self.never_accepted: dict[int, str] = {}
-        self.client_table: list[ClientScore] = []
+        self.rounds = []
+        self.never_accepted = {}
+        self.client_table = []
         self._contribution_SM: np.ndarray | None = None
-        self._active_federation: Federation | None = None
-        # Of the last round: the strategy's tensors, the integer buffers, the manifest of the client store.
-        self._left: tuple[dict, list[dict], dict[int, str]] | None = None
+        self._active_federation = None
+        self._left = None
         if isinstance(processing_class, BaseImageProcessor):
             data_collator = data_collator or ImageCollator(processing_class)
         elif data_collator is None:
@@ -162,7 +157,9 @@ class FederatedTrainer(
 
     # The run
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """
         Runs the rounds. `resume_from_checkpoint` (a folder, `True` for the newest in `args.output_dir`, or
         `"latest_sound"` for the newest there of which no file is damaged) goes on after the checkpoint's round and
@@ -171,13 +168,19 @@ class FederatedTrainer(
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
         check_hooks(self, FederatedTrainer)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(
-        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None
+        self,
+        batch_size: int | None = None,
+        args: TrainingArguments | None = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
+        args = self.args  # which is what it is given
         self.accelerator.free_memory()
-        self._start_alike()
+        self._start_alike(self._identity)
         rounds = args.rounds
         self._init_training_state(rounds, 1, rounds, resume_from_checkpoint, trial)
         federation = self._tried_federation()
@@ -268,7 +271,7 @@ class FederatedTrainer(
     # What a run is made of
 
     def _federation(self) -> Federation:
-        args, data = self.args, self.federated_dataset
+        args, data = self.args, self._data
         # Evaluating before training may have wrapped `forward` for mixed precision; the worker must not inherit that.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         modules, layout = self._server_models()
@@ -282,6 +285,7 @@ class FederatedTrainer(
             weight_decay=args.weight_decay,
             num_examples=int(data.client_sizes.sum()),
         )
+        assert args.client_draw_seed is not None  # the arguments have filled it in
         pool = self._columns_of_clients()
         check_batch_has_labels(pool, self.train_data_collator, data.label_column)
         reserved = None
@@ -325,7 +329,7 @@ class FederatedTrainer(
             local_trainer,
             # Not `data.client(...)`, which fingerprints its rows: milliseconds for each participant.
             lambda client: Subset(pool, data.client_rows(client).tolist()),
-            ClientStore(Path(args.output_dir, CLIENTS_FOLDER)),
+            ClientStore(self._output_dir / CLIENTS_FOLDER),
             reserved,
             args.seed,
             data.client_sizes.tolist(),
@@ -344,13 +348,6 @@ class FederatedTrainer(
             computes_finite=lambda model: known_rows()(model),
         )
 
-    def _server_models(self) -> tuple[list[nn.Module], StateLayout]:
-        """Returns the modules that become the rows of the server, and their layout."""
-        modules = self.strategy.server_models(self.model)
-        if self.args.lora_fusion == "ffa":
-            freeze_lora_a(modules)
-        return modules, StateLayout.of(modules[0], lora_products=self.args.lora_fusion == "svd")
-
     # The model card
 
     def create_model_card(
@@ -360,8 +357,10 @@ class FederatedTrainer(
         tags: str | list[str] | None = None,
         model_name: str | None = None,
         finetuned_from: str | None = None,
-        dataset_tags: str | None = None,
-        dataset: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
         folder: str | Path | None = None,
         **found: Any,
     ) -> None:
@@ -371,6 +370,8 @@ class FederatedTrainer(
         Args:
             language, license, tags, model_name (*optional*): As in [`~transformers.Trainer`].
             finetuned_from (`str`, *optional*): Hub id of the model that the experts started from.
+            tasks, dataset_args (*optional*): As in [`~transformers.Trainer`], and nothing here: the card tells the
+                task by the model.
             dataset_tags (`str`, *optional*): Hub id of the data set.
             dataset (`str`, *optional*): What the data set is called.
             folder (`str` or `Path`, *optional*): Where the card goes, `args.output_dir` if left out.
@@ -390,7 +391,7 @@ class FederatedTrainer(
                 self._contribution_SM,
             )
         write_model_card(
-            folder or self.args.output_dir,
+            folder or self._output_dir,
             self.model,
             facts,
             model_name=model_name,
@@ -399,10 +400,19 @@ class FederatedTrainer(
             license=license,
             tags=tags or (),
             base_model=finetuned_from,
-            dataset=dataset,
-            dataset_id=dataset_tags,
+            dataset=_only_one("dataset", dataset),
+            dataset_id=_only_one("dataset_tags", dataset_tags),
             **found,
         )
+
+
+def _only_one(name: str, value: str | list[str] | None) -> str | None:
+    """Returns a text, or the one in a list; raises `ValueError` for more: a run has one data set."""
+    if not isinstance(value, list):
+        return value
+    if len(value) > 1:
+        raise ValueError(f"`{name}` is {value!r}: a card is that of one data set, give one.")
+    return value[0] if value else None
 
 
 def _first_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..strategies import FedMoE
 from .federated_arguments import FederatedTrainingArguments
+from .trainer_of_rounds import TrainerOfRounds
 
 
 logger = logging.get_logger(__name__)
@@ -166,7 +167,7 @@ def loss_name(trainer: Trainer) -> str | None:
     return "label_smoothing_factor" if trainer.args.label_smoothing_factor else None
 
 
-def check_hooks(trainer: Trainer, base: type[Trainer]) -> None:
+def check_hooks(trainer: TrainerOfRounds, base: type[Trainer]) -> None:
     """
     Raises `ValueError` for a method of `Trainer` that a user has overridden and that rounds never call, and for a loss
     that cannot be honoured; warns of callbacks that wait for what never comes.
@@ -184,15 +185,15 @@ def check_hooks(trainer: Trainer, base: type[Trainer]) -> None:
             remedy = HOOK_REMEDIES.get(name, "leave it out")
             raise ValueError(f"`{name}` of {kind} is overridden, but rounds do not honour it: {remedy}.")
     if args.clients_at_once > 1:
-        own = [name for name in ("create_optimizer", "create_scheduler") if name in overridden]
+        own: list[str] = [name for name in ("create_optimizer", "create_scheduler") if name in overridden]
         own += ["optimizer_cls_and_kwargs"] if trainer.optimizer_cls_and_kwargs is not None else []
         for name in own:
             raise ValueError(
                 f"`clients_at_once` is {args.clients_at_once}, but `{name}` may make what cannot train several models "
                 "as one: set it to 1."
             )
-    if (name := loss_name(trainer)) is not None:
-        _check_loss(trainer, f"`{name}` gives the loss, but")
+    if (loss := loss_name(trainer)) is not None:
+        _check_loss(trainer, f"`{loss}` gives the loss, but")
     for callback in trainer.callback_handler.callbacks:
         for event in UNKNOWN_EVENTS:
             if inspect.getattr_static(type(callback), event) is not inspect.getattr_static(TrainerCallback, event):
@@ -201,7 +202,7 @@ def check_hooks(trainer: Trainer, base: type[Trainer]) -> None:
                 )
 
 
-def _check_loss(trainer: Trainer, begin: str) -> None:
+def _check_loss(trainer: TrainerOfRounds, begin: str) -> None:
     """Raises `ValueError` where models are trained by what cannot ask for a loss of whole batches."""
     args, strategy = trainer.args, trainer.strategy
     if args.deepspeed:

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..data import FederatedDataset
 from ..data.labels import name_some
 from ..models import FedMoEPreTrainedModel
+from ..models.configuration_checks import class_names
 
 
 def settle_label_names(model: PreTrainedModel | PeftModel, data: FederatedDataset) -> None:
@@ -22,7 +23,8 @@ def settle_label_names(model: PreTrainedModel | PeftModel, data: FederatedDatase
         ValueError: When both have names and a class is not called the same in both. Case does not matter, and numbers
             of classes are no names.
     """
-    own = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    known = class_names(model.config)
+    own = [known[label] for label in range(len(known))]
     write_label_names(model, own)  # of which a user may have set one direction only
     if not data.has_label_names or (are_numbers(data.label_names) and not has_no_names(own)):
         return

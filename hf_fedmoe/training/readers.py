@@ -136,7 +136,7 @@ def scan_readers(readers: list[Reader], num_embeddings: int | None, num_labels: 
     by_dataset: dict[int, list[Reader]] = {}
     for reader in readers:
         by_dataset.setdefault(id(reader.dataset), []).append(reader)
-    sentences = []
+    sentences: list[str] = []
     for group in by_dataset.values():
         dataset = group[0].dataset
         if dataset.format["type"] == "custom":

@@ -24,8 +24,9 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by their rounds."""
     if not folder.is_dir():
         return []
-    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.iterdir()}
-    return sorted((path for path in found if found[path] and path.is_dir()), key=lambda path: int(found[path][1]))
+    matches = ((path, re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) for path in folder.iterdir())
+    found = {path: int(match[1]) for path, match in matches if match and path.is_dir()}
+    return sorted(found, key=found.__getitem__)
 
 
 def choose_checkpoint(wanted: str | os.PathLike | bool, output_dir: Path) -> Path:

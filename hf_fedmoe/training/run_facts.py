@@ -1,5 +1,7 @@
 """What the model card says about a run, gathered from what a trainer has at hand."""
 
+from typing import Any
+
 import numpy as np
 from transformers import TrainerState
 
@@ -36,7 +38,7 @@ def run_facts(
             after the last round; it says nothing of the model of an earlier one.
     """
     rounds = state.global_step
-    sent = {entry["step"]: entry for entry in state.log_history if "bytes_up" in entry}
+    sent: dict[float, dict[str, Any]] = {entry["step"]: entry for entry in state.log_history if "bytes_up" in entry}
     for step, report in enumerate(reports, start=rounds - len(reports) + 1):
         sent[step] = {
             "bytes_up": report.bytes_up,
@@ -55,7 +57,7 @@ def run_facts(
         clients_per_round=args.clients_per_round,
         client_sizes_M=data.client_sizes,
         client_names=data.client_names[: data.num_clients],
-        reserved_size=len(data.reserved) if strategy.needs_reserved_set() else 0,
+        reserved_size=len(data.reserved) if strategy.needs_reserved_set() and data.reserved is not None else 0,
         rounds=rounds,
         chosen_round=chosen_round,
         bytes_up=sum(entry["bytes_up"] for entry in sent.values()),

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -63,7 +63,7 @@ HARMLESS = {
 def run_identity(
     args: FederatedTrainingArguments,
     strategy: Strategy,
-    experts: list[nn.Module],
+    experts: Sequence[nn.Module],
     layout: StateLayout,
     base_fingerprint: int | None,
     data: FederatedDataset,
@@ -77,7 +77,7 @@ def run_identity(
     Args:
         args ([`FederatedTrainingArguments`]): All count but the `HARMLESS` ones.
         strategy ([`~strategies.Strategy`]): Its class and its attributes count.
-        experts (`list[nn.Module]`): The server's models.
+        experts (`Sequence[nn.Module]`): The server's models.
         layout ([`~weights.StateLayout`]): Of one of them.
         base_fingerprint (`int`, *optional*): Of the frozen base under adapters.
         data ([`~data.FederatedDataset`]): Its partition and the contents of its rows count.

@@ -1,5 +1,6 @@
 """What [`FederatedTrainer`] does under several processes (`accelerate launch`, `torchrun`) so that nothing differs."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -8,9 +9,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..federation import Processes
 from .deepspeed_config import hidden_from_accelerate
+from .trainer_of_rounds import TrainerOfRounds
 
 
-class SeveralProcesses:
+class SeveralProcesses(TrainerOfRounds):
     """Rounds are shared out by `federation`; here are the start of a run, and evaluation."""
 
     def __init__(self, **kwargs: Any):
@@ -45,11 +47,14 @@ class SeveralProcesses:
         with self.processes.waiting():
             return super().evaluation_loop(*args, **kwargs)
 
-    def _start_alike(self) -> None:
-        """All processes have the same settings and data, or `ValueError` is raised, and the main one's weights."""
+    def _start_alike(self, identity: Callable[[], dict[str, Any]]) -> None:
+        """
+        All processes have the same settings and data, which `identity` gives, or `ValueError` is raised, and the main
+        one's weights.
+        """
         if self.processes.count == 1:
             return
-        identities = self.processes.gather(lambda: {"output_dir": self.args.output_dir, **self._identity()})
+        identities = self.processes.gather(lambda: {"output_dir": self.args.output_dir, **identity()})
         check_alike(identities)
         # A new head is drawn by each process for itself, and not every script sets a seed before.
         self.processes.broadcast_model_(self.model)

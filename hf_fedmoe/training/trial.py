@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..federation import Federation, StepBatches
-from ..models import AdapterExpert
 from ..strategies import ClientTask, has_own_loss
 from ..weights import Payload
 from .readers import Reader
 from .single_rows import check_single_rows
+from .trainer_of_rounds import client_model_of
 
 
 class Trial:
@@ -37,7 +37,7 @@ class Trial:
         self.readers, self.loss_name = readers, loss_name
         self.device = self.local.accelerator.device
         worker = self.local.worker
-        self.model = worker.base if isinstance(worker, AdapterExpert) else worker
+        self.model = client_model_of(worker)
         # By their names and shapes, the batches of texts or images that the model has read.
         self._read: list[dict[str, torch.Size]] = []
 
@@ -203,7 +203,7 @@ class Trial:
 
     # Whose fault it is
 
-    def _whose_fault(self, reader: Reader, rows: Sequence[int], error: Exception) -> str:
+    def _whose_fault(self, reader: Reader, rows: Sequence[int], error: BaseException | None) -> str:
         """Says which row the model cannot read, and what it could."""
         said = f"It says: {_line(error)}."
         for row in dict.fromkeys(rows):
@@ -341,6 +341,6 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException | None) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")

@@ -4,6 +4,7 @@ Shape suffixes: P elements of one row, S rows of a bank.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -184,7 +185,7 @@ class StateLayout:
         for name in self.integers:
             state[name].copy_(integers[name])
 
-    def bank(self, modules: list[nn.Module]) -> Tensor:
+    def bank(self, modules: Sequence[nn.Module]) -> Tensor:
         """Binds S modules of this layout to the rows of one new contiguous bank `[S, P]` and returns it."""
         device = next(modules[0].parameters()).device
         bank_SP = torch.zeros(len(modules), self.size, dtype=self.dtype, device=device)

@@ -131,6 +131,10 @@ PROMISES = {
         ),
         "`needs` is 'mean', but `update` does more with the uploads: `uploads.tensors` is there for methods",
     ),
+    "another bank": (
+        dict(update=lambda self, server, uploads, step: setattr(server, "bank_SP", server.bank_SP + 1) or {}),
+        r"`update` puts another tensor in the place of `server.bank_SP`, .*: change it in place",
+    ),
     "update without a report": (dict(update=lambda self, *_: None), "`update` gives a NoneType as its report"),
     "update with a tensor": (dict(update=lambda self, *_: {"x": torch.ones(())}), "gives 'x' as its report a Tensor"),
     "a number on the server": (

@@ -388,6 +388,8 @@ def test_wrong_arguments_of_a_forward():
         model(**batch, expert_weights=torch.ones(4))
     with pytest.raises(ValueError, match=r"`attention_mask` has the shape \(3, 1, 10, 10\), but the tokens \(3, 10\)"):
         model(batch["input_ids"], attention_mask=torch.ones(3, 1, 10, 10))
+    with pytest.raises(ValueError, match="`input_ids` is None: pass the tokens, or `inputs_embeds`"):
+        model(expert_weights=torch.ones(3, 1, 4))
     with pytest.raises(ValueError, match="resize it, then build"):
         model.resize_token_embeddings(EOS_TOKEN_ID + 5)
     # Nothing of a refused or broken forward stays.

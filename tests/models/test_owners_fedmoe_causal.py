@@ -171,6 +171,9 @@ def test_save_and_load_by_the_name_of_the_base(tmp_path, family):
     assert [n for n, p in loaded.named_parameters() if p.requires_grad] == [
         n for n, p in model.named_parameters() if p.requires_grad
     ]
+    # As in transformers, a configuration may be given by its folder.
+    loaded = FedMoEForCausalLM.from_pretrained(tmp_path / "mixture", config=tmp_path / "mixture")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     loaded.only(["code"]).save_pretrained(tmp_path / "fewer")
     fewer = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer", dtype=torch.bfloat16)
     assert fewer.dtype == torch.bfloat16 and fewer.router_ED.dtype == torch.float32

@@ -193,7 +193,10 @@ def test_a_trainer_reports_its_own_run(tmp_path):
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert "## Evaluation" not in card.text  # evaluations during the run are of earlier models
     scores = trainer.evaluate()
-    trainer.create_model_card(dataset="toy rows", folder=tmp_path / "elsewhere")
+    # What `push_to_hub` may pass on of the arguments of transformers.
+    trainer.create_model_card(tasks="text-classification", dataset=["toy rows"], folder=tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"`dataset_tags` is \['a/b', 'c/d'\]: a card is that of one data set, give"):
+        trainer.create_model_card(dataset_tags=["a/b", "c/d"])
     card = ModelCard.load(tmp_path / "elsewhere" / "README.md")
     size = sum(parameter.numel() for parameter in tiny_expert().parameters())
     assert row(card, "Clients to server") == [f"{3 * 2 * 4 * size / 1e6:,.1f} MB"]  # logged once in three rounds

@@ -10,6 +10,7 @@ from hf_fedmoe.strategies.client_statistics import (
     client_statistics,
     groups_of,
     head_features,
+    head_of,
     shifts,
     with_old_names,
 )
@@ -112,14 +113,15 @@ def test_groups_keep_their_numbers():
 def test_features_of_texts_are_means_over_their_tokens(tmp_path, make):
     local = FederatedTrainer(make(), tiny_args(tmp_path), tiny_federation())._federation().local_trainer
     model = local.worker.eval()
+    head = head_of(model)
     long = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
     long["labels"] = torch.tensor([0, 1])
-    found = head_features(local, long, 64)
+    found = head_features(model, head, long, 64)
     assert found.shape == (2, model.config.hidden_size) and not torch.allclose(found[0], found[1])
-    torch.testing.assert_close(head_features(local, {n: t[:1] for n, t in long.items()}, 64), found[:1])
-    small = head_features(local, long, 4)
+    torch.testing.assert_close(head_features(model, head, {n: t[:1] for n, t in long.items()}, 64), found[:1])
+    small = head_features(model, head, long, 4)
     assert small.shape == (2, 4) and (small.norm(dim=1) <= found.norm(dim=1)).all()
-    assert torch.equal(small, head_features(local, long, 4))
+    assert torch.equal(small, head_features(model, head, long, 4))
 
 
 def test_those_of_a_client_are_of_all_its_rows(tmp_path):
@@ -130,6 +132,6 @@ def test_those_of_a_client_are_of_all_its_rows(tmp_path):
     labels = [row["label"] for row in trainer.federated_dataset.client(0)]
     assert found.count_C.tolist() == [labels.count(c) for c in range(3)]
     batch = trainer.data_collator([data[place] for place in range(len(data))])
-    features_Nd = head_features(local, batch, 8)
+    features_Nd = head_features(local.worker, head_of(local.worker), batch, 8)
     member_NC = nn.functional.one_hot(torch.tensor(labels), 3).double()
     torch.testing.assert_close(found.sum_Cd, member_NC.T @ features_Nd.double(), rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from hf_fedmoe.strategies import FedAvg, FedMoEGroups
+from hf_fedmoe.strategies import FedAvg, FedMoEGroups, client_statistics
 from hf_fedmoe.strategies.fedmoe_groups import NOBODY
 from hf_fedmoe.training import FederatedTrainer
 from tests.tiny_federation import (
@@ -126,7 +126,7 @@ def test_clients_are_served_by_the_expert_of_their_group_and_a_new_one_by_the_be
         assert_equal_states(state(federation.personal_model(client)), state(best))
 
 
-def test_what_it_needs_is_said_before_the_run(tmp_path):
+def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):
     def refused(message, **changes):
         with pytest.raises(ValueError, match=message):
             trained(tmp_path, **changes)
@@ -141,6 +141,9 @@ def test_what_it_needs_is_said_before_the_run(tmp_path):
         clients_per_round=4,
     )
     refused(r"`own` is \('head',\), with which no tensor of a Bert", strategy=FedMoEGroups(own=("head",)))
+    with monkeypatch.context() as patch:
+        patch.setattr(client_statistics, "classification_head", lambda model: None)
+        refused("BertForSequenceClassification has no linear layer with `num_labels` = 3 outputs: take a model")
     for name, value in (("statistics_size", 0), ("gate_epochs", -1), ("gate_batch_size", 0)):
         with pytest.raises(ValueError, match=f"`{name}` is {value}: give at least"):
             FedMoEGroups(**{name: value})

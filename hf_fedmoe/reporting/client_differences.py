@@ -1,0 +1,141 @@
+"""
+Differences of clients, before anything is trained: how many of each class they have, and whether a class looks the
+same at all of them.
+
+Shape suffixes: M clients, C classes, d features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.metrics import silhouette_score
+from transformers import PreTrainedModel
+
+from ..data import FederatedDataset
+from ..strategies.client_statistics import ClientStatistics, groups_of, head_features, head_of, shifts
+from .markdown import table
+
+
+# Groups whose members are nearer to each other than to others by less are none.
+CLEAR_GROUPS = 0.4
+# Proportions of classes that differ by more are worth a method that minds them.
+SKEWED = 0.2
+MOST_GROUPS = 8
+# Rows of a client that are looked at: means need no more.
+MOST_ROWS = 500
+
+
+@dataclass
+class ClientDifferences:
+    """
+    The differences of clients.
+
+    Args:
+        label_skew (`float`): Mean over clients of half the sum of absolute differences between their proportions of
+            classes and those of all rows: 0 if they are the same, towards 1 if each has a class of its own.
+        shift_MM (`np.ndarray` of shape `[M, M]`): How far the classes of two clients are apart, in squared standard
+            deviations within classes; around 0 or below where they look the same.
+        groups (`list[int]`): The group of each client; one for all where no groups are clear.
+        clearness (`float`): Silhouette of the groups, -1 to 1; of the best division if none is clear.
+    """
+
+    label_skew: float
+    shift_MM: np.ndarray
+    groups: list[int]
+    clearness: float
+
+    @property
+    def num_groups(self) -> int:
+        return len(set(self.groups))
+
+    @property
+    def advice(self) -> str:
+        """Says in a sentence what that suggests."""
+        if self.num_groups > 1:
+            return (
+                f"Classes look different in {self.num_groups} groups of clients: no single compact model serves all. "
+                f"Compare `fedmoe_groups` with {self.num_groups} routed experts, and FedAvg+ as its control."
+            )
+        if self.label_skew > SKEWED:
+            return (
+                "Clients differ in how many of each class they have, and a class looks the same at all: one model for "
+                "all is right. Take FedAvg, tuned on the reserved set; a mixture has little to add."
+            )
+        return "Clients look alike: take FedAvg. A mixture has little to add."
+
+    def __str__(self) -> str:
+        same_MM = np.equal.outer(self.groups, self.groups)
+        within, between = self.shift_MM[same_MM & ~np.eye(len(same_MM), dtype=bool)], self.shift_MM[~same_MM]
+        rows: list[list[object]] = [
+            ["clients", len(self.groups)],
+            ["label skew, 0 to 1", f"{self.label_skew:.2f}"],
+            ["groups", self.num_groups],
+            ["clearness of groups, -1 to 1", f"{self.clearness:.2f}"],
+            ["shift of classes within groups", f"{within.mean():.2f}"],
+            ["shift of classes between groups", f"{between.mean():.2f}" if len(between) else "-"],
+        ]
+        return f"{table(rows, ['', ''])}\n\n{self.advice}"
+
+
+@torch.no_grad()
+def diagnose(
+    data: FederatedDataset, model: PreTrainedModel, data_collator: Callable, statistics_size: int = 64
+) -> ClientDifferences:
+    """
+    Tells in what clients differ, from one pass of a model over some rows of each.
+
+    Args:
+        data ([`~data.FederatedDataset`]): Its clients, prepared as for training.
+        model ([`~transformers.PreTrainedModel`]): A classifier with a linear head, of whose features statistics are;
+            random weights tell groups too.
+        data_collator (`Callable`): Makes batches of rows.
+        statistics_size (`int`, *optional*, defaults to 64): d, the features, at most.
+
+    Raises:
+        ValueError: When there are fewer than four clients, among which no groups can be told.
+    """
+    if data.num_clients < 4:
+        raise ValueError(f"`data` has {data.num_clients} clients: groups can be told of four or more.")
+    training = model.training
+    model.eval()
+    clients = map(data.client, range(data.num_clients))
+    found = [_statistics(rows, model, data_collator, statistics_size) for rows in clients]
+    model.train(training)
+    together = found[0]
+    for statistics in found[1:]:
+        together = together + statistics
+    count_MC = torch.stack([statistics.count_C for statistics in found])
+    sum_MCd = torch.stack([statistics.sum_Cd for statistics in found])
+    shift_MM = shifts(count_MC, sum_MCd, together.within_covariance())
+    groups, clearness = _clearest_groups(shift_MM)
+    counts_MC = data.label_counts()
+    shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)
+    skew = np.abs(shares_MC - counts_MC.sum(0) / counts_MC.sum()).sum(1).mean() / 2
+    return ClientDifferences(float(skew), shift_MM.numpy(), groups, clearness)
+
+
+def _statistics(rows: Dataset, model: PreTrainedModel, collate: Callable, size: int) -> ClientStatistics:
+    head = head_of(model)
+    features, labels = [], []
+    for start in range(0, min(len(rows), MOST_ROWS), 64):
+        batch = collate([rows[place] for place in range(start, min(start + 64, len(rows), MOST_ROWS))])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        features.append(head_features(model, head, batch, size).cpu())
+        labels.append(batch["labels"].cpu())
+    return ClientStatistics.of(torch.cat(features), torch.cat(labels), head.out_features)
+
+
+def _clearest_groups(shift_MM: torch.Tensor) -> tuple[list[int], float]:
+    """Divides clients into as many groups as are clearest, and says how clear; all are one group if none is."""
+    distance_MM = (shift_MM - shift_MM.min()).fill_diagonal_(0).numpy()
+    divisions = []
+    for count in range(2, min(MOST_GROUPS, len(shift_MM) // 2) + 1):
+        groups = groups_of(shift_MM, count).tolist()
+        # A group of one tells nothing: any client is the nearest to itself.
+        if min(map(groups.count, groups)) > 1:
+            divisions.append((float(silhouette_score(distance_MM, groups, metric="precomputed")), groups))
+    clearness, groups = max(divisions, default=(0.0, [0] * len(shift_MM)))
+    return (groups if clearness > CLEAR_GROUPS else [0] * len(shift_MM)), clearness

@@ -1,0 +1,46 @@
+"""In what clients differ: groups, proportions of classes, or nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_fedmoe import diagnose
+from hf_fedmoe.data import FederatedDataset, dirichlet, iid
+from tests.strategies.test_fedmoe_groups import federation_of_groups
+from tests.tiny_federation import tiny_expert, tiny_rows, with_padding
+
+
+def of(data):
+    model = tiny_expert().train()
+    before = torch.get_rng_state()
+    found = diagnose(data, model, lambda rows: with_padding(list(rows)))
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    return found
+
+
+def test_groups_to_whom_labels_mean_something_else():
+    found = of(federation_of_groups())
+    assert found.num_groups == 2 and len(set(found.groups[::2])) == len(set(found.groups[1::2])) == 1
+    same_MM = np.equal.outer(found.groups, found.groups)
+    assert found.shift_MM[~same_MM].min() > found.shift_MM[same_MM].max()
+    assert "Compare `fedmoe_groups` with 2 routed experts" in found.advice
+    assert "| groups | 2 |" in str(found) and found.clearness > 0.5
+
+
+def test_clients_that_are_alike():
+    rows = tiny_rows(300)
+    found = of(FederatedDataset(rows, iid(300, 6)))
+    assert found.num_groups == 1 and found.label_skew < 0.15 and found.advice.startswith("Clients look alike")
+    assert "| shift of classes between groups | - |" in str(found)
+
+
+def test_clients_of_other_proportions_are_no_groups():
+    rows = tiny_rows(400)
+    found = of(FederatedDataset(rows, dirichlet(rows["label"], 6, 0.3, seed=1, min_size=20)))
+    counts = found.label_skew
+    assert found.num_groups == 1 and counts > 0.25 and "one model for all is right" in found.advice
+
+
+def test_few_clients_are_refused():
+    with pytest.raises(ValueError, match=r"`data` has 3 clients: groups can be told of four or more"):
+        of(FederatedDataset(tiny_rows(60), iid(60, 3)))
