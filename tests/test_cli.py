@@ -32,6 +32,8 @@ finally:
         (["comapre"], 2, "hf-fedmoe: argument COMMAND: invalid choice: 'comapre' (choose from"),
         ([], 2, "hf-fedmoe: the following arguments are required: COMMAND"),
         (["compare"], 2, "hf-fedmoe compare: the following arguments are required: file"),
+        (["expert", "--help"], 0, "a mixture without an owner"),
+        (["expert", "train", "--name", "court"], 2, "expert train: the following arguments are required: --base"),
         (["compare", "x.yaml", "--jobs", "many"], 2, "argument --jobs: invalid int value: 'many'"),
     ],
 )

@@ -1,13 +1,17 @@
 """The blocks of README.md and docs/ run as they stand, in the order of the page."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
-from transformers import pipeline
+from transformers import AutoTokenizer, pipeline
 
+from hf_fedmoe import FedMoEForCausalLM
+from hf_fedmoe.cli import main as run_command
 from hf_fedmoe.data import load_source
 from hf_fedmoe.experiments import compare
 from hf_fedmoe.strategies import FedAvg
@@ -125,6 +129,33 @@ def test_language_models_of_the_docs(newcomer):
         again = PeftModel.from_pretrained(names["alone"].from_pretrained(names["BASE"]), "runs/owners/code-again")
         torch.testing.assert_close(again(**inputs).logits, model(**inputs, expert="code").logits)
         assert names["fewer"].config.expert_names == ["base", "plays"]
+
+
+def test_commands_of_language_models_in_the_docs(newcomer, capsys):
+    train, merge, remove = blocks("docs/language_models.md", "bash")
+    texts = {owner: [] for owner in ("plays", "code", "public")}
+    for row in pq.read_table("hf_fedmoe/assets/owners/texts.parquet").to_pylist():
+        if row["owner"] in texts and row["split"] == "train":
+            texts[row["owner"]].append(row["text"])
+    for owner, documents in texts.items():
+        Path(f"{owner}.txt").write_text("\n".join(documents)[:20_000])
+    assert "--max_steps 40" in train
+    train = train.replace("--max_steps 40", "--max_steps 2 --disable_tqdm --use_cpu")
+    for command in (train, train.replace("plays", "code").replace("public domain", "PSF-2.0"), merge, remove):
+        program, *words = shlex.split(command.replace("\\\n", " "))
+        assert program == "hf-fedmoe"
+        run_command(words)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [
+        "runs/experts/mixture: a mixture of base, plays, code",
+        "runs/experts/fewer: a mixture of base, plays",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained("runs/experts/mixture")
+    model = FedMoEForCausalLM.from_pretrained("runs/experts/mixture")
+    for owner, name in enumerate(("base", "plays", "code")):
+        text = "public" if name == "base" else name
+        inputs = tokenizer(Path(f"{text}.txt").read_text()[1000:1400], return_tensors="pt")
+        assert model.route(**inputs)[0, -1].argmax() == owner
 
 
 def test_method_of_the_docs(newcomer, tmp_path):

@@ -19,6 +19,7 @@ ROOMS = (
     "federation",
     "strategies",
     "reporting",
+    "owners",
     "training",
     "experiments",
     "cli",

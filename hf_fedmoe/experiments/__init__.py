@@ -16,10 +16,12 @@ _MODULES = {
     "find_model": "experiment",
     "main": "recipe",
     "make_trainer": "methods",
+    "owners_main": "language_owners",
     "parse": "recipe",
     "parse_settings": "settings",
     "read_preset": "settings",
     "read_words": "settings",
+    "training_arguments": "settings",
 }
 
 __all__ = list(_MODULES)

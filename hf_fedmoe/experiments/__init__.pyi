@@ -4,6 +4,7 @@ from .characters import CharacterExperiment as CharacterExperiment
 from .experiment import Experiment as Experiment
 from .experiment import find_model as find_model
 from .images import ImageExperiment as ImageExperiment
+from .language_owners import owners_main as owners_main
 from .methods import make_trainer as make_trainer
 from .named_strategies import method_names as method_names
 from .recipe import main as main
@@ -13,4 +14,5 @@ from .run_comparison import compare as compare
 from .settings import parse_settings as parse_settings
 from .settings import read_preset as read_preset
 from .settings import read_words as read_words
+from .settings import training_arguments as training_arguments
 from .texts import TextExperiment as TextExperiment

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ..training import FedMoETrainingArguments
@@ -227,6 +228,21 @@ def parse_settings(
             "some examples, or set `eval_strategy` to no."
         )
     return experiment, args
+
+
+def training_arguments(told: dict[str, Any]) -> dict[str, Any]:
+    """
+    Reads fields of transformers' own `TrainingArguments` from texts, as [`read_words`] returns them.
+
+    Args:
+        told (`dict`): Texts by name.
+
+    Raises:
+        `ValueError`: When there is no such field, or its value is of another type.
+    """
+    known = settings_of(TrainingArguments)
+    known.pop("output_dir")
+    return typed_settings(told, known)
 
 
 def _those_of(part: type[Experiment | FedMoETrainingArguments], settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Bits per byte of experts, of mixtures of them, and of what they are compared with.
+
+Shape suffixes: N sequences, T tokens, S = T - 1 predicted ones, K owners, E = K + 1 experts (the base first).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..models import FedMoEForCausalLM
+
+
+BATCH = 16
+
+
+@torch.no_grad()
+def log_likelihoods(model: FedMoEForCausalLM, ids_NT: Tensor, **how: Any) -> Tensor:
+    """
+    Computes the logarithm of the probability of each token after the first one.
+
+    Args:
+        model ([`FedMoEForCausalLM`]): The mixture.
+        ids_NT (`torch.Tensor` of shape `(N, T)`): Token ids.
+        how: For the model: `expert` for one expert, `expert_weights`, or nothing for the router.
+
+    Returns:
+        `torch.Tensor` of shape `(N, S)`, in float32.
+    """
+    found = []
+    for ids_BT in ids_NT.split(BATCH):
+        ids_BT = ids_BT.to(model.device)
+        logits = model(input_ids=ids_BT, use_cache=False, **how).logits[:, :-1].float()
+        found.append(-torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids_BT[:, 1:], reduction="none").cpu())
+    return torch.cat(found)
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> int:
+    """Counts the bytes of the tokens after the first one of each sequence."""
+    texts = tokenizer.batch_decode(ids_NT[:, 1:], skip_special_tokens=True)
+    return sum(len(text.encode()) for text in texts)
+
+
+def bits_per_byte(found_NS: Tensor, count: int) -> float:
+    """
+    Computes how many bits a byte costs.
+
+    Args:
+        found_NS (`torch.Tensor` of shape `(N, S)`): From [`log_likelihoods`].
+        count (`int`): From [`bytes_of`].
+    """
+    return -found_NS.double().sum().item() / math.log(2) / count
+
+
+def uniform_ensemble(found_KNS: Tensor) -> Tensor:
+    """Mixes the probabilities of all experts alike, `(N, S)`."""
+    return found_KNS.logsumexp(dim=0) - math.log(len(found_KNS))
+
+
+def likelihood_router(found_ENS: Tensor) -> Tensor:
+    """Mixes the probabilities of all experts by how well each has told the sequence so far, `(N, S)`."""
+    before_ENS = torch.nn.functional.pad(found_ENS.cumsum(dim=-1), (1, 0))[..., :-1]
+    return (before_ENS + found_ENS).logsumexp(dim=0) - before_ENS.logsumexp(dim=0)
+
+
+def score_domain(
+    model: FedMoEForCausalLM, owners: list[str], controls: list[str], ids_NT: Tensor, count: int
+) -> dict[str, float]:
+    """
+    Scores everything on the text of one domain.
+
+    Args:
+        model ([`FedMoEForCausalLM`]): The mixture, with experts of the controls that the router does not know.
+        owners (`list[str]`): Names of the owners.
+        controls (`list[str]`): Names of the other experts.
+        ids_NT (`torch.Tensor` of shape `(N, T)`): Token ids.
+        count (`int`): From [`bytes_of`].
+
+    Returns:
+        `dict[str, float]`: Bits per byte by the name of an expert, and of a way to use all of them.
+    """
+    names = ["base", *owners]
+    found_ENS = torch.stack([log_likelihoods(model, ids_NT, expert=name) for name in names])
+    alone = {name: found_ENS[place] for place, name in enumerate(names)}
+    alone |= {name: log_likelihoods(model, ids_NT, expert=name) for name in controls}
+    # The mean of the adapters' products is what all of them with equal weights add.
+    soup_11E = torch.zeros(1, 1, len(model.config.expert_names), device=model.device)
+    for name in owners:
+        soup_11E[..., model.config.expert_index(name)] = 1 / len(owners)
+    together = {
+        "soup": log_likelihoods(model, ids_NT, expert_weights=soup_11E),
+        "uniform ensemble": uniform_ensemble(found_ENS[1:]),
+        "mixture, soft": log_likelihoods(model, ids_NT),
+        "likelihood router": likelihood_router(found_ENS),
+    }
+    model.config.top_l = 1
+    together["mixture, top-1"] = log_likelihoods(model, ids_NT)
+    model.config.top_l = None
+    return {name: bits_per_byte(found_NS, count) for name, found_NS in {**alone, **together}.items()}

@@ -1,0 +1,19 @@
+"""Owners of text who pool nothing: an expert each, trained alone, the mixture of them, and one without an owner."""
+
+from .merge import merge_experts, remove_owner
+from .texts import pack, read_texts
+from .train import ExpertFacts, default_arguments, fit_adapter, load_base, new_adapter, train_expert
+
+
+__all__ = [
+    "ExpertFacts",
+    "default_arguments",
+    "fit_adapter",
+    "load_base",
+    "merge_experts",
+    "new_adapter",
+    "pack",
+    "read_texts",
+    "remove_owner",
+    "train_expert",
+]

@@ -1,0 +1,142 @@
+"""The recipe of owners of text: its figures by hand, its files, and what it refuses."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from hf_fedmoe import FedMoEForCausalLM
+from hf_fedmoe.experiments import owners_main
+from hf_fedmoe.experiments.language_controls import train_fedavg
+from hf_fedmoe.experiments.language_scores import bits_per_byte, likelihood_router, log_likelihoods, uniform_ensemble
+from hf_fedmoe.owners import default_arguments, fit_adapter, new_adapter, pack
+from tests.tiny_decoders import tiny_decoder, tiny_mixture
+from tests.tiny_owners import save_base, text_of
+from tests.tiny_tokenizer import tiny_tokenizer
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = ["--owners", "court", "press", "--opt_out", "press", "--unseen", "films", "--sequence_length", "16"]
+SMALL += ["--steps", "4", "--fedavg_rounds", "2", "--lora_rank", "4", "--test_sequences", "5"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    save_base(tmp_path / "base")
+    rows = []
+    for owner in ("court", "press", "public", "films"):
+        for split in ("train", "reserved", "test"):
+            rows.append({"owner": owner, "split": split, "text": text_of(owner + split)})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "texts.parquet")
+    shutil.copy(RECIPES / "owners_lm.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["owners_lm.py", "--base", "base", "--texts", "texts.parquet", *SMALL, *words])
+    owners_main(Path("owners_lm.yaml"))
+
+
+def test_the_recipe_from_texts_to_tables(place, monkeypatch, capsys):
+    run(monkeypatch, "--seeds", "0", "1")
+    said = capsys.readouterr().out
+    table = Path("runs/owners_lm/table.md").read_text()
+    assert table in said and "| mixture, soft |" in table and " ± " in table
+    assert said.count("press (") == 2 and "runs/owners_lm/seed-0/without-press goes on:" in said
+    found = json.loads(Path("runs/owners_lm/results.json").read_text())["0"]
+    mixture = FedMoEForCausalLM.from_pretrained("runs/owners_lm/seed-0/mixture")
+    fewer = FedMoEForCausalLM.from_pretrained("runs/owners_lm/seed-0/without-press")
+    text = text_of("presstest")
+    ids = torch.tensor(pack(tiny_tokenizer(), [text], 16)[:5])
+    count = sum(len(each.encode()) for each in tiny_tokenizer().batch_decode(ids[:, 1:]))
+    with torch.no_grad():
+        for row, model, how in (
+            ("base", mixture, {"expert": "base"}),
+            ("court", mixture, {"expert": "court"}),
+            ("mixture, soft", mixture, {}),
+            ("without", fewer, {}),
+        ):
+            bits = model(input_ids=ids, labels=ids, **how).loss.item() * ids[:, 1:].numel() / math.log(2)
+            assert found[row]["press"] == pytest.approx(bits / count, rel=1e-5)
+    assert found["oracle by domain"]["owners"] == (found["court"]["court"] + found["press"]["press"]) / 2
+    assert found["best single expert"]["owners"] == min(found[owner]["owners"] for owner in ("court", "press"))
+
+
+def test_figures_by_hand():
+    found = torch.tensor([[0.5, 0.25], [0.125, 0.75]]).log()[:, None]
+    assert torch.allclose(uniform_ensemble(found).exp(), torch.tensor([[0.3125, 0.5]]))
+    # After the first token the experts have 4 : 1.
+    assert torch.allclose(likelihood_router(found).exp(), torch.tensor([[0.3125, 0.8 * 0.25 + 0.2 * 0.75]]))
+    assert bits_per_byte(torch.tensor([[0.5, 0.25]]).log(), 2) == pytest.approx(1.5)
+
+
+def test_the_soup_is_the_mean_of_the_updates():
+    mixture, ids = tiny_mixture("gpt2"), torch.arange(3, 19)[None]
+    weights = torch.tensor([[[0, 1 / 3, 1 / 3, 1 / 3]]])
+    merged = mixture.merge("base")
+    with torch.no_grad():
+        for name in ("court", "press", "code"):
+            own = mixture.merge(name)
+            for layer in mixture.target_names:
+                base = mixture.base.get_submodule(layer).weight
+                merged.get_submodule(layer).weight += (own.get_submodule(layer).weight - base) / 3
+        soup = log_likelihoods(mixture, ids, expert_weights=weights)
+        logits = merged(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    torch.testing.assert_close(soup, logits.gather(-1, ids[:, 1:, None])[..., 0])
+
+
+def test_federated_averaging_is_the_mean_of_what_owners_train(tmp_path):
+    texts = {name: pack(tiny_tokenizer(), [text_of(name)], 16) for name in ("court", "press")}
+    # All sequences of an owner in one step: their order does not matter.
+    sizes = {"max_steps": 1, "per_device_train_batch_size": 25, "use_cpu": True, "disable_tqdm": True}
+
+    def adapter():
+        return new_adapter(tiny_decoder("gpt2"), 4, 8, seed=3)
+
+    def args():
+        return default_arguments(tmp_path, learning_rate=0.05, lr_scheduler_type="constant", **sizes)
+
+    found = get_peft_model_state_dict(train_fedavg(adapter(), texts, args(), 1))
+    alone = []
+    for rows in texts.values():
+        model = adapter()
+        fit_adapter(model, rows, args())
+        alone.append(get_peft_model_state_dict(model))
+    for name, value in found.items():
+        torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)
+    # In its first step, from B = 0, only B moves.
+    assert not any(torch.equal(alone[0][name], alone[1][name]) for name in found if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--opt_out", "code"], r"`opt_out` is 'code': choose one of the owners ['court', 'press']."),
+        (["--fedavg_rounds", "3"], "`steps` is 4, and `fedavg_rounds` is 3, which does not divide it"),
+        (["--unseen", "tweets"], "`texts` is 'texts.parquet', which has no test text of 'tweets': choose from"),
+        (["--texts", "none.parquet"], "`texts` is 'none.parquet', which cannot be read"),
+        (["--part", "train"], "`part` is 'train'"),
+        (["--stepz", "3"], "There is no setting 'stepz': is it steps"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(place, monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *words)
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and said.startswith(f"owners_lm: {message}") and "\n" not in said
+    assert not Path("runs").exists()
+
+
+def test_help_names_presets_and_values(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["owners_lm.py", "--help"])
+    owners_main(RECIPES / "owners_lm.yaml")
+    said = capsys.readouterr().out
+    assert "smollm2 (" in said and "gpu (" in said and "--steps: Of an owner" in said and "[gpt2-public]" in said
