@@ -32,8 +32,10 @@ from .settings import read_preset, read_words, settings_of, typed_settings
 
 
 # What is in the table, in its order, and what an owner's own expert is called in it.
-ROWS = ("base", "best single expert", "soup", "FedAvg of LoRA", "uniform ensemble", "pooled training of one LoRA")
-ROWS += ("mixture, soft", "mixture, top-1", "likelihood router", "oracle by domain")
+ROWS = (
+    *("base", "best single expert", "soup", "FedAvg of LoRA", "uniform ensemble", "pooled training of one LoRA"),
+    *("mixture, soft", "mixture, top-1", "likelihood router", "oracle by domain"),
+)
 CONTROLS = ("FedAvg of LoRA", "pooled training of one LoRA")
 PROMPT, NEW = 16, 32
 
@@ -167,9 +169,9 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     everything = mixture
     for name, control in zip(CONTROLS, (fedavg, pooled), strict=True):
         everything = everything.add_owner(control.cpu(), name=name)
-    everything = everything.to(args.device)
+    everything.to(args.device)  # type: ignore[arg-type]  # its decorator hides that it is bound
     fewer = remove_owner(folder / "mixture", experiment.opt_out, folder / f"without-{experiment.opt_out}")
-    fewer = fewer.to(args.device)
+    fewer.to(args.device)  # type: ignore[arg-type]  # as above
     scores: Scores = {}
     for domain, ids_NT in test_sequences(experiment, texts, tokenizer).items():
         count = bytes_of(tokenizer, ids_NT)
@@ -222,7 +224,7 @@ def tables(experiment: LanguageExperiment, all_scores: list[Scores]) -> str:
     nobody = [experiment.public, *experiment.unseen]
     domains = [*experiment.owners, *nobody]
     main = [[row, *(cell(row, domain) for domain in ("owners", *nobody))] for row in ROWS]
-    head = ["bits per byte", "the owners' text", f"{experiment.public} (known to the router)"]
+    head: list[object] = ["bits per byte", "the owners' text", f"{experiment.public} (known to the router)"]
     head += [f"{name} (unseen)" for name in experiment.unseen]
     experts = ["base", *experiment.owners, *CONTROLS, "mixture, soft", "mixture, top-1"]
     matrix = [[row, *(cell(row, domain) for domain in domains)] for row in experts]

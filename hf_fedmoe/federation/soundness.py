@@ -237,8 +237,8 @@ def sound_update(
     with kept_needs(strategy, "update"):
         report = strategy.update(server, uploads, step)
     if server.bank_SP is not bank_SP:
-        fault = "`update` puts another tensor in the place of `server.bank_SP`, which the model would not follow"
-        raise BrokenPromiseError(strategy, f"{fault}: change it in place, `server.bank_SP.copy_(...)`")
+        moved = "`update` puts another tensor in the place of `server.bank_SP`, which the model would not follow"
+        raise BrokenPromiseError(strategy, f"{moved}: change it in place, `server.bank_SP.copy_(...)`")
     if fault := _fault_of_numbers(report, "its report"):
         raise BrokenPromiseError(strategy, f"`update` {fault}")
     check_state(strategy, server)

@@ -109,7 +109,7 @@ def new_adapter(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_rank,
-        lora_alpha=lora_alpha,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT divides by it, of whatever number
         target_modules=list(targets),
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in targets.values()),
     )
@@ -274,7 +274,8 @@ def save_expert(folder: Path, model: PeftModel, statistics: TextStatistics, fact
         facts ([`ExpertFacts`]): For the card.
     """
     config = model.peft_config[model.active_adapter]
-    config.target_modules = sorted(config.target_modules)  # PEFT has a set, which is in another order each time
-    model.save_pretrained(folder, save_embedding_layers=False)
+    assert isinstance(config, LoraConfig)
+    config.target_modules = sorted(config.target_modules or ())  # PEFT has a set, which is in another order each time
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     statistics.save(folder / STATISTICS_FILE)
     expert_card(asdict(facts)).save(folder / "README.md")
