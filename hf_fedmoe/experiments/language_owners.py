@@ -32,7 +32,14 @@ from .settings import read_preset, read_words, settings_of, typed_settings
 
 
 # What is in the table, in its order, and what an owner's own expert is called in it.
-ROWS = ("base", "best single expert", "soup", "FedAvg of LoRA", "uniform ensemble", "pooled training of one LoRA")
+ROWS: tuple[str, ...] = (
+    "base",
+    "best single expert",
+    "soup",
+    "FedAvg of LoRA",
+    "uniform ensemble",
+    "pooled training of one LoRA",
+)
 ROWS += ("mixture, soft", "mixture, top-1", "likelihood router", "oracle by domain")
 CONTROLS = ("FedAvg of LoRA", "pooled training of one LoRA")
 PROMPT, NEW = 16, 32
@@ -167,11 +174,11 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     everything = mixture
     for name, control in zip(CONTROLS, (fedavg, pooled), strict=True):
         everything = everything.add_owner(control.cpu(), name=name)
-    everything = everything.to(args.device)
+    put(everything, args.device)
     fewer = remove_owner(folder / "mixture", experiment.opt_out, folder / f"without-{experiment.opt_out}")
-    fewer = fewer.to(args.device)
+    put(fewer, args.device)
     scores: Scores = {}
-    for domain, ids_NT in test_sequences(experiment, texts, tokenizer).items():
+    for domain, ids_NT in reported_sequences(experiment, texts, tokenizer).items():
         count = bytes_of(tokenizer, ids_NT)
         found = score_domain(everything, experiment.owners, list(CONTROLS), ids_NT, count)
         found["without"] = bits_per_byte(log_likelihoods(fewer, ids_NT), count)
@@ -181,7 +188,12 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     return scores
 
 
-def test_sequences(
+def put(model: torch.nn.Module, device: torch.device) -> None:
+    """Moves a model to a device."""
+    model.to(device)
+
+
+def reported_sequences(
     experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
     """Returns the sequences that are reported on, `(N, T)` for each domain."""
@@ -222,7 +234,7 @@ def tables(experiment: LanguageExperiment, all_scores: list[Scores]) -> str:
     nobody = [experiment.public, *experiment.unseen]
     domains = [*experiment.owners, *nobody]
     main = [[row, *(cell(row, domain) for domain in ("owners", *nobody))] for row in ROWS]
-    head = ["bits per byte", "the owners' text", f"{experiment.public} (known to the router)"]
+    head: list[object] = ["bits per byte", "the owners' text", f"{experiment.public} (known to the router)"]
     head += [f"{name} (unseen)" for name in experiment.unseen]
     experts = ["base", *experiment.owners, *CONTROLS, "mixture, soft", "mixture, top-1"]
     matrix = [[row, *(cell(row, domain) for domain in domains)] for row in experts]
@@ -242,7 +254,7 @@ def show(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]])
     """Prints a continuation of a text of each owner by the mixture, and whose it is; and one without an owner."""
     folder = Path(experiment.output_dir, f"seed-{experiment.seeds[0]}")
     tokenizer = AutoTokenizer.from_pretrained(folder / "mixture")
-    prompts = {name: ids_NT[:1, :PROMPT] for name, ids_NT in test_sequences(experiment, texts, tokenizer).items()}
+    prompts = {name: ids_NT[:1, :PROMPT] for name, ids_NT in reported_sequences(experiment, texts, tokenizer).items()}
     gone = experiment.opt_out
     for model_folder, names in (("mixture", experiment.owners), (f"without-{gone}", [gone])):
         model = FedMoEForCausalLM.from_pretrained(folder / model_folder)

@@ -68,19 +68,20 @@ def mixture_card(config: FedMoECausalConfig) -> ModelCard:
     Args:
         config ([`FedMoECausalConfig`]): Of the mixture.
     """
-    licences = [owner.get("licence") for owner in config.owners]
+    owners, known = config.owners or [], config.router_names or []
+    licences = [owner.get("licence") for owner in owners]
     head = _head(licences, library_name="transformers", base_model=config.base_model_name_or_path)
     rows = []
-    for owner in config.owners:
-        in_router = "yes" if owner["name"] in config.router_names else "no, has no weight"
+    for owner in owners:
+        in_router = "yes" if owner["name"] in known else "no, has no weight"
         rows.append((owner["name"], owner.get("licence", "not told"), owner.get("tokens", "not told"), in_router))
     public = (
         "The router knows public text, which goes to the base."
-        if "base" in config.router_names
+        if "base" in known
         else "The router knows no public text: the base has no weight, and text of nobody goes to some owner."
     )
     return ModelCard(
-        f"---\n{head.to_yaml()}\n---\n\n# A mixture of {len(config.owners)} owners of text\n\n"
+        f"---\n{head.to_yaml()}\n---\n\n# A mixture of {len(owners)} owners of text\n\n"
         f"LoRA experts of {code(config.base_model_name_or_path)} (`base_sha256` {code(config.base_sha256)}), one of "
         f"each owner, who pooled nothing, and a router in closed form from their sums. {public}\n\n"
         f"{table(rows, ['owner', 'licence', 'tokens', 'known to the router'])}\n\n"
@@ -101,5 +102,5 @@ def _known(facts: dict[str, Any]) -> dict[str, Any]:
 def _head(licences: list[str | None], **entries: Any) -> ModelCardData:
     told = sorted({licence for licence in licences if licence})
     # The Hub knows a list of licences by its own names; any other one is `other` with a name.
-    licence = {"license": "other", "license_name": ", ".join(told)} if told else {}
+    licence: dict[str, Any] = {"license": "other", "license_name": ", ".join(told)} if told else {}
     return ModelCardData(pipeline_tag="text-generation", tags=TAGS, **licence, **_known(entries))

@@ -106,10 +106,11 @@ def new_adapter(
     )
     targets = find_targets(base, target_modules)
     set_seed(seed)
+    scale: Any = lora_alpha  # PEFT takes fractions too
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_rank,
-        lora_alpha=lora_alpha,
+        lora_alpha=scale,
         target_modules=list(targets),
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in targets.values()),
     )
@@ -273,8 +274,8 @@ def save_expert(folder: Path, model: PeftModel, statistics: TextStatistics, fact
         statistics ([`TextStatistics`]): Of the owner's text.
         facts ([`ExpertFacts`]): For the card.
     """
-    config = model.peft_config[model.active_adapter]
+    config: Any = model.peft_config[model.active_adapter]
     config.target_modules = sorted(config.target_modules)  # PEFT has a set, which is in another order each time
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     statistics.save(folder / STATISTICS_FILE)
     expert_card(asdict(facts)).save(folder / "README.md")
