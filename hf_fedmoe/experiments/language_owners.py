@@ -173,7 +173,7 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     fewer = remove_owner(folder / "mixture", experiment.opt_out, folder / f"without-{experiment.opt_out}")
     fewer.to(args.device)  # type: ignore[arg-type]  # as above
     scores: Scores = {}
-    for domain, ids_NT in test_sequences(experiment, texts, tokenizer).items():
+    for domain, ids_NT in reported_sequences(experiment, texts, tokenizer).items():
         count = bytes_of(tokenizer, ids_NT)
         found = score_domain(everything, experiment.owners, list(CONTROLS), ids_NT, count)
         found["without"] = bits_per_byte(log_likelihoods(fewer, ids_NT), count)
@@ -183,7 +183,12 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     return scores
 
 
-def test_sequences(
+def put(model: torch.nn.Module, device: torch.device) -> None:
+    """Moves a model to a device."""
+    model.to(device)
+
+
+def reported_sequences(
     experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
     """Returns the sequences that are reported on, `(N, T)` for each domain."""
@@ -244,7 +249,7 @@ def show(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]])
     """Prints a continuation of a text of each owner by the mixture, and whose it is; and one without an owner."""
     folder = Path(experiment.output_dir, f"seed-{experiment.seeds[0]}")
     tokenizer = AutoTokenizer.from_pretrained(folder / "mixture")
-    prompts = {name: ids_NT[:1, :PROMPT] for name, ids_NT in test_sequences(experiment, texts, tokenizer).items()}
+    prompts = {name: ids_NT[:1, :PROMPT] for name, ids_NT in reported_sequences(experiment, texts, tokenizer).items()}
     gone = experiment.opt_out
     for model_folder, names in (("mixture", experiment.owners), (f"without-{gone}", [gone])):
         model = FedMoEForCausalLM.from_pretrained(folder / model_folder)

@@ -106,6 +106,7 @@ def new_adapter(
     )
     targets = find_targets(base, target_modules)
     set_seed(seed)
+    scale: Any = lora_alpha  # PEFT takes fractions too
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_rank,
