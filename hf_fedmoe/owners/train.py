@@ -110,7 +110,7 @@ def new_adapter(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_rank,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT divides by it, of whatever number
+        lora_alpha=scale,
         target_modules=list(targets),
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in targets.values()),
     )
