@@ -169,9 +169,9 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     everything = mixture
     for name, control in zip(CONTROLS, (fedavg, pooled), strict=True):
         everything = everything.add_owner(control.cpu(), name=name)
-    everything.to(args.device)  # type: ignore[arg-type]  # its decorator hides that it is bound
+    put(everything, args.device)
     fewer = remove_owner(folder / "mixture", experiment.opt_out, folder / f"without-{experiment.opt_out}")
-    fewer.to(args.device)  # type: ignore[arg-type]  # as above
+    put(fewer, args.device)
     scores: Scores = {}
     for domain, ids_NT in reported_sequences(experiment, texts, tokenizer).items():
         count = bytes_of(tokenizer, ids_NT)
