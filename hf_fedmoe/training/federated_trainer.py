@@ -236,7 +236,11 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
         with self._watch.clients(args.clients_per_round) as bar, self._breakable_by_sigterm(federation):
-            report = federation.run_round(round_index, args.clients_per_round, lambda client: bar.update())
+
+            def on_client(client: int) -> None:
+                bar.update()
+
+            report = federation.run_round(round_index, args.clients_per_round, on_client)
         self.rounds.append(report)
         self.state.global_step = round_index + 1
         self.state.epoch = float(round_index + 1)

@@ -116,9 +116,10 @@ class RoundProgress(RoundLines, ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = tqdm(
+            bar: Any = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="Rounds", unit="round", dynamic_ncols=True
             )
+            self.training_bar = bar  # transformers says that it is `None`
 
     def on_log(
         self,
