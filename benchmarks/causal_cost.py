@@ -51,7 +51,7 @@ def mixture(K: int, rank: int, quick: bool) -> FedMoEForCausalLM:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Of distinct storages of parameters and buffers."""
+    """Returns the bytes of distinct storages of parameters and buffers."""
     storages = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -97,13 +97,13 @@ class Method:
     received: Callable[[FederatedTrainer, int, int], int] | None = None
 
     def sent_by(self, clients: Iterable[int], trainer: FederatedTrainer, round_index: int) -> int:
-        """What these participants of a round send, counted from the tensors of models."""
+        """Counts what these participants of a round send, from the tensors of models."""
         if self.sent is None:
             return sum(num_bytes(trainer.model, but=self.stays) for _ in clients)
         return sum(self.sent(trainer, round_index, client) for client in clients)
 
     def received_by(self, clients: Iterable[int], trainer: FederatedTrainer, round_index: int) -> int:
-        """What these participants of a round receive."""
+        """Counts what these participants of a round receive."""
         if self.received is None:
             return self.sent_by(clients, trainer, round_index)
         return sum(self.received(trainer, round_index, client) for client in clients)

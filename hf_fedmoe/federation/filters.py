@@ -126,8 +126,7 @@ class Clip(Filter):
     @torch.no_grad()
     def upload(self, sent: Payload, task: ClientTask) -> dict[str, Tensor]:
         trained, received = self.layout.views(sent.row_P), self.layout.views(task.received_P)
-        statistics = {slot.name for pair in self.layout.batchnorm for slot in pair}
-        names = [name for name in trained if name in sent.sizes and name not in statistics]
+        names = [name for name in trained if name in sent.sizes and name not in self.layout.statistics]
         updates = [trained[name] - received[name] for name in names]
         if not updates:
             return {}

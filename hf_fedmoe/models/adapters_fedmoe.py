@@ -51,6 +51,8 @@ BASE_ARGUMENTS = (
     "quantization_config",
     "trust_remote_code",
 )
+# What concerns a model that is loaded by its name. (Files of a base in a subfolder would not be found again.)
+LOADING_ARGUMENTS = (*BASE_ARGUMENTS, *(name for name in SOURCE_ARGUMENTS if name != "subfolder"))
 
 PEFT_TYPES = ("LORA", "IA3")
 # More than the width of the layers of any model: adapters are built in memory before weights are read.
@@ -61,6 +63,17 @@ ADAPTERS_MAY_DIFFER = frozenset(
 )
 # Other starts (PiSSA, OLoRA, EVA, ...) take the adapter's start out of the base: the base would not be the named one.
 LORA_STARTS = (True, "gaussian", "orthogonal")
+
+
+def source_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Picks those of `from_pretrained` that decide which version of a checkpoint's files is read."""
+    return {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+
+
+def base_arguments(kwargs: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """Picks those that concern a base loaded by its name, whose revision and folder are not the experts' `source`."""
+    picked = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
+    return picked | {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
 
 
 def peft_config_dict(config: "dict[str, Any] | PeftConfig") -> dict[str, Any]:

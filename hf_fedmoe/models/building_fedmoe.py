@@ -18,14 +18,15 @@ from transformers import initialization as init
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_peft_available
 
 from .adapters_fedmoe import (
-    BASE_ARGUMENTS,
-    SOURCE_ARGUMENTS,
+    LOADING_ARGUMENTS,
     AdapterExpert,
+    base_arguments,
     load_adapter,
     load_base,
     merged_expert,
     peft_config_dict,
     read_adapter_configs,
+    source_arguments,
     train_adapters_only,
 )
 from .configuration_checks import MAX_MODULES, AutoClassifier, built, check_integer
@@ -35,8 +36,6 @@ from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_co
 if is_peft_available():
     from peft import PeftModel
 
-# What concerns an expert that is loaded by its name. (Files of a base in a subfolder would not be found again.)
-LOADING_ARGUMENTS = (*BASE_ARGUMENTS, *(name for name in SOURCE_ARGUMENTS if name != "subfolder"))
 # What a mixture keeps besides its size when its adapters are merged.
 KEPT_WHEN_MERGED = (
     "id2label",
@@ -390,7 +389,7 @@ class FedMoEBuilding(PreTrainedModel):
         As in `PreTrainedModel`. Where a checkpoint holds adapters and the name of their base, the base is loaded by
         that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...).
         """
-        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+        source = source_arguments(kwargs)
         given = pretrained_model_name_or_path if config is None else config
         if given is None:
             raise ValueError("`pretrained_model_name_or_path` is None: pass a folder or a name, or a `config`.")
@@ -411,8 +410,7 @@ class FedMoEBuilding(PreTrainedModel):
         assert file is not None  # or it has raised
         if isinstance(given, (str, os.PathLike)):
             probed, kwargs = cls.config_class.from_pretrained(given, return_unused_kwargs=True, **kwargs)
-        for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
-        for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
+        for_base = base_arguments(kwargs, source)
         peft_config = probed.peft_config or {}
         named, revision = peft_config["base_model_name_or_path"], peft_config.get("revision")
         base = load_base(cls.expert_auto_class, named, built(probed.expert_config), revision=revision, **for_base)

@@ -1,5 +1,5 @@
 """
-How a mixture of owners of text comes about and changes: owners are added and taken out again. Flat: the file travels
+A mixture of owners of text comes about and changes: owners are added and taken out again. Flat: the file travels
 to the Hub as it is.
 
 Shape suffixes: E experts (the base first), D width of the embeddings + 1, P = D (D + 1) / 2, r rank, I and O widths of
@@ -15,16 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .adapters_fedmoe import BASE_ARGUMENTS, SOURCE_ARGUMENTS
+from .adapters_fedmoe import LOADING_ARGUMENTS
 from .adapters_fedmoe_causal import base_sha256, check_same_base, read_adapter, write_adapter
 from .configuration_checks import check_weights
 from .configuration_fedmoe_causal import BASE_NAME, FedMoECausalConfig, check_base_config, owners_as_dicts
 from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, TargetLayer, merge_expert, stack_of, target_layer
 from .router_fedmoe_causal import TextStatistics, packed_bits, ridge_router, unpacked_bits
-
-
-# What concerns a base that is loaded by its name. (Files of a base in a subfolder would not be found again.)
-_LOADING_ARGUMENTS = (*BASE_ARGUMENTS, *(name for name in SOURCE_ARGUMENTS if name != "subfolder"))
 
 
 class FedMoECausalBuilding(PreTrainedModel):
@@ -65,7 +61,7 @@ class FedMoECausalBuilding(PreTrainedModel):
         Raises:
             `ValueError`: If the base is no decoder, or an argument is unknown or out of its range.
         """
-        loading = {name: config_kwargs.pop(name) for name in _LOADING_ARGUMENTS if name in config_kwargs}
+        loading = {name: config_kwargs.pop(name) for name in LOADING_ARGUMENTS if name in config_kwargs}
         known = [name for name in FedMoECausalConfig.__annotations__ if not name.startswith(("_", "base_"))]
         for name in config_kwargs:
             if name not in known:

@@ -10,7 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.utils import logging
 
-from .adapters_fedmoe import SOURCE_ARGUMENTS, peft_config_dict
+from .adapters_fedmoe import peft_config_dict, source_arguments
 from .configuration_checks import (
     MAX_MODULES,
     AutoClassifier,
@@ -174,7 +174,7 @@ class FedMoEConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in `PreTrainedConfig`; as remote code, also fetches the code of experts that transformers lacks."""
-        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+        source = source_arguments(kwargs)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # Running from a checkpoint's own files, this code was trusted together with its neighbours. An installed
         # package was not asked to trust anything, and must not run them.

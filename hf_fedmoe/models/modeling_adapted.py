@@ -20,7 +20,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME
 
-from .adapters_fedmoe import BASE_ARGUMENTS, SOURCE_ARGUMENTS, ids_of_adapters, load_base
+from .adapters_fedmoe import base_arguments, ids_of_adapters, load_base, source_arguments
 from .configuration_adapted import AdaptedConfig, says_the_same
 from .configuration_checks import AutoClassifier, built, class_names
 
@@ -60,11 +60,10 @@ class AdaptedForSequenceClassification(PreTrainedModel):
         """
         # Given the name of an adapter on the Hub, `transformers` comes with that of its base.
         place = str((adapter_kwargs or {}).get("_adapter_model_path") or pretrained_model_name_or_path)
-        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+        source = source_arguments(kwargs)
         if config is None:
             config, kwargs = cls.config_class.from_pretrained(place, return_unused_kwargs=True, **kwargs)
-        for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
-        for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
+        for_base = base_arguments(kwargs, source)
         peft_config = PeftConfig.from_pretrained(place, **source)
         name, revision = peft_config.base_model_name_or_path, peft_config.revision
         if not name:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Generati
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
-from .adapters_fedmoe import BASE_ARGUMENTS, SOURCE_ARGUMENTS, load_base
+from .adapters_fedmoe import base_arguments, load_base, source_arguments
 from .adapters_fedmoe_causal import base_sha256, check_same_base
 from .building_fedmoe_causal import FedMoECausalBuilding
 from .configuration_checks import built
@@ -290,7 +290,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         loaded by that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...),
         and refused if its weights are others than they were.
         """
-        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if name in kwargs}
+        source = source_arguments(kwargs)
         given = pretrained_model_name_or_path if config is None else config
         if given is None:
             raise ValueError("`pretrained_model_name_or_path` is None: pass a folder or a name, or a `config`.")
@@ -310,8 +310,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         assert file is not None  # or it has raised
         if isinstance(given, (str, os.PathLike)):
             probed, kwargs = cls.config_class.from_pretrained(given, return_unused_kwargs=True, **kwargs)
-        for_base = {name: kwargs[name] for name in BASE_ARGUMENTS if name in kwargs}
-        for_base |= {name: value for name, value in source.items() if name not in ("revision", "subfolder")}
+        for_base = base_arguments(kwargs, source)
         model = cls._around_named(probed, for_base)
         tensors, ignored = load_file(file), set(model._keys_to_ignore_on_save or ())
         # In the place of tensors without memory: how many there are says a file that may be anybody's.

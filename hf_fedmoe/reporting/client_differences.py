@@ -5,7 +5,7 @@ same at all of them.
 Shape suffixes: M clients, C classes, d features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from sklearn.metrics import silhouette_score
 from transformers import PreTrainedModel
 
 from ..data import FederatedDataset
-from ..strategies.client_statistics import ClientStatistics, groups_of, head_features, head_of, shifts
+from ..strategies.client_statistics import groups_of, head_of, shifts, statistics_of
 from .markdown import table
 
 
@@ -101,15 +101,15 @@ def diagnose(
         raise ValueError(f"`data` has {data.num_clients} clients: groups can be told of four or more.")
     training = model.training
     model.eval()
-    clients = map(data.client, range(data.num_clients))
-    found = [_statistics(rows, model, data_collator, statistics_size) for rows in clients]
+    head, clients = head_of(model), map(data.client, range(data.num_clients))
+    found = [statistics_of(model, head, _batches(rows, model, data_collator), statistics_size) for rows in clients]
     model.train(training)
     together = found[0]
     for statistics in found[1:]:
         together = together + statistics
     count_MC = torch.stack([statistics.count_C for statistics in found])
     sum_MCd = torch.stack([statistics.sum_Cd for statistics in found])
-    shift_MM = shifts(count_MC, sum_MCd, together.within_covariance())
+    shift_MM = shifts(count_MC, sum_MCd, together.within_covariance()).cpu()
     groups, clearness = _clearest_groups(shift_MM)
     counts_MC = data.label_counts()
     shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)
@@ -117,15 +117,11 @@ def diagnose(
     return ClientDifferences(float(skew), shift_MM.numpy(), groups, clearness)
 
 
-def _statistics(rows: Dataset, model: PreTrainedModel, collate: Callable, size: int) -> ClientStatistics:
-    head = head_of(model)
-    features, labels = [], []
+def _batches(rows: Dataset, model: PreTrainedModel, collate: Callable) -> Iterator[dict[str, torch.Tensor]]:
+    """Gives a client's first rows in batches on the model's device."""
     for start in range(0, min(len(rows), MOST_ROWS), 64):
         batch = collate([rows[place] for place in range(start, min(start + 64, len(rows), MOST_ROWS))])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        features.append(head_features(model, head, batch, size).cpu())
-        labels.append(batch["labels"].cpu())
-    return ClientStatistics.of(torch.cat(features), torch.cat(labels), head.out_features)
+        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _clearest_groups(shift_MM: torch.Tensor) -> tuple[list[int], float]:

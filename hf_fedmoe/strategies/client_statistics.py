@@ -7,7 +7,9 @@ be subtracted again.
 Shape suffixes: M clients, C classes, d features, N rows, B of a batch.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -88,21 +90,33 @@ def head_features(model: nn.Module, head: nn.Linear, batch: dict[str, Tensor], s
         features = (features * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
     if features.shape[1] <= size:
         return features
+    return features @ _projection(features.shape[1], size).to(features)
+
+
+@cache
+def _projection(num_features: int, size: int) -> Tensor:
+    """Draws orthonormal directions `[H, d]`, the same everywhere."""
     generator = torch.Generator().manual_seed(size)
-    projection_Hd, _ = torch.linalg.qr(torch.randn(features.shape[1], size, generator=generator))
-    return features @ projection_Hd.to(features)
+    return torch.linalg.qr(torch.randn(num_features, size, generator=generator)).Q
+
+
+def statistics_of(
+    model: nn.Module, head: nn.Linear, batches: Iterable[dict[str, Tensor]], size: int
+) -> ClientStatistics:
+    """Returns the statistics of batches in the features of a model as it is."""
+    features, labels = [], []
+    for batch in batches:
+        labels.append(batch["labels"])
+        features.append(head_features(model, head, batch, size))
+    return ClientStatistics.of(torch.cat(features), torch.cat(labels), head.out_features)
 
 
 def client_statistics(local: LocalTrainer, dataset: Subset, seed: int, size: int) -> ClientStatistics:
     """Returns those of a client's examples in the features of the worker, as it is loaded."""
     local.worker.eval()
     head = head_of(as_whole(local.worker))
-    features, labels = [], []
-    for batch in local.in_order(dataset, seed):
-        labels.append(batch["labels"])
-        with local.accelerator.autocast():
-            features.append(head_features(local.worker, head, batch, size))
-    return ClientStatistics.of(torch.cat(features), torch.cat(labels), head.out_features)
+    with local.accelerator.autocast():
+        return statistics_of(local.worker, head, local.in_order(dataset, seed), size)
 
 
 def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:

@@ -101,13 +101,12 @@ class FedRolex(Strategy):
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         config = as_whole(server.worker).config
-        statistics = {slot.name for pair in server.layout.batchnorm for slot in pair}
         places_m = []
         for capacity in map(self.capacity, uploads.clients):
             narrow, shift = self.narrow_layout(server, capacity), self.shift(step.round_index)
             places = sub_places(config, server.layout, narrow, shift, server.bank_SP.device)
             if capacity < max(self.capacities):
-                places = {name: place for name, place in places.items() if name not in statistics}
+                places = {name: place for name, place in places.items() if name not in server.layout.statistics}
             places_m.append(places)
         counts_P = average_held_(server.bank_SP[0], uploads.rows_mP, places_m, server.layout)
         server.integers[0] = fuse_integers(uploads.integers, uploads.weights_m)

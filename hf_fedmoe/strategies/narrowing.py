@@ -1,4 +1,4 @@
-"""What a method has made sure of before its first round, said to type checkers: none of this fails afterwards."""
+"""Narrower types, for type checkers: a method has made sure of them before its first round, and none fails later."""
 
 from torch import nn
 from transformers import PreTrainedModel

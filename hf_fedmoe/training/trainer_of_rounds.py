@@ -1,4 +1,4 @@
-"""What the parts of a [`FederatedTrainer`] have in common."""
+"""The base of the parts of a [`FederatedTrainer`]: attributes that they have in common, for type checkers."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -93,9 +93,8 @@ def compress_upload(
     """
     trained, received = layout.views(row_P), layout.views(received_P)
     travelling = [name for name in trained if shared is None or name in shared]
-    statistics = {slot.name for pair in layout.batchnorm for slot in pair}
-    whole = [name for name in travelling if name in statistics]
-    names = [name for name in travelling if name not in statistics]
+    whole = [name for name in travelling if name in layout.statistics]
+    names = [name for name in travelling if name not in layout.statistics]
     update_U = torch.cat([(trained[name] - received[name]).flatten() for name in names])
     if residual_U is not None:
         update_U += residual_U.to(update_U.device)

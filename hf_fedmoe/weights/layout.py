@@ -112,6 +112,11 @@ class StateLayout:
         return {slot.name: slot.shape.numel() * self.dtype.itemsize for slot in self.slots}
 
     @cached_property
+    def statistics(self) -> frozenset[str]:
+        """Names of the running statistics of normalisation layers."""
+        return frozenset(slot.name for pair in self.batchnorm for slot in pair)
+
+    @cached_property
     def _starts(self) -> Tensor:
         return torch.tensor([slot.start for slot in self.slots if slot.shape.numel()])
 

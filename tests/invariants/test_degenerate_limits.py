@@ -115,7 +115,7 @@ def test_server_optimizers_that_are_not_adaptive_are_fedavg(tmp_path, strategy):
 
 
 class NoControl(Scaffold):
-    """Whose control variates stay 0."""
+    """SCAFFOLD whose control variates stay 0."""
 
     def train_client(self, local, task):
         payload, _ = super().train_client(local, task)
