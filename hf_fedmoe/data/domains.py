@@ -8,10 +8,10 @@ by shifts of which it is known how much there is to win.
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from PIL import Image
 
-from .labels import column_as_numpy
+from .labels import read_labels
 from .partitions import check_num_clients, iid
 
 
@@ -80,15 +80,18 @@ def with_domains(dataset: Dataset, num_domains: int, shift: str, seed: int = 0) 
         raise ValueError(f"num_domains is {num_domains}: give at least 1.")
     if DOMAIN_COLUMN in dataset.column_names:
         raise ValueError(f"The data has a column {DOMAIN_COLUMN!r} already: it has domains.")
+    if shift == "labels":
+        before_N, feature = read_labels(dataset, "label", "dataset"), dataset.features["label"]
+        if not isinstance(feature, ClassLabel):
+            raise ValueError(f"`label` is of the type {feature}: make it a `ClassLabel`, as `load_source` does.")
+        if num_domains > feature.num_classes:
+            raise ValueError(f"num_domains is {num_domains}, but {feature.num_classes} classes have no more shifts.")
     if shift == "rotations" and "image" not in dataset.column_names:
         raise ValueError(f"Only images can be turned, and the data has the columns {dataset.column_names}.")
     domain_N = np.random.default_rng(seed).permutation(len(dataset)) % num_domains
     dataset = dataset.add_column(DOMAIN_COLUMN, domain_N)
     if shift == "labels":
-        feature = dataset.features["label"]
-        labels_N = (column_as_numpy(dataset, "label") + domain_N * feature.num_classes // num_domains) % (
-            feature.num_classes
-        )
+        labels_N = (before_N + domain_N * feature.num_classes // num_domains) % feature.num_classes
         return dataset.remove_columns("label").add_column("label", labels_N, feature=feature)
 
     def turn(rows: dict[str, list]) -> dict[str, list]:

@@ -321,6 +321,13 @@ class Strategy(LocalObjective):
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
         return local.train(*args), {}
 
+    def upload_fault(self, server: Server, payload: Payload) -> str | None:
+        """
+        Says why an upload must be refused that is sound by itself, `None` if it need not: where what it has beside its
+        model cannot be.
+        """
+        return None
+
     def shared(self, server: Server, round_index: int) -> Collection[str] | None:
         """
         Names of the tensors that travel in this round, each way; `None` for all. The others stay private: in an upload

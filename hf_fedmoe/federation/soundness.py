@@ -157,7 +157,7 @@ def upload_fault(strategy: Strategy, server: Server, task: ClientTask, payload: 
     given was not, raises [`BrokenPromiseError`].
     """
     known = Payload(server.bank_SP[0], server.integers[0], size)
-    fault = payload_fault(payload, server.layout, known)
+    fault = payload_fault(payload, server.layout, known) or strategy.upload_fault(server, payload)
     if fault is not None and not all_finite([task.received_P]):
         fault = f"`download` gives client {task.client} a row that is not finite"
         raise BrokenPromiseError(strategy, fault)

@@ -3,13 +3,15 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils.other import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from yaml import YAMLError
 
 from ..models import FedMoECausalConfig, FedMoEForCausalLM, TextStatistics
 from ..models.lora_fedmoe_causal import find_targets
@@ -127,6 +129,17 @@ def remove_owner(mixture: str | os.PathLike, names: str | Sequence[str], out: st
 
 
 def _read_expert(folder: Path) -> _Expert:
+    try:
+        return _read_files(folder)
+    # Each format has an error of its own for a file that is damaged or none of its kind.
+    except (SafetensorError, YAMLError, JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`experts` has {str(folder)!r}, of which a file cannot be read ({type(error).__name__}: {error}): have "
+            "it sent again, as `hf-fedmoe expert train` wrote it."
+        ) from error
+
+
+def _read_files(folder: Path) -> _Expert:
     for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_FILE):
         if not (folder / file).is_file():
             raise ValueError(

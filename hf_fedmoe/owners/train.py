@@ -25,6 +25,7 @@ from ..models.configuration_checks import check_integer
 from ..models.configuration_fedmoe_causal import owners_as_dicts
 from ..models.lora_fedmoe_causal import find_targets
 from ..models.router_fedmoe_causal import PREFIXES
+from ..weights import all_finite
 from .cards import expert_card
 from .texts import pack, read_texts
 
@@ -139,6 +140,9 @@ def fit_adapter(model: PeftModel, sequences: Sequence[list[int]], args: Training
     loss = trainer.train().training_loss
     if not math.isfinite(loss):
         raise ValueError(f"`learning_rate` is {args.learning_rate}, with which the loss became {loss}: lower it.")
+    # The loss is that of before the last step.
+    if not all_finite(parameter for parameter in model.parameters() if parameter.requires_grad):
+        raise ValueError(f"`learning_rate` is {args.learning_rate}, with which weights became infinite: lower it.")
     return loss
 
 

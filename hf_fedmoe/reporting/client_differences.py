@@ -5,6 +5,7 @@ same at all of them.
 Shape suffixes: M clients, C classes, d features.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -99,11 +100,12 @@ def diagnose(
     """
     if data.num_clients < 4:
         raise ValueError(f"`data` has {data.num_clients} clients: groups can be told of four or more.")
-    training = model.training
+    head, clients, training = head_of(model), map(data.client, range(data.num_clients)), model.training
     model.eval()
-    head, clients = head_of(model), map(data.client, range(data.num_clients))
-    found = [statistics_of(model, head, _batches(rows, model, data_collator), statistics_size) for rows in clients]
-    model.train(training)
+    try:
+        found = [statistics_of(model, head, _batches(rows, model, data_collator), statistics_size) for rows in clients]
+    finally:
+        model.train(training)
     together = found[0]
     for statistics in found[1:]:
         together = together + statistics
@@ -118,9 +120,10 @@ def diagnose(
 
 
 def _batches(rows: Dataset, model: PreTrainedModel, collate: Callable) -> Iterator[dict[str, torch.Tensor]]:
-    """Gives a client's first rows in batches on the model's device."""
-    for start in range(0, min(len(rows), MOST_ROWS), 64):
-        batch = collate([rows[place] for place in range(start, min(start + 64, len(rows), MOST_ROWS))])
+    """Gives rows of a client in batches on the model's device: of many some of all parts, which may be sorted."""
+    places = range(0, len(rows), math.ceil(len(rows) / MOST_ROWS))
+    for start in range(0, len(places), 64):
+        batch = collate([rows[place] for place in places[start : start + 64]])
         yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 

@@ -53,6 +53,18 @@ class ClientStatistics:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return ClientStatistics(*(mine - theirs for mine, theirs in pairs))
 
+    def fault(self, num_examples: int) -> str | None:
+        """Says why these cannot be sums over so many rows, `None` if they can."""
+        count_C, gram_dd = self.count_C, self.gram_dd
+        if (count_C < 0).any() or (count_C != count_C.round()).any() or count_C.sum() != num_examples:
+            return f"its statistics are of {count_C.tolist()} rows by class, where there are {num_examples}"
+        # Rounding leaves directions in which nothing varies a little below 0.
+        slack = 1e-6 * gram_dd.diagonal().abs().max()
+        within_dd = self.within_covariance() * num_examples
+        if (gram_dd - gram_dd.T).abs().max() > slack or torch.linalg.eigvalsh(within_dd)[0] < -slack:
+            return "its statistics have a variance below 0, as no rows have"
+        return None
+
     def within_covariance(self) -> Tensor:
         """Returns the covariance `[d, d]` of features around the means of their classes."""
         between_dd = self.sum_Cd.T @ (self.sum_Cd / self.count_C.clamp_min(1)[:, None])
@@ -128,6 +140,11 @@ def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
     size = sum_MCd.shape[2]
     # A little of each feature's own variance keeps directions in which nothing varies from counting without end.
     variance_d = covariance_dd.diagonal()
+    if not 0 < variance_d.max() < torch.inf:
+        raise ValueError(
+            f"Features of the model vary by {variance_d.max().item():.3g} within classes, so that nothing can be told "
+            "of them: take a model whose features depend on its input, and are finite."
+        )
     factor_dd = torch.linalg.cholesky(covariance_dd + (1e-3 * variance_d + 1e-9 * variance_d.max()).diag())
     means_MCd = sum_MCd / count_MC.clamp_min(1)[..., None]
     white_MCd = torch.linalg.solve_triangular(factor_dd, means_MCd.flatten(0, 1).T, upper=False).T.view_as(means_MCd)
@@ -141,6 +158,8 @@ def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
 
 def groups_of(shift_MM: Tensor, num_groups: int) -> Tensor:
     """Returns the group `[M]` of each client: those are joined whose members' shifts are the least on average."""
+    if num_groups == 1:  # which a clustering of one client would refuse
+        return torch.zeros(len(shift_MM), dtype=torch.int64)
     clustering = AgglomerativeClustering(num_groups, metric="precomputed", linkage="average")
     # Estimates of a shift that is not there may be below 0, which no distance is; averages do not mind what is added.
     distance_MM = (shift_MM - shift_MM.min()).fill_diagonal_(0).cpu().numpy()

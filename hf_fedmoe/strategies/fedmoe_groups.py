@@ -134,6 +134,10 @@ class FedMoEGroups(Strategy):
         payload.tensors = {} if found is None else vars(found)
         return payload, stays
 
+    def upload_fault(self, server: Server, payload: Payload) -> str | None:
+        """Refuses statistics that no rows have: one client's would end the round of all."""
+        return ClientStatistics(**payload.tensors).fault(payload.num_examples) if payload.tensors else None
+
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         self._find_groups(server, uploads)
         report = self._fuse(server, uploads)

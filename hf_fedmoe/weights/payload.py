@@ -91,6 +91,10 @@ def payload_fault(payload: Payload, layout: StateLayout, known: Payload) -> str 
     for name, tensor in payload.tensors.items():
         if not all_finite([tensor]):
             return f"`{name}`, which it sends beside the model, holds values that are not finite"
+        if tensor.is_floating_point() and tensor.numel():
+            largest, bound = tensor.abs().max().item(), math.sqrt(torch.finfo(tensor.dtype).max / tensor.numel())
+            if largest > bound:
+                return f"`{name}` holds {largest:.3g}, too much to compute with: above {bound:.3g} squares overflow"
     return _fault_of_integers(payload.integers, known.integers) or _fault_of_weights(payload.row_P, layout)
 
 

@@ -57,5 +57,12 @@ def test_what_cannot_be_shifted_is_refused():
         with_domains(pictures().remove_columns("image"), 2, "rotations")
     with pytest.raises(ValueError, match="has a column 'domain' already"):
         with_domains(with_domains(pictures(), 2, "labels"), 2, "labels")
+    with pytest.raises(ValueError, match="num_domains is 5, but 4 classes have no more shifts"):
+        with_domains(pictures(), 5, "labels")
+    unlabelled = pictures().remove_columns("label").add_column("label", [-1] * 40)
+    with pytest.raises(ValueError, match="-1"):
+        with_domains(unlabelled, 2, "labels")
+    with pytest.raises(ValueError, match=r"`label` is of the type Value.*: make it a `ClassLabel`"):
+        with_domains(pictures().remove_columns("label").add_column("label", [1] * 40), 2, "labels")
     with pytest.raises(ValueError, match="num_domains is 0"):
         with_domains(pictures(), 0, "labels")

@@ -213,3 +213,28 @@ def test_from_the_command_line(place, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err.strip()
         assert stop.value.code == 2 and message in said.splitlines()[-1], said
         assert not Path("x").exists()
+
+
+def test_weights_that_became_infinite_are_not_written(place, tmp_path):
+    args = arguments(tmp_path / "out", learning_rate=1e30, max_steps=2)
+    with pytest.raises(ValueError, match=r"`learning_rate` is 1e\+30, with which"):
+        train_expert("x", place / "base", place / "court.txt", tmp_path / "out", args=args, **PLAIN)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_model.safetensors", b"\x80\x04K\x01."),  # a pickle of that name
+        ("statistics.safetensors", b"abc"),
+        ("adapter_config.json", b"{"),
+        ("README.md", b"---\nowner: [\n---\n"),
+        ("README.md", b"\xff\xfe---"),
+    ],
+)
+def test_damaged_files_of_an_expert_are_told_with_its_folder(file, content, place, tmp_path):
+    shutil.copytree(place / "court", tmp_path / "court")
+    (tmp_path / "court" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"`experts` has '.*court', of which a file cannot be read"):
+        merge_experts(place / "base", [tmp_path / "court", place / "press"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import torch
 
 from hf_fedmoe import diagnose
 from hf_fedmoe.data import FederatedDataset, dirichlet, iid
+from hf_fedmoe.reporting import client_differences
 from tests.strategies.test_fedmoe_groups import federation_of_groups
 from tests.tiny_federation import tiny_expert, tiny_rows, with_padding
 
@@ -39,6 +40,24 @@ def test_clients_of_other_proportions_are_no_groups():
     found = of(FederatedDataset(rows, dirichlet(rows["label"], 6, 0.3, seed=1, min_size=20)))
     counts = found.label_skew
     assert found.num_groups == 1 and counts > 0.25 and "one model for all is right" in found.advice
+
+
+def test_of_many_rows_some_of_all_parts_are_looked_at(monkeypatch):
+    """They may be sorted by class."""
+    monkeypatch.setattr(client_differences, "MOST_ROWS", 70)
+    rows = tiny_rows(200).sort("label")
+    batches = list(client_differences._batches(rows, tiny_expert(), lambda rows: with_padding(list(rows))))
+    assert [len(batch["labels"]) for batch in batches] == [64, 3]
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == rows["label"][::3]
+
+
+def test_features_that_do_not_vary_are_refused():
+    model = tiny_expert()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with pytest.raises(ValueError, match="Features of the model vary by 0 within classes"):
+        diagnose(federation_of_groups(), model, lambda rows: with_padding(list(rows)))
 
 
 def test_few_clients_are_refused():

@@ -1,5 +1,7 @@
 """Fed-MoE of groups: who is in which, what is averaged over whom, and who is served by what."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,38 @@ def test_clients_are_served_by_the_expert_of_their_group_and_a_new_one_by_the_be
         losses = [local.mean_loss(own, row_P, {}, 0) for row_P in server.bank_SP[1:]]
         best = run.model.experts[1 + losses.index(min(losses))]
         assert_equal_states(state(federation.personal_model(client)), state(best))
+
+
+def test_one_group_of_one_known_client(tmp_path):
+    model = FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=1)
+    run = trained(tmp_path, model=model, rounds=1, clients_per_round=1)
+    (client,) = run.rounds[0].clients
+    assert run._left[0]["group_M"].tolist() == [0 if c == client else NOBODY for c in range(CLIENTS)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sent: sent["gram_dd"].copy_(-1e6 * torch.eye(16)), "its statistics have a variance below 0"),
+        (lambda sent: sent["gram_dd"][0, 1].add_(1e6), "its statistics have a variance below 0"),
+        (lambda sent: sent["count_C"].neg_(), "its statistics are of .* rows by class, where there are 60"),
+        (lambda sent: sent["count_C"].zero_(), r"its statistics are of \[0.0, 0.0, 0.0\] rows by class"),
+        (lambda sent: sent["sum_Cd"].mul_(1e200), "`sum_Cd` holds .*, too much to compute with"),
+    ],
+)
+def test_statistics_that_no_rows_have_are_refused_by_name(tmp_path, change, message):
+    class Lies(FedMoEGroups):
+        def train_client(self, local, task):
+            payload, stays = super().train_client(local, task)
+            if task.client == 2 and payload.tensors:
+                change(payload.tensors)
+            return payload, stays
+
+    run = trained(tmp_path, Lies(statistics_size=16), rounds=1)
+    assert list(run.rounds[0].refused) == [2]
+    assert re.search(message, run.rounds[0].refused[2]), run.rounds[0].refused
+    group_M = run._left[0]["group_M"]
+    assert group_M[2] == NOBODY and (group_M[[0, 4]] == group_M[0]).all() and group_M[1] != group_M[0]
 
 
 def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):

@@ -79,3 +79,6 @@ def test_scaled_gradients_are_refused_before_the_run(tmp_path):
     args.fp16 = True
     with pytest.raises(ValueError, match=r"`fp16` is True, .* choose `bf16=True`"):
         FederatedTrainer(tiny_expert(), args, tiny_federation(), Scaffold())
+    args = tiny_args(tmp_path, max_update_norm=2.0)
+    with pytest.raises(ValueError, match=r"`max_update_norm` is 2.0, but control variates move the server too"):
+        FederatedTrainer(tiny_expert(), args, tiny_federation(), Scaffold())

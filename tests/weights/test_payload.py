@@ -47,6 +47,12 @@ def test_values_beside_the_model_must_be_finite(layout):
     )
 
 
+def test_values_beside_the_model_whose_squares_overflow_are_named(layout):
+    assert "`control` holds 1e+30, too much to compute" in fault(layout, tensors={"control": torch.tensor([1e30])})
+    counts = {"count": torch.tensor([2**62]), "nothing": torch.zeros(0), "large": torch.tensor([1e18])}
+    assert fault(layout, tensors=counts) is None
+
+
 def test_sound_payload_has_no_fault(layout):
     assert fault(layout) is None
     assert fault(layout, num_examples=12, metrics={"loss": 0.5, "steps": 3}, integers={}) is None
