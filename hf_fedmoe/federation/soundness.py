@@ -1,5 +1,5 @@
 """
-What must hold whatever a method does: its hooks keep their promises, and its server is sound after each step.
+Checks of every method: its hooks keep their promises, and its server is sound after each step.
 
 Shape suffixes: m participants, P elements of a row.
 """
