@@ -112,10 +112,13 @@ class Participants:
                 if trained is None:
                     task = self.task(client, round_index, out_P)
                     with self.local_trainer.clock.client():
-                        payload, stays = soundness.upload_of(fit, task, self.strategy, self.local_trainer, self.server)
+                        due = soundness.tensors_due(self.strategy, self.server, client)
+                        payload, stays = soundness.upload_of(
+                            fit, task, self.strategy, self.local_trainer, self.server.bank_SP, due
+                        )
                 else:
                     task, payload = trained
-                stays = self._finish_upload(task, payload, stays)
+                stays = self.finish_upload(task, payload, stays, self.filters)
                 reply.fault = soundness.upload_fault(
                     self.strategy, self.server, task, payload, self.client_sizes[client]
                 )
@@ -157,7 +160,9 @@ class Participants:
             if reply.probed is not None and not all_finite([reply.probed]):
                 reply.fault = "what its model computes of the reserved set is not finite"
 
-    def _finish_upload(self, task: ClientTask, payload: Payload, stays: dict[str, Tensor]) -> dict[str, Tensor]:
+    def finish_upload(
+        self, task: ClientTask, payload: Payload, stays: dict[str, Tensor], filters: Sequence[Filter]
+    ) -> dict[str, Tensor]:
         """Makes a trained client's payload what travels, and returns all that stays with the client."""
         for name, tensor in stays.items():
             if not all_finite([tensor]):
@@ -166,7 +171,7 @@ class Participants:
             stays |= self.local_trainer.optimizer_tensors()
         if not payload.sizes:
             payload.weigh(self.server.layout)
-        for filter in self.filters:
+        for filter in filters:
             stays |= filter.upload(payload, task)
         return stays
 

@@ -30,6 +30,7 @@ from ..federation import (
     BatchReader,
     ClientClock,
     ClientStore,
+    EachItsOwn,
     Federation,
     LocalTrainer,
     Participants,
@@ -293,7 +294,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         pool = self._columns_of_clients()
         check_batch_has_labels(pool, self.train_data_collator, data.label_column)
         reserved = None
-        if self.strategy.needs_reserved_set():
+        if self.strategy.needs_reserved_set() and data.reserved is not None:  # a node of a federation has none
             reserved = ReservedSet(
                 self._remove_unused_columns(data.reserved, "reserved"),
                 self.data_collator,
@@ -342,7 +343,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             self.client_name,
         )
         return Federation(
-            make_engine(args, participants, self.processes),
+            self._engine(participants),
             data.num_clients,
             args.client_draw_seed,
             args.client_choice,
@@ -351,6 +352,10 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             gate_fit=make_gate_fit(args, self.model, self.processes, self.accelerator.mixed_precision),
             computes_finite=lambda model: known_rows()(model),
         )
+
+    def _engine(self, participants: Participants) -> EachItsOwn:
+        """Makes what trains participants, as the arguments ask."""
+        return make_engine(self.args, participants, self.processes)
 
     # The model card
 

@@ -1,0 +1,40 @@
+"""What carries messages: the only thing that the engine of messages knows of a transport."""
+
+from typing import NamedTuple, Protocol
+
+
+class Answer(NamedTuple):
+    """
+    What came back for a message.
+
+    Args:
+        message_id (`str`): Of the message that it answers.
+        packed (`bytes`, *optional*): The answer, `None` if there will be none.
+        fault (`str`, *optional*): Why there will be none.
+    """
+
+    message_id: str
+    packed: bytes | None
+    fault: str | None = None
+
+
+class Link(Protocol):
+    """The server's end of a transport. Nodes are known by numbers that it gives them while they are connected."""
+
+    pause: float
+    """Seconds between two looks for answers."""
+
+    def nodes(self) -> set[int]:
+        """Returns the nodes that are connected now."""
+
+    def send(self, node: int, packed: bytes, timeout: float) -> str:
+        """
+        Sends a message, which need not be answered later than in `timeout` seconds, and returns its id at once.
+        Raises `ConnectionError` if the node is gone.
+        """
+
+    def receive(self) -> list[Answer]:
+        """Returns the answers that have come since the last call, without waiting for any."""
+
+    def forget(self, message_id: str) -> None:
+        """Answers to a message are not waited for any more."""

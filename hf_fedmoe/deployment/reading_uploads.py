@@ -1,0 +1,104 @@
+"""An upload from the wire, read with suspicion: whoever sent it may have sent anything."""
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from ..federation import ClientTask, Server
+from ..federation.participants import Reply
+from ..weights import Payload
+from .messages import Message, MessageError
+from .travel import BESIDE, INTEGERS, ROW, part, shapes_due, write_row_
+
+
+@dataclass
+class Asked:
+    """
+    A participant who has been asked.
+
+    Args:
+        place (`int`): Among the participants of the round.
+        task ([`~federation.ClientTask`]): What the server knows of its task.
+        rank (`int`, *optional*): Of its adapters.
+        names (`frozenset[str]`): Tensors of the model that travel in this round.
+        due (`dict[str, Tensor]`): Likes of what it sends beside its model.
+        reply ([`~federation.participants.Reply`]): What is known of its answer.
+        message_id (`str`, *optional*), node (`int`, *optional*): Of the last message to it.
+    """
+
+    place: int
+    task: ClientTask
+    rank: int | None
+    names: frozenset[str]
+    due: dict[str, Tensor]
+    reply: Reply
+    message_id: str | None = None
+    node: int | None = None
+
+
+def read_upload(message: Message, asked: Asked, server: Server, out_P: Tensor) -> Payload:
+    """
+    Returns an upload as the federation knows it, its row written to `out_P`.
+
+    What does not travel has the server's values. Whether the numbers are sound is checked afterwards, as of any upload.
+
+    Raises:
+        MessageError: For what is not what was asked for, in words.
+    """
+    facts, task, layout = message.facts, asked.task, server.layout
+    if message.kind != "trained":
+        raise MessageError(f"it sends {message.kind!r}, where an upload is due")
+    for name, wanted in (("client", task.client), ("round", task.round_index)):
+        if facts.get(name) != wanted:
+            raise MessageError(f"it sends an upload of {name} {facts.get(name)!r}, where that of {wanted} is due")
+    _check_tensors(message.tensors, asked, server)
+    layout_views = layout.views(out_P)
+    out_P.zero_()
+    for name, known in layout.views(server.bank_SP[0]).items():
+        if name not in asked.names:
+            layout_views[name].copy_(known)
+    write_row_(out_P, message.tensors, layout, asked.rank)
+    integers = {name: known.clone() for name, known in server.integers[0].items() if name not in asked.names}
+    integers |= part(message.tensors, INTEGERS)
+    num_examples, metrics = _numbers(facts)
+    return Payload(out_P, integers, num_examples, metrics, part(message.tensors, BESIDE))
+
+
+def _check_tensors(tensors: dict[str, Tensor], asked: Asked, server: Server) -> None:
+    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(ROW)}
+    wanted = shapes_due(server.layout, asked.names, asked.rank)
+    _check_alike(found, wanted, "of its model")
+    for name in found:
+        if tensors[name].dtype != server.layout.dtype:
+            raise MessageError(f"`{name}` is of {tensors[name].dtype}, where {server.layout.dtype} is due")
+    due = {f"{BESIDE}{name}": (like.shape, like.dtype) for name, like in asked.due.items()}
+    beside = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items() if name.startswith(BESIDE)}
+    _check_alike(beside, due, "beside its model")
+    known = {f"{INTEGERS}{name}" for name in server.integers[0]}
+    for name in tensors.keys() - found.keys() - beside.keys():
+        if name not in known:
+            raise MessageError(f"it sends `{name}`, which nobody asked for")
+
+
+def _check_alike(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    """Raises [`MessageError`] for the first difference."""
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise MessageError(f"it sends {_words(found.get(name))} as `{name}` {what}, where {_words(wanted.get(name))} is due")
+
+
+def _words(shape: Any) -> str:
+    return "nothing" if shape is None else str(tuple(shape)).replace("torch.Size", "")
+
+
+def _numbers(facts: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    num_examples, metrics = facts.get("num_examples"), facts.get("metrics")
+    if not isinstance(num_examples, int) or isinstance(num_examples, bool):
+        raise MessageError(f"it reports num_examples = {num_examples!r}, where a number is due")
+    if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
+        raise MessageError(f"it reports the metrics {metrics!r}, where numbers by their names are due")
+    if "loss" not in metrics:
+        raise MessageError(f"it reports the metrics {sorted(metrics)}, without a `loss`")
+    return num_examples, metrics
