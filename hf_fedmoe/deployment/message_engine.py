@@ -22,7 +22,7 @@ from ..federation import (
     soundness,
 )
 from ..federation.engines import Plan
-from ..federation.filters import Ranks
+from ..federation.filters import Compress, Ranks
 from ..federation.participants import Reply
 from ..federation.uploads import Rows
 from ..weights import Payload, keep_private_
@@ -67,7 +67,8 @@ class MessageEngine(EachItsOwn):
         self.oldest_round = oldest_round
         self.server, self.strategy = participants.server, participants.strategy
         self.ranks = next((filter for filter in participants.filters if isinstance(filter, Ranks)), None)
-        self._told: set[tuple[int, str]] = set()
+        compress = next((filter for filter in participants.filters if isinstance(filter, Compress)), None)
+        self.codec = None if compress is None else compress.codec
 
     @classmethod
     def refuse(cls, client_model: nn.Module, args: EngineArguments, strategy: Strategy) -> None:
@@ -78,7 +79,7 @@ class MessageEngine(EachItsOwn):
         if args.world_size > 1:
             raise ValueError(f"{begin} {args.world_size} processes were launched: start the server as one.")
         settings: dict[str, Any] = vars(args)
-        for name, wanted in (("clients_at_once", 1), ("deepspeed", None), ("upload_compression", "none")):
+        for name, wanted in (("clients_at_once", 1), ("deepspeed", None)):
             if settings[name] != wanted:
                 raise ValueError(f"{begin} `{name}` is {settings[name]!r}, which is not done there: leave it out.")
         if args.client_parallelism == "data":
@@ -236,7 +237,7 @@ class MessageEngine(EachItsOwn):
         """Checks an upload as any other, and puts it where the method finds it."""
         reply, row_P = asked.reply, uploads.row(asked.place)
         try:
-            payload = read_upload(message, asked, self.server, row_P)
+            payload = read_upload(message, asked, self.server, self.codec, row_P)
             if self.ranks is not None:
                 self.ranks.upload(payload, asked.task)
             known = Payload(self.server.bank_SP[0], self.server.integers[0])

@@ -111,7 +111,7 @@ class TrainedClient:
         local, names = self.federation.local_trainer, set(facts["names"])
         self.layout.blank_(task.out_P)
         with local.clock.client():
-            payload, stays = soundness.upload_of(
+            payload, retained = soundness.upload_of(
                 lambda task: self.strategy.train_client(local, task),
                 task,
                 self.strategy,
@@ -119,9 +119,9 @@ class TrainedClient:
                 self.server.bank_SP,
                 due,
             )
-        stays = self.participants.finish_upload(task, payload, stays, self.filters)
-        if stays:
-            self.store.put(client, round_index, {name: tensor.detach().cpu() for name, tensor in stays.items()})
+        retained = self.participants.finish_upload(task, payload, retained, self.filters)
+        if retained:
+            self.store.put(client, round_index, {name: tensor.detach().cpu() for name, tensor in retained.items()})
         told = {"client": client, "round": round_index}
         told |= {"num_examples": int(payload.num_examples), "metrics": dict(payload.metrics)}
         return Message("trained", told, payload_tensors(payload, self.layout, names, rank))

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..federation import ClientTask, Server
 from ..federation.participants import Reply
-from ..weights import Payload
+from ..weights import Codec, Payload, encoded_names, read_upload_
 from .messages import Message, MessageError
-from .travel import BESIDE, INTEGERS, ROW, part, shapes_due, write_row_
+from .travel import BESIDE, ENCODED, INTEGERS, ROW, part, shapes_due, write_row_
 
 
 @dataclass
@@ -38,9 +39,9 @@ class Asked:
     node: int | None = None
 
 
-def read_upload(message: Message, asked: Asked, server: Server, out_P: Tensor) -> Payload:
+def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | None, out_P: Tensor) -> Payload:
     """
-    Returns an upload as the federation knows it, its row written to `out_P`.
+    Returns an upload as the federation knows it, its row written to `out_P`; `codec` is that of uploads, if any.
 
     What does not travel has the server's values. Whether the numbers are sound is checked afterwards, as of any upload.
 
@@ -53,22 +54,30 @@ def read_upload(message: Message, asked: Asked, server: Server, out_P: Tensor) -
     for name, wanted in (("client", task.client), ("round", task.round_index)):
         if facts.get(name) != wanted:
             raise MessageError(f"it sends an upload of {name} {facts.get(name)!r}, where that of {wanted} is due")
-    _check_tensors(message.tensors, asked, server)
-    layout_views = layout.views(out_P)
+    encoded = set() if codec is None else set(encoded_names(layout, asked.names))
+    _check_tensors(message.tensors, asked, server, encoded)
+    views = layout.views(out_P)
     out_P.zero_()
     for name, known in layout.views(server.bank_SP[0]).items():
         if name not in asked.names:
-            layout_views[name].copy_(known)
+            views[name].copy_(known)
     write_row_(out_P, message.tensors, layout, asked.rank)
+    if codec is not None and encoded:
+        sent = part(message.tensors, ENCODED)
+        _check_code(sent, codec, sum(views[name].numel() for name in encoded))
+        try:
+            read_upload_(codec, layout, out_P, task.received_P, sent, asked.names)
+        except (RuntimeError, IndexError) as error:  # places beyond the row
+            raise MessageError(f"its encoded update cannot be read: {error}") from error
     integers = {name: known.clone() for name, known in server.integers[0].items() if name not in asked.names}
     integers |= part(message.tensors, INTEGERS)
     num_examples, metrics = _numbers(facts)
     return Payload(out_P, integers, num_examples, metrics, part(message.tensors, BESIDE))
 
 
-def _check_tensors(tensors: dict[str, Tensor], asked: Asked, server: Server) -> None:
+def _check_tensors(tensors: dict[str, Tensor], asked: Asked, server: Server, encoded: set[str]) -> None:
     found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(ROW)}
-    wanted = shapes_due(server.layout, asked.names, asked.rank)
+    wanted = shapes_due(server.layout, asked.names - encoded, asked.rank)
     _check_alike(found, wanted, "of its model")
     for name in found:
         if tensors[name].dtype != server.layout.dtype:
@@ -78,8 +87,17 @@ def _check_tensors(tensors: dict[str, Tensor], asked: Asked, server: Server) -> 
     _check_alike(beside, due, "beside its model")
     known = {f"{INTEGERS}{name}" for name in server.integers[0]}
     for name in tensors.keys() - found.keys() - beside.keys():
-        if name not in known:
+        if name not in known and not (encoded and name.startswith(ENCODED)):
             raise MessageError(f"it sends `{name}`, which nobody asked for")
+
+
+def _check_code(sent: dict[str, Tensor], codec: Codec, num_elements: int) -> None:
+    """Raises [`MessageError`] unless an encoded update has the form of one."""
+    likes = codec.encode(torch.zeros(num_elements))
+    due, found = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} for tensors in (likes, sent)
+    )
+    _check_alike(found, due, "of its encoded update")
 
 
 def _check_alike(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
@@ -89,8 +107,11 @@ def _check_alike(found: dict[str, Any], wanted: dict[str, Any], what: str) -> No
             raise MessageError(f"it sends {_words(found.get(name))} as `{name}` {what}, where {_words(wanted.get(name))} is due")
 
 
-def _words(shape: Any) -> str:
-    return "nothing" if shape is None else str(tuple(shape)).replace("torch.Size", "")
+def _words(found: Any) -> str:
+    if found is None:
+        return "nothing"
+    shape, dtype = found if isinstance(found, tuple) and isinstance(found[-1], torch.dtype) else (found, None)
+    return f"{tuple(shape)}" + (f" of {dtype}" if dtype else "")
 
 
 def _numbers(facts: dict[str, Any]) -> tuple[int, dict[str, float]]:

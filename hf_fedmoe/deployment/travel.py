@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models import AdapterExpert
-from ..weights import Payload, StateLayout
+from ..weights import Payload, StateLayout, encoded_names
 
 
 # Parts of the names of tensors in messages.
-ROW, INTEGERS, BESIDE = "row/", "integers/", "beside/"
+ROW, INTEGERS, BESIDE, ENCODED = "row/", "integers/", "beside/", "encoded/"
 
 
 def payload_tensors(
@@ -31,7 +31,9 @@ def payload_tensors(
         rank (`int`, *optional*): Of the adapters: directions beyond it, which are zeros, stay behind.
     """
     views = _cut(layout.views(payload.row_P), layout, rank)
-    tensors = {f"{ROW}{name}": view for name, view in views.items() if name in names}
+    encoded = set(encoded_names(layout, names)) if payload.encoded else set()
+    tensors = {f"{ROW}{name}": view for name, view in views.items() if name in names and name not in encoded}
+    tensors |= {f"{ENCODED}{name}": tensor for name, tensor in payload.encoded.items()}
     tensors |= {f"{INTEGERS}{name}": tensor for name, tensor in payload.integers.items() if name in names}
     # A copy: it may be a part of the row, and a file of safetensors has no memory twice.
     return tensors | {f"{BESIDE}{name}": tensor.clone() for name, tensor in payload.tensors.items()}

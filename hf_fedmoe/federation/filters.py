@@ -154,11 +154,15 @@ class Compress(Filter):
         residual_U = task.kept.get(RESIDUAL)
         names = self.layout.sizes.keys() & sent.sizes.keys()
         if names:
-            num_bytes, residual_U = compress_upload(
+            sent.encoded, residual_U = compress_upload(
                 self.codec, self.layout, sent.row_P, task.received_P, residual_U, names
             )
-            sent.sizes = {name: size for name, size in sent.sizes.items() if name not in self.layout.sizes}
-            sent.sizes[ENCODED] = num_bytes
+            sent.sizes = {
+                name: size
+                for name, size in sent.sizes.items()
+                if name not in self.layout.sizes or name in self.layout.statistics
+            }
+            sent.sizes[ENCODED] = sum(tensor.nbytes for tensor in sent.encoded.values())
         return {} if residual_U is None else {RESIDUAL: residual_U}
 
 
