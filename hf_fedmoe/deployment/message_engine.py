@@ -149,7 +149,9 @@ class MessageEngine(EachItsOwn):
             "seed": task.seed,
             "rank": asked.rank,
             "names": sorted(asked.names),
-            "due": {name: [str(like.dtype).removeprefix("torch."), list(like.shape)] for name, like in asked.due.items()},
+            "due": {
+                name: [str(like.dtype).removeprefix("torch."), list(like.shape)] for name, like in asked.due.items()
+            },
             "accepted": int(self.accepted_M[task.client]),
             "oldest": self.oldest_round(),
         }
@@ -214,7 +216,7 @@ class MessageEngine(EachItsOwn):
         if asked.message_id is not None:
             self.link.forget(asked.message_id)
         try:
-            asked.message_id = self.link.send(node, self.message(asked).pack(), self.round_timeout)
+            asked.message_id = self.link.send(node, "train", self.message(asked).pack(), self.round_timeout)
             asked.node = node
         except ConnectionError as error:
             logger.warning(f"{self.name(asked)} cannot be asked: {error}.")

@@ -1,4 +1,4 @@
-"""What travels between server and nodes: facts as JSON and tensors as safetensors, in one file of safetensors' form."""
+"""Messages between server and nodes: facts as JSON and tensors, in the form of a file of safetensors."""
 
 import json
 from dataclasses import dataclass, field

@@ -43,7 +43,7 @@ def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | N
     """
     Returns an upload as the federation knows it, its row written to `out_P`; `codec` is that of uploads, if any.
 
-    What does not travel has the server's values. Whether the numbers are sound is checked afterwards, as of any upload.
+    What does not travel has the server's values. Whether the numbers are sound is checked afterwards.
 
     Raises:
         MessageError: For what is not what was asked for, in words.
@@ -104,7 +104,9 @@ def _check_alike(found: dict[str, Any], wanted: dict[str, Any], what: str) -> No
     """Raises [`MessageError`] for the first difference."""
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            raise MessageError(f"it sends {_words(found.get(name))} as `{name}` {what}, where {_words(wanted.get(name))} is due")
+            raise MessageError(
+                f"it sends {_words(found.get(name))} as `{name}` {what}, where {_words(wanted.get(name))} is due"
+            )
 
 
 def _words(found: Any) -> str:

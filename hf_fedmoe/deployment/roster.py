@@ -95,7 +95,7 @@ class Roster:
         for node in sorted(present - self._greeted):
             self._greeted.add(node)
             try:
-                self._waiting[self.link.send(node, hello, self.greeting_timeout)] = node
+                self._waiting[self.link.send(node, "hello", hello, self.greeting_timeout)] = node
             except ConnectionError:
                 self._greeted.discard(node)
 

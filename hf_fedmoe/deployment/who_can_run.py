@@ -14,7 +14,7 @@ def why_not(strategy: Strategy) -> str | None:
         return "its clients exchange models with one another (`links`), and nodes talk to the server only"
     if overrides(strategy, "synchronise") and overrides(strategy, "shared"):
         return (
-            "the server changes rows that stay with clients and are not sent (`synchronise` beside `shared`), which it "
-            "does not have"
+            "the server changes rows that stay with clients and are not sent (`synchronise` beside `shared`), and "
+            "does not have them"
         )
     return None

@@ -5,7 +5,7 @@ import pytest
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import LORA_RUNS, RUNS, lora
 from tests.message_link import tiny_run
-from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_federation, timeless
+from tests.tiny_federation import assert_equal_states, state, timeless, tiny_args, tiny_federation
 
 
 ALL = RUNS | LORA_RUNS
@@ -15,7 +15,9 @@ def in_one_process(folder, name, **changes):
     method = ALL[name]
     peft_config = lora() if name in LORA_RUNS and method.adapters else None
     args = tiny_args(folder, **method.resumed | changes)
-    run = FederatedTrainer(method.model(), args, tiny_federation(), strategy=method.strategy(), peft_config=peft_config)
+    run = FederatedTrainer(
+        method.model(), args, tiny_federation(), strategy=method.strategy(), peft_config=peft_config
+    )
     run.train()
     return run
 
