@@ -1,4 +1,4 @@
-"""Where a client's rows are."""
+"""The rows of a client, by what `hf-fedmoe client --data` says."""
 
 import importlib.util
 from pathlib import Path

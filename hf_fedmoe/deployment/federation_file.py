@@ -49,7 +49,7 @@ OF_THE_SERVER = ("output_dir", "report_to", "push_to_hub", "hub_model_id", "hub_
 @dataclass
 class Parts:
     """
-    What both ends make of settings, alike.
+    Model, method and arguments, which both ends make of settings alike.
 
     Args:
         model ([`~transformers.PreTrainedModel`]), strategy ([`~strategies.Strategy`]): Of the federation.
@@ -94,7 +94,7 @@ def read_federation(file: str | Path, told: dict[str, Any] | None = None) -> tup
     return {"method": "fedmoe", "min_clients": 1, "round_timeout": 600.0, **own}, given
 
 
-def server_trainer(file: str | Path, link: Link, told: dict[str, Any] | None = None) -> ServerTrainer:
+def make_server_trainer(file: str | Path, link: Link, told: dict[str, Any] | None = None) -> ServerTrainer:
     """Makes the server's trainer of a federation's YAML; raises `ValueError` for what is wrong with that."""
     own, settings = read_federation(file, told)
     experiment, _ = parse(settings)
@@ -105,12 +105,13 @@ def server_trainer(file: str | Path, link: Link, told: dict[str, Any] | None = N
     names = own.get("labels") or merge_names([tuple(set(each["label"])) for each in rows.values()], [])
     rows = {name: with_label_map(each, "label", names, name) for name, each in rows.items()}
     data = ServerDataset(experiment.num_clients, rows.get("reserved"), rows.get("validation"), rows.get("test"))
-    parts, data = make_parts(own["method"], settings, data)
+    parts, prepared = make_parts(own["method"], settings, data)
+    assert isinstance(prepared, ServerDataset)  # it is a copy of one
     sent = {name: value for name, value in settings.items() if name not in OF_THE_SERVER}
     return ServerTrainer(
         parts.model,
         parts.args,
-        data,  # type: ignore[arg-type]  # mapped, it is one still
+        prepared,
         link,
         settings={"method": own["method"], "settings": sent, "label_names": names},
         min_clients=own["min_clients"],
@@ -120,7 +121,9 @@ def server_trainer(file: str | Path, link: Link, told: dict[str, Any] | None = N
     )
 
 
-def node_trainer(sent: dict[str, Any], folder: str | Path, load: Callable[[dict[str, Any]], Dataset]) -> NodeTrainer:
+def make_node_trainer(
+    sent: dict[str, Any], folder: str | Path, load: Callable[[dict[str, Any]], Dataset]
+) -> NodeTrainer:
     """
     Makes a node's trainer of the settings that a server sent.
 

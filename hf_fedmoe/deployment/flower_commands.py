@@ -6,7 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from .federation_file import read_federation, server_trainer
+from .federation_file import make_server_trainer, read_federation
 from .flower_apps import server_app
 from .launching import END_NAME
 from .link import Link
@@ -18,7 +18,7 @@ def command_server_app() -> ServerApp:
     """Makes the app of `hf-fedmoe server`, whose run configuration names the YAML."""
 
     def make_trainer(link: Link, context: Context) -> ServerTrainer:
-        return server_trainer(str(context.run_config["federation"]), link)
+        return make_server_trainer(str(context.run_config["federation"]), link)
 
     run, app = server_app(make_trainer), ServerApp()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..federation import FolderLock
 from .client_rows import client_rows
-from .federation_file import node_trainer
+from .federation_file import make_node_trainer
 from .node import Node
 from .node_store import read_json
 from .relay import FAMILY, serve
@@ -124,6 +124,8 @@ def run_server(
     app = write_app(folder, Path(federation).resolve(), f"{_reachable(host)}:{port}", certificates)
     command = ["flower-superlink", "--host", host, "--port", str(port), *_server_security(certificates)]
     command += ["--disable-runtime-dependency-installation", *(["--enable-supernode-auth"] if node_keys else [])]
+    # By which it knows nodes again that wait while it is restarted.
+    command += ["--database", str(folder / "superlink.db")]
     try:
         with _running(command, environment, folder / "superlink.log") as superlink:
             _wait_for_port(_reachable(host), port, superlink, folder / "superlink.log")
@@ -161,20 +163,29 @@ def run_client(
     command = ["flower-supernode", "--superlink", superlink, "--port", str(_free_port())]
     command += ["--insecure"] if root_certificates is None else ["--root-certificates", root_certificates]
     command += [] if private_key is None else ["--auth-supernode-private-key", private_key]
-    node = Node(place, lambda sent: node_trainer(sent, place, lambda columns: client_rows(data, columns)), client)
+    node = Node(place, lambda sent: make_node_trainer(sent, place, lambda columns: client_rows(data, columns)), client)
     place.mkdir(parents=True, exist_ok=True)
     try:
         lock = FolderLock(place)
     except RuntimeError as error:
         raise ValueError(f"`folder` {str(folder)!r} is that of another client: give each its own.") from error
-    # Not in `folder`: the names of sockets are short.
-    with tempfile.TemporaryDirectory(prefix="hf_fedmoe_") as private:
-        socket = Path(private, "node")
-        command += ["--node-config", f"socket={json.dumps(str(socket))}"]
-        with Listener(str(socket), FAMILY) as listener, _running(command, _environment(place / "flower")) as supernode:
-            if code := serve(node, socket, supernode, listener):
-                raise RuntimeError(f"flower-supernode ended with the code {code}, see above.")
+    while True:  # a SuperLink that has forgotten its nodes turns them away
+        started = time.monotonic()
+        # Not in `folder`: the names of sockets are short.
+        with tempfile.TemporaryDirectory(prefix="hf_fedmoe_") as private:
+            code = _run_supernode(command, node, Path(private, "node"), _environment(place / "flower"))
+        if code and time.monotonic() - started < START_SECONDS:
+            raise RuntimeError(f"flower-supernode ended with the code {code}, see above.")
+        if not code:
+            break
     lock.release()
+
+
+def _run_supernode(command: list[str], node: Node, socket: Path, environment: dict[str, str]) -> int:
+    """Answers messages until SuperNode ends; returns its code."""
+    command = [*command, "--node-config", f"socket={json.dumps(str(socket))}"]
+    with Listener(str(socket), FAMILY) as listener, _running(command, environment) as supernode:
+        return serve(node, socket, supernode, listener)
 
 
 def write_app(folder: Path, federation: Path, address: str, certificates: dict[str, str] | None) -> Path:

@@ -1,11 +1,11 @@
-"""What carries messages: the only thing that the engine of messages knows of a transport."""
+"""The interface of a transport, which is all that the engine of messages knows of it."""
 
 from typing import NamedTuple, Protocol
 
 
 class Answer(NamedTuple):
     """
-    What came back for a message.
+    The answer to a message, or why there is none.
 
     Args:
         message_id (`str`): Of the message that it answers.

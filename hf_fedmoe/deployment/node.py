@@ -122,7 +122,7 @@ class TrainedClient:
         retained = self.participants.finish_upload(task, payload, retained, self.filters)
         if retained:
             self.store.put(client, round_index, {name: tensor.detach().cpu() for name, tensor in retained.items()})
-        told = {"client": client, "round": round_index}
+        told: dict[str, Any] = {"client": client, "round": round_index}
         told |= {"num_examples": int(payload.num_examples), "metrics": dict(payload.metrics)}
         return Message("trained", told, payload_tensors(payload, self.layout, names, rank))
 

@@ -1,4 +1,4 @@
-"""What stays with a client, in a folder of its node, for as long as the server may ask for the round again."""
+"""The folder of a node: what stays with its client, for as long as the server may ask for a round again."""
 
 import json
 import os

@@ -62,5 +62,5 @@ class NodeTrainer(FederatedTrainer):
 
     @cached_property
     def federation(self) -> Federation:
-        """What a client's training works on; raises `ValueError` for rows or a model that cannot be trained."""
+        """The participants at work here; raises `ValueError` for rows or a model that cannot be trained."""
         return self._tried_federation()

@@ -1,4 +1,4 @@
-"""Who takes part: which node is which client, and whether it can."""
+"""The nodes of a federation: which is which client, and whether it can take part."""
 
 import time
 import uuid
@@ -22,7 +22,7 @@ TABLE_NAME = "clients.json"
 @dataclass
 class Identity:
     """
-    What server and nodes must have in common.
+    Hashes of a model, which server and nodes must have in common.
 
     Args:
         layout (`str`): Hash of the names, shapes and types of what travels.

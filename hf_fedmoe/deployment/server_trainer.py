@@ -34,6 +34,8 @@ class ServerTrainer(FederatedTrainer):
         kwargs: As in [`FederatedTrainer`].
     """
 
+    _where_clients_are = "Clients are elsewhere, at their nodes (docs/deployment.md)."
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -63,11 +65,15 @@ class ServerTrainer(FederatedTrainer):
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Runs the rounds once `min_clients` nodes are there; see [`FederatedTrainer.train`]."""
+        self.open()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def open(self) -> None:
+        """Greets nodes, and waits until `min_clients` of them can take part."""
         modules, layout = self._server_models()
         # Of the model as it is built, before a checkpoint is loaded into it: so nodes build it too.
         self.roster.open(Identity(layout_digest(layout), frozen_digest(modules[0])))
         self.roster.wait_for(self.min_clients)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _engine(self, participants: Participants) -> EachItsOwn:
         return MessageEngine(

@@ -24,6 +24,7 @@ from transformers import (
     default_data_collator,
 )
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ..data import FederatedDataset, ImageCollator, ReservedSet
 from ..federation import (
@@ -64,6 +65,9 @@ from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
+logger = logging.get_logger(__name__)
+
+
 class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpointing, ModelColumns, SeveralProcesses):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
@@ -94,6 +98,11 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             The collator of whatever is trained on, clients' examples and the reserved set, when it is another than
             that of evaluation: one that augments. `data_collator` if left out.
     """
+
+    _where_clients_are = (
+        "This is a simulation: all clients are rows of `train_dataset`. For clients on other machines see "
+        "docs/deployment.md."
+    )
 
     def __init__(
         self,
@@ -169,6 +178,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
         check_hooks(self, FederatedTrainer)
+        logger.info(self._where_clients_are)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(
