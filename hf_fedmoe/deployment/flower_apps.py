@@ -28,7 +28,7 @@ MakeClient = Callable[[dict[str, Any], Context], NodeTrainer]
 def server_app(make_trainer: MakeServer) -> ServerApp:
     """
     A Flower app for the server: trains, going on from the last checkpoint in `output_dir` if there is one, and saves
-    the model there with its card.
+    the model there with its card and its log.
 
     Args:
         make_trainer (`Callable`): From a [`Link`] and Flower's `Context` to a [`ServerTrainer`].
@@ -42,6 +42,7 @@ def server_app(make_trainer: MakeServer) -> ServerApp:
         started = folder.is_dir() and get_last_checkpoint(str(folder))
         trainer.train(resume_from_checkpoint=started or None)
         trainer.save_model()
+        trainer.save_state()
         trainer.create_model_card()
 
     return app
