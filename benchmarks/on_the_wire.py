@@ -93,7 +93,9 @@ def peak_memory(processes: dict[int, tuple[str, int]]) -> None:
 def write_files(folder: Path, layers: int, width: int, rounds: int) -> int:
     """Writes model, rows and settings; returns the bytes of the model."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "gpt2-reviews")
-    config = GPT2Config(len(tokenizer), n_positions=64, n_embd=width, n_layer=layers, n_head=8, num_labels=2)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=width, n_layer=layers, n_head=8, num_labels=2
+    )
     model = GPT2ForSequenceClassification(config)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
