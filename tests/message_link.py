@@ -29,7 +29,7 @@ class MessageLink:
     def nodes(self) -> set[int]:
         return set(self.answers)
 
-    def send(self, node: int, kind: str, packed: bytes, timeout: float) -> str:
+    def send(self, node: int, kind: str, packed: bytes) -> str:
         if node not in self.answers:
             raise ConnectionError(f"node {node} is gone")
         self.sent += 1

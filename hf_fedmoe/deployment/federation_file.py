@@ -79,11 +79,7 @@ def read_federation(file: str | Path, told: dict[str, Any] | None = None) -> tup
     """
     given = read_yaml(Path(file)) | (told or {})
     own = typed_settings({name: given.pop(name) for name in OWN_SETTINGS if name in given}, OWN_SETTINGS)
-    for name in NOT_HERE:
-        if name in given:
-            raise ValueError(
-                f"`{name}` is {given[name]!r}, which says nothing where clients are elsewhere: leave it out."
-            )
+    check_settings(given)
     if "num_clients" not in given:
         raise ValueError("`num_clients` is missing: say how many clients the federation has, num_clients: 3.")
     for name in ("reserved", "validation", "test"):
@@ -92,6 +88,15 @@ def read_federation(file: str | Path, told: dict[str, Any] | None = None) -> tup
     # From where the command is given it would be another folder than from where Flower runs its app.
     given["output_dir"] = str(Path(file).resolve().parent / given.get("output_dir", f"runs/{Path(file).stem}"))
     return {"method": "fedmoe", "min_clients": 1, "round_timeout": 600.0, **own}, given
+
+
+def check_settings(given: dict[str, Any]) -> None:
+    """Raises `ValueError` for settings that mean nothing here, or that no node should take from a server."""
+    for name in NOT_HERE:
+        if name in given:
+            raise ValueError(
+                f"`{name}` is {given[name]!r}, which says nothing where clients are elsewhere: leave it out."
+            )
 
 
 def make_server_trainer(file: str | Path, link: Link, told: dict[str, Any] | None = None) -> ServerTrainer:
@@ -133,6 +138,7 @@ def make_node_trainer(
         load (`Callable`): From the names of the columns of texts and labels, as the server calls them, to the client's
             rows, which have them as `text` and `label`.
     """
+    check_settings(sent["settings"])
     settings = {**sent["settings"], "output_dir": str(Path(folder) / "trainer")}
     experiment, _ = parse(settings)
     rows = load({name: vars(experiment)[name] for name in experiment.source_arguments})

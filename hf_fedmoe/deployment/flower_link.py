@@ -52,7 +52,7 @@ class FlowerLink:
         """Returns the SuperNodes that SuperLink calls online."""
         return set(self.grid.get_node_ids())
 
-    def send(self, node: int, kind: str, packed: bytes, timeout: float) -> str:
+    def send(self, node: int, kind: str, packed: bytes) -> str:
         """Hands a message to SuperLink; raises `ConnectionError` if that does not take it."""
         message = Message(to_record(packed), dst_node_id=node, message_type=TYPES[kind])
         ids: list[Any] = list(self.grid.push_messages([message]))

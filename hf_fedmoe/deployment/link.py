@@ -27,10 +27,10 @@ class Link(Protocol):
     def nodes(self) -> set[int]:
         """Returns the nodes that are connected now."""
 
-    def send(self, node: int, kind: str, packed: bytes, timeout: float) -> str:
+    def send(self, node: int, kind: str, packed: bytes) -> str:
         """
-        Sends a message of a kind (`"hello"` or `"train"`), which need not be answered later than in `timeout` seconds,
-        and returns its id at once. Raises `ConnectionError` if the node is gone.
+        Sends a message of a kind (`"hello"` or `"train"`), and returns its id at once. Raises `ConnectionError` if the
+        node is gone.
         """
 
     def receive(self) -> list[Answer]:

@@ -216,7 +216,7 @@ class MessageEngine(EachItsOwn):
         if asked.message_id is not None:
             self.link.forget(asked.message_id)
         try:
-            asked.message_id = self.link.send(node, "train", self.message(asked).pack(), self.round_timeout)
+            asked.message_id = self.link.send(node, "train", self.message(asked).pack())
             asked.node = node
         except ConnectionError as error:
             logger.warning(f"{self.name(asked)} cannot be asked: {error}.")

@@ -1,5 +1,6 @@
 """A node: answers the server's messages by training the client whose rows are here."""
 
+import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -52,13 +53,14 @@ class Node:
             return Message("failed", {"fault": f"{type(error).__name__}: {error}"})
 
     def trained_client(self, facts: dict[str, Any]) -> "TrainedClient":
-        """Returns the client of a run, made when it is asked for first."""
+        """Returns the client of a run, made when it is asked for first, and again of other settings."""
         run = str(facts["run"])
         if not run.isalnum():  # it becomes the name of a folder
             raise MessageError(f"the run is called {run!r}, where letters and digits are due")
-        if self._made is None or self._made[0] != run:
+        made_of = json.dumps([run, facts["settings"]])
+        if self._made is None or self._made[0] != made_of:
             trainer = self.make_trainer(facts["settings"])
-            self._made = run, TrainedClient(trainer, NodeStore(self.folder, run), identity_of(self.folder))
+            self._made = made_of, TrainedClient(trainer, NodeStore(self.folder, run), identity_of(self.folder))
         return self._made[1]
 
 
@@ -91,7 +93,7 @@ class TrainedClient:
         facts = {
             "node": self.node,
             "client": client,
-            "num_examples": self.trainer.num_examples,
+            "num_examples": self.trainer.client_size,
             "layout": layout_digest(self.layout),
             "frozen": frozen_digest(self.server.worker),
             "start": self.start,

@@ -56,7 +56,7 @@ class NodeTrainer(FederatedTrainer):
         self.federated_dataset = data
 
     @property
-    def num_examples(self) -> int:  # type: ignore[override]
+    def client_size(self) -> int:
         """Rows of the client."""
         return int(self._data.client_sizes[0])
 

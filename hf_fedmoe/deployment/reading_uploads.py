@@ -63,7 +63,7 @@ def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | N
             views[name].copy_(known)
     write_row_(out_P, message.tensors, layout, asked.rank)
     if codec is not None and encoded:
-        sent = part(message.tensors, ENCODED)
+        sent = {name: tensor.to(out_P.device) for name, tensor in part(message.tensors, ENCODED).items()}
         _check_code(sent, codec, sum(views[name].numel() for name in encoded))
         try:
             read_upload_(codec, layout, out_P, task.received_P, sent, asked.names)
@@ -72,7 +72,8 @@ def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | N
     integers = {name: known.clone() for name, known in server.integers[0].items() if name not in asked.names}
     integers |= part(message.tensors, INTEGERS)
     num_examples, metrics = _numbers(facts)
-    return Payload(out_P, integers, num_examples, metrics, part(message.tensors, BESIDE))
+    beside = {name: tensor.to(out_P.device) for name, tensor in part(message.tensors, BESIDE).items()}
+    return Payload(out_P, integers, num_examples, metrics, beside)
 
 
 def _check_tensors(tensors: dict[str, Tensor], asked: Asked, server: Server, encoded: set[str]) -> None:

@@ -46,13 +46,10 @@ class Roster:
         folder (`Path`): The server's, `output_dir`.
         sizes_M (`np.ndarray` of shape `[M]`): Changed in place: rows of each client.
         settings (`dict`): Sent to each node, by which it makes its client.
-        greeting_timeout (`float`): Seconds that a node may take to make its client.
     """
 
-    def __init__(
-        self, link: Link, folder: Path, sizes_M: np.ndarray, settings: dict[str, Any], greeting_timeout: float
-    ):
-        self.link, self.sizes_M, self.settings, self.greeting_timeout = link, sizes_M, settings, greeting_timeout
+    def __init__(self, link: Link, folder: Path, sizes_M: np.ndarray, settings: dict[str, Any]):
+        self.link, self.sizes_M, self.settings = link, sizes_M, settings
         self.path = Path(folder) / TABLE_NAME
         table = read_json(self.path) or {"run": uuid.uuid4().hex[:12], "clients": {}}
         self.run: str = table["run"]
@@ -95,7 +92,7 @@ class Roster:
         for node in sorted(present - self._greeted):
             self._greeted.add(node)
             try:
-                self._waiting[self.link.send(node, "hello", hello, self.greeting_timeout)] = node
+                self._waiting[self.link.send(node, "hello", hello)] = node
             except ConnectionError:
                 self._greeted.discard(node)
 
@@ -106,6 +103,7 @@ class Roster:
             return False
         try:
             if answer.packed is None:
+                self._greeted.discard(node)  # it may have been restarted meanwhile
                 raise MessageError(answer.fault or "no answer")
             self._register(node, Message.unpack(answer.packed))
         except (MessageError, KeyError, TypeError, ValueError) as error:

@@ -59,7 +59,7 @@ class ServerTrainer(FederatedTrainer):
         super().__init__(model, args, train_dataset, **kwargs)
         MessageEngine.refuse(self.strategy.server_models(model)[0], args, self.strategy)
         self.min_clients, self.round_timeout = min_clients, round_timeout
-        self.roster = Roster(link, self._output_dir, train_dataset.sizes_M, settings or {}, round_timeout)
+        self.roster = Roster(link, self._output_dir, train_dataset.sizes_M, settings or {})
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any

@@ -89,14 +89,14 @@ def test_errors_of_flower_are_faults(tmp_path):
     error = flower.Error(code=3, reason="the SuperNode has gone")
     grid = Grid({7: lambda message: flower.Message(error, reply_to=message)})
     link = FlowerLink(grid)
-    name = link.send(7, "train", b"x", 1.0)
+    name = link.send(7, "train", b"x")
     assert link.receive() == [(name, None, "Flower's error 3, the SuperNode has gone")]
-    name = link.send(7, "train", b"x", 1.0)
+    name = link.send(7, "train", b"x")
     link.forget(name)
     assert link.receive() == []
     grid.push_messages = lambda messages: [None]
     with pytest.raises(ConnectionError, match="SuperLink does not take the message"):
-        link.send(7, "train", b"x", 1.0)
+        link.send(7, "train", b"x")
 
 
 def test_the_app_at_a_node_hands_bytes_to_its_own_process(tmp_path):
