@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,6 +93,9 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 START_SECONDS = 60
+# What a SuperNode says when its SuperLink was started again and knows it no more, and how its end is called then.
+TURNED_AWAY = re.compile(r"401 Unauthorized.*/fleet/")
+FORGOTTEN = -1000
 # What the server's app leaves behind when it ends: how it ended.
 END_NAME = "server_app.json"
 
@@ -118,17 +123,15 @@ def run_server(
         RuntimeError: When Flower's processes do not start, or the run fails.
     """
     folder = Path(output_dir).resolve() / "flower"
-    end = Path(output_dir).resolve() / END_NAME
+    end, log = Path(output_dir).resolve() / END_NAME, folder / "superlink.log"
     end.unlink(missing_ok=True)
     environment = _environment(folder)
     app = write_app(folder, Path(federation).resolve(), f"{_reachable(host)}:{port}", certificates)
     command = ["flower-superlink", "--host", host, "--port", str(port), *_server_security(certificates)]
     command += ["--disable-runtime-dependency-installation", *(["--enable-supernode-auth"] if node_keys else [])]
-    # By which it knows nodes again that wait while it is restarted.
-    command += ["--database", str(folder / "superlink.db")]
     try:
-        with _running(command, environment, folder / "superlink.log") as superlink:
-            _wait_for_port(_reachable(host), port, superlink, folder / "superlink.log")
+        with log.open("w") as output, _running(command, environment, output) as superlink:
+            _wait_for_port(_reachable(host), port, superlink, log)
             subprocess.run(["flwr", "run", str(app), "here", "--stream"], env=environment, check=True)
     finally:
         found = read_json(end) or {"fault": "the server's app did not begin"}
@@ -169,23 +172,33 @@ def run_client(
         lock = FolderLock(place)
     except RuntimeError as error:
         raise ValueError(f"`folder` {str(folder)!r} is that of another client: give each its own.") from error
-    while True:  # a SuperLink that has forgotten its nodes turns them away
-        started = time.monotonic()
+    code = FORGOTTEN
+    while code == FORGOTTEN:
         # Not in `folder`: the names of sockets are short.
         with tempfile.TemporaryDirectory(prefix="hf_fedmoe_") as private:
             code = _run_supernode(command, node, Path(private, "node"), _environment(place / "flower"))
-        if code and time.monotonic() - started < START_SECONDS:
-            raise RuntimeError(f"flower-supernode ended with the code {code}, see above.")
-        if not code:
-            break
     lock.release()
+    if code:
+        raise RuntimeError(f"flower-supernode ended with the code {code}, see above.")
 
 
 def _run_supernode(command: list[str], node: Node, socket: Path, environment: dict[str, str]) -> int:
-    """Answers messages until SuperNode ends; returns its code."""
+    """Answers messages until SuperNode ends; returns its code, or `FORGOTTEN`."""
     command = [*command, "--node-config", f"socket={json.dumps(str(socket))}"]
-    with Listener(str(socket), FAMILY) as listener, _running(command, environment) as supernode:
-        return serve(node, socket, supernode, listener)
+    lost = threading.Event()
+    with Listener(str(socket), FAMILY) as listener, _running(command, environment, subprocess.PIPE) as supernode:
+        threading.Thread(target=_watch, args=(supernode, lost), daemon=True).start()
+        code = serve(node, socket, supernode, listener)
+    return FORGOTTEN if lost.is_set() else code
+
+
+def _watch(supernode: subprocess.Popen, lost: threading.Event) -> None:
+    """Passes on what SuperNode says, and ends it when SuperLink turns it away: by itself it would say so for ever."""
+    for line in supernode.stdout or ():
+        sys.stderr.write(line)
+        if TURNED_AWAY.search(line):
+            lost.set()
+            supernode.terminate()
 
 
 def write_app(folder: Path, federation: Path, address: str, certificates: dict[str, str] | None) -> Path:
@@ -224,13 +237,14 @@ def _environment(flower_home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _running(command: list[str], environment: dict[str, Any], log: Path | None = None) -> Iterator[subprocess.Popen]:
-    """Runs a process of Flower's, and whatever it starts, while a block runs."""
+def _running(command: list[str], environment: dict[str, str], output: Any) -> Iterator[subprocess.Popen]:
+    """Runs a process of Flower's while a block runs; `output` is where what it says goes, as `Popen` takes it."""
     found = shutil.which(command[0], path=environment["PATH"])
     if found is None:
         raise RuntimeError(f"{command[0]} is not there: pip install 'hf_fedmoe[flower]'.")
-    output = None if log is None else log.open("w")
-    process = subprocess.Popen([found, *command[1:]], env=environment, stdout=output, stderr=output)
+    process = subprocess.Popen(
+        [found, *command[1:]], env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+    )
     try:
         yield process
     finally:
@@ -240,8 +254,6 @@ def _running(command: list[str], environment: dict[str, Any], log: Path | None =
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if output is not None:
-            output.close()
 
 
 def _reachable(host: str) -> str:

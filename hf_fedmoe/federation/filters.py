@@ -157,12 +157,10 @@ class Compress(Filter):
             sent.encoded, residual_U = compress_upload(
                 self.codec, self.layout, sent.row_P, task.received_P, residual_U, names
             )
-            sent.sizes = {
-                name: size
-                for name, size in sent.sizes.items()
-                if name not in self.layout.sizes or name in self.layout.statistics
-            }
-            sent.sizes[ENCODED] = sum(tensor.nbytes for tensor in sent.encoded.values())
+            whole = self.layout.statistics & names
+            sent.sizes = {name: size for name, size in sent.sizes.items() if name not in self.layout.sizes}
+            num_bytes = sum(tensor.nbytes for tensor in sent.encoded.values())
+            sent.sizes[ENCODED] = num_bytes + sum(self.layout.sizes[name] for name in whole)
         return {} if residual_U is None else {RESIDUAL: residual_U}
 
 
