@@ -5,6 +5,7 @@ Shape suffixes: M clients, P elements of a model's row.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -97,12 +98,8 @@ class MessageEngine(EachItsOwn):
     ) -> tuple[list[Reply], dict[int, dict]]:
         self.refresh_sizes()
         asked = [self.prepare(place, client, round_index) for place, client in enumerate(plan.chosen)]
-        answers = self.wait_for(asked, round_index)
+        self.collect(asked, round_index, uploads, on_client)
         self.refresh_sizes()  # some may have come meanwhile
-        for place, each in enumerate(asked):  # in the order of the draw, whoever was first: sums are rounded
-            if place in answers:
-                self.receive(each, answers.pop(place), uploads)
-            on_client(each.task.client)
         self.check_enough(asked, round_index)
         return [each.reply for each in asked], {client: {} for client in plan.chosen}
 
@@ -157,40 +154,47 @@ class MessageEngine(EachItsOwn):
         }
         return Message("train", facts, tensors)
 
-    def wait_for(self, asked: list[Asked], round_index: int) -> dict[int, Message]:
-        """
-        Returns answers by the places of those who gave them, once all have, or when the time is up and there are
-        enough. Others get their fault.
-        """
-        answers: dict[int, Message] = {}
-        deadline, warned = time.monotonic() + self.round_timeout, False
-        while missing := [each for each in asked if each.place not in answers and each.reply.fault is None]:
-            if time.monotonic() > deadline:
-                if len(answers) >= min(self.min_clients, len(asked)):
-                    break
+    def collect(self, asked: list[Asked], round_index: int, uploads: Rows, on_client: Callable[[int], None]) -> None:
+        """Asks participants, and takes their uploads until all are there, or the time is up and there are enough."""
+        waiting, deadline, warned = deque(asked), time.monotonic() + self.round_timeout, False
+        while waiting:
+            # In the order of the draw, whoever was first: sums are rounded.
+            while waiting and (waiting[0].answer is not None or waiting[0].reply.fault is not None):
+                each = waiting.popleft()
+                self.receive(each, uploads)
+                on_client(each.task.client)
+            missing = [each for each in waiting if each.answer is None and each.reply.fault is None]
+            if missing and time.monotonic() > deadline:
+                came = sum(each.answered for each in asked)
+                if came >= min(self.min_clients, len(asked)):
+                    for each in missing:
+                        self.give_up(each)
+                    continue
                 if not warned:
                     logger.warning(
-                        f"Round {round_index + 1} has {len(answers)} uploads after `round_timeout` = "
+                        f"Round {round_index + 1} has {came} uploads after `round_timeout` = "
                         f"{self.round_timeout:g} s, and waits for `min_clients` = {self.min_clients}."
                     )
                     warned = True
-            self.roster.welcome()
-            for each in missing:
-                self.ask(each)
-            came = self.link.receive()
-            for answer in came:
-                self.take(answer, missing, answers)
-            if not came:
-                time.sleep(self.link.pause)
-        for each in missing:
-            self.give_up(each)
-        return answers
+            if missing:
+                self.exchange(missing)
 
-    def take(self, answer: Answer, missing: list[Asked], answers: dict[int, Message]) -> None:
+    def exchange(self, missing: list[Asked]) -> None:
+        """Asks those whose nodes are here, and takes the answers that have come."""
+        self.roster.welcome()
+        for each in missing:
+            self.ask(each)
+        came = self.link.receive()
+        for answer in came:
+            self.take(answer, missing)
+        if not came:
+            time.sleep(self.link.pause)
+
+    def take(self, answer: Answer, missing: list[Asked]) -> None:
         """Puts an answer where it belongs; one that nobody waits for, a second one say, belongs nowhere."""
         if self.roster.take(answer):
             return
-        asked = next((each for each in missing if each.message_id == answer.message_id), None)
+        asked = next((each for each in missing if each.message_id == answer.message_id and not each.answered), None)
         if asked is None:
             return
         try:
@@ -199,7 +203,7 @@ class MessageEngine(EachItsOwn):
             message = Message.unpack(answer.packed)
             if message.kind == "failed":
                 raise MessageError(str(message.facts.get("fault")))
-            answers[asked.place] = message
+            asked.answer, asked.answered = message, True
         except MessageError as error:
             asked.reply.fault = str(error)
 
@@ -235,8 +239,11 @@ class MessageEngine(EachItsOwn):
 
     # What comes back
 
-    def receive(self, asked: Asked, message: Message, uploads: Rows) -> None:
+    def receive(self, asked: Asked, uploads: Rows) -> None:
         """Checks an upload as any other, and puts it where the method finds it."""
+        message, asked.answer = asked.answer, None
+        if message is None:
+            return
         reply, row_P = asked.reply, uploads.row(asked.place)
         try:
             payload = read_upload(message, asked, self.server, self.codec, row_P)

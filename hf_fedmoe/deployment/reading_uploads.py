@@ -27,6 +27,8 @@ class Asked:
         due (`dict[str, Tensor]`): Likes of what it sends beside its model.
         reply ([`~federation.participants.Reply`]): What is known of its answer.
         message_id (`str`, *optional*), node (`int`, *optional*): Of the last message to it.
+        answer ([`Message`], *optional*): What it has answered, until that is read.
+        answered (`bool`, *optional*, defaults to `False`): Whether there has been an answer.
     """
 
     place: int
@@ -37,6 +39,8 @@ class Asked:
     reply: Reply
     message_id: str | None = None
     node: int | None = None
+    answer: Message | None = None
+    answered: bool = False
 
 
 def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | None, out_P: Tensor) -> Payload:

@@ -66,10 +66,10 @@ def asked_and_answer(tmp_path_factory):
 def receive(asked_and_answer, message):
     """Returns the fault of an upload, and the row that the method would see."""
     engine, asked, _ = asked_and_answer
-    asked.reply = Reply()
+    asked.reply, asked.answer = Reply(), message
     server = engine.server
     rows = Rows(server, UploadMemory(server), Processes(), [0], [[0]], "rows", [{}])
-    engine.receive(asked, message, rows)
+    engine.receive(asked, rows)
     return asked.reply.fault, rows
 
 
