@@ -1,7 +1,8 @@
 """
 The server Mixture-of-Experts of Fed-MoE (IJCAI 2025) as a Hugging Face model. Flat: the file travels to the Hub as is.
 
-Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main + routed experts, H hidden, T tokens.
+Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main + routed experts, H hidden, T tokens,
+N scores of the gate.
 """
 
 import inspect
@@ -63,7 +64,7 @@ def _keep_input(head: nn.Module, args: tuple[Tensor]) -> None:
         head.kept_input = args[0]
 
 
-def _last_token(features_BTH: Tensor, input_ids_BT: Tensor | None, pad_token_id: int | None) -> Tensor:
+def last_token(features_BTH: Tensor, input_ids_BT: Tensor | None, pad_token_id: int | None) -> Tensor:
     """Features of the token that Hugging Face decoders classify: the last that is not padding."""
     if input_ids_BT is None or pad_token_id is None:
         return features_BTH[:, -1]
@@ -125,7 +126,11 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
             assert isinstance(head, nn.Linear)
             # Without a bias where the head has none: merged, the gate's adapter is a classifier of the same kind.
             bias = config.gate != "adapter" or head.bias is not None
-            self.gate = nn.Linear(head.in_features, config.num_routed_experts, bias=bias)
+            num_scores = config.num_routed_experts * config.gate_prototypes
+            self.gate = nn.Linear(head.in_features, num_scores, bias=bias)
+        # Prototypes need a bias each, and heads of decoders have none.
+        num_biases = config.num_routed_experts * config.gate_prototypes if config.gate_prototypes > 1 else 0
+        self.gate_bias_N = nn.Parameter(torch.empty(num_biases, dtype=torch.float32)) if num_biases else None
         if config.peft_config is not None:
             self.base = with_adapters(sub_models[0][1], config.peft_config, self.adapter_names)
             # What is trained is float32, whatever the base is stored in.
@@ -155,6 +160,8 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         super()._init_weights(module)
         if isinstance(module, FedMoEPreTrainedModel):
             init.constant_(module.alpha_logit, math.log(self.config.initial_alpha / (1 - self.config.initial_alpha)))
+            if module.gate_bias_N is not None:
+                init.zeros_(module.gate_bias_N)
 
     def _gather_from_sub_models(self, sub_models: list[tuple[str, PreTrainedModel]]) -> None:
         # `post_init` gathers these from direct children only, and does not look into a ModuleList.
@@ -173,7 +180,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters that training the gate changes, without alpha."""
-        own = list(self.gate.parameters())
+        own = [*self.gate.parameters(), *([] if self.gate_bias_N is None else [self.gate_bias_N])]
         if self.config.gate == "adapter":
             unused = set(adapter_submodule(self.base, self._head_name, "gate").parameters())
             own += [p for p in AdapterExpert(self.base, "gate").parameters() if p not in unused]
@@ -281,7 +288,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         features, head.kept_input = head.kept_input, None  # type: ignore[assignment]
         assert isinstance(features, Tensor)
         if features.dim() == 3:
-            features = _last_token(features, batch.get("input_ids"), self.config.pad_token_id)
+            features = last_token(features, batch.get("input_ids"), self.config.pad_token_id)
         return logits_BC, features
 
     def _main_features(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -332,13 +339,20 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         Returns:
             `torch.Tensor` of shape `(B, K)`: scores of the routed experts, in float32 at least.
         """
+        return self.gate_scores(features_BH, batch).logsumexp(-1)
+
+    def gate_scores(self, features_BH: Tensor | None, batch: dict[str, Any]) -> Tensor:
+        """Runs the gate as [`~FedMoEForSequenceClassification.gate_logits`]; its `gate_prototypes` scores apart."""
         if self.config.gate == "model":
-            scores_BK = self._run(self.gate, self._gate_names, batch)
+            scores_BN = self._run(self.gate, self._gate_names, batch)
         else:
             if self.config.gate == "adapter":
                 _, features_BH = self._with_features(lambda: self._run_adapter("gate", batch), batch)
-            scores_BK = self.gate(features_BH)
-        return at_least_float32(scores_BK).to(self.alpha_logit.device)
+            scores_BN = self.gate(features_BH)
+        scores_BN = at_least_float32(scores_BN).to(self.alpha_logit.device)
+        if self.gate_bias_N is not None:
+            scores_BN = scores_BN + self.gate_bias_N
+        return scores_BN.unflatten(1, (self.config.num_routed_experts, -1))
 
     def _dispatch(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
         """Logits `(B, L, C)` of the chosen experts, each run once, on its own examples only."""
