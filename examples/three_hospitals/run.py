@@ -67,7 +67,7 @@ def main() -> None:
         subprocess.run(server, cwd=options.folder, check=True)
     classify = pipeline("text-classification", model=str(options.folder / "run"))
     for sentence in SENTENCES:
-        print(f"{classify(sentence)[0]['label']} stars  {sentence}")
+        print(f"{classify(sentence)[0]['label']:>8s}  {sentence}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -18,6 +17,8 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..federation import FolderLock
 from .client_rows import client_rows
 from .federation_file import make_node_trainer
@@ -25,6 +26,8 @@ from .node import Node
 from .node_store import read_json
 from .relay import FAMILY, serve
 
+
+logger = logging.get_logger(__name__)
 
 # The app that SuperLink hands to SuperNodes. At a node it imports nothing but Flower, see `relay.py`.
 CLIENT_APP = """\
@@ -93,8 +96,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 START_SECONDS = 60
-# What a SuperNode says when its SuperLink was started again and knows it no more, and how its end is called then.
-TURNED_AWAY = re.compile(r"401 Unauthorized.*/fleet/")
+# How often a client looks whether SuperLink is there, and how the end of its SuperNode is called when it was not.
+LOOK_SECONDS = 3
 FORGOTTEN = -1000
 # What the server's app leaves behind when it ends: how it ended.
 END_NAME = "server_app.json"
@@ -172,33 +175,63 @@ def run_client(
         lock = FolderLock(place)
     except RuntimeError as error:
         raise ValueError(f"`folder` {str(folder)!r} is that of another client: give each its own.") from error
-    code = FORGOTTEN
+    host, _, superlink_port = superlink.rpartition(":")
+    if not superlink_port.isdigit():
+        raise ValueError(f"`superlink` is {superlink!r}: give host:port.")
+    code, address = FORGOTTEN, (host.strip("[]"), int(superlink_port))
     while code == FORGOTTEN:
+        _wait_for_superlink(address)
         # Not in `folder`: the names of sockets are short.
         with tempfile.TemporaryDirectory(prefix="hf_fedmoe_") as private:
-            code = _run_supernode(command, node, Path(private, "node"), _environment(place / "flower"))
+            code = _run_supernode(command, node, Path(private, "node"), _environment(place / "flower"), address)
     lock.release()
     if code:
         raise RuntimeError(f"flower-supernode ended with the code {code}, see above.")
 
 
-def _run_supernode(command: list[str], node: Node, socket: Path, environment: dict[str, str]) -> int:
-    """Answers messages until SuperNode ends; returns its code, or `FORGOTTEN`."""
-    command = [*command, "--node-config", f"socket={json.dumps(str(socket))}"]
+def _run_supernode(
+    command: list[str], node: Node, socket_file: Path, environment: dict[str, str], superlink: tuple[str, int]
+) -> int:
+    """Answers messages until SuperNode ends; returns its code, or `FORGOTTEN` if SuperLink was started again."""
+    command = [*command, "--node-config", f"socket={json.dumps(str(socket_file))}"]
     lost = threading.Event()
-    with Listener(str(socket), FAMILY) as listener, _running(command, environment, subprocess.PIPE) as supernode:
-        threading.Thread(target=_watch, args=(supernode, lost), daemon=True).start()
-        code = serve(node, socket, supernode, listener)
+    with Listener(str(socket_file), FAMILY) as listener, _running(command, environment, None) as supernode:
+        threading.Thread(target=_watch, args=(superlink, supernode, lost), daemon=True).start()
+        code = serve(node, socket_file, supernode, listener)
     return FORGOTTEN if lost.is_set() else code
 
 
-def _watch(supernode: subprocess.Popen, lost: threading.Event) -> None:
-    """Passes on what SuperNode says, and ends it when SuperLink turns it away: by itself it would say so for ever."""
-    for line in supernode.stdout or ():
-        sys.stderr.write(line)
-        if TURNED_AWAY.search(line):
+def _watch(superlink: tuple[str, int], supernode: subprocess.Popen, lost: threading.Event) -> None:
+    """Ends a SuperNode whose SuperLink was away and is back: that knows it no more, and it would never ask anew."""
+    away = False
+    while supernode.poll() is None:
+        found = _listens(superlink)
+        if found and away:
             lost.set()
             supernode.terminate()
+        # Without an answer at all it may be the network, which both survive.
+        away = away or found is False
+        time.sleep(LOOK_SECONDS)
+
+
+def _wait_for_superlink(address: tuple[str, int]) -> None:
+    told = False
+    while not _listens(address):
+        if not told:
+            logger.warning(f"SuperLink does not listen on {address[0]}:{address[1]} yet, and is waited for.")
+            told = True
+        time.sleep(LOOK_SECONDS)
+
+
+def _listens(address: tuple[str, int]) -> bool | None:
+    """Tells whether somebody listens at an address, `None` if that cannot be found out."""
+    try:
+        with socket.create_connection(address, LOOK_SECONDS):
+            return True
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return None
 
 
 def write_app(folder: Path, federation: Path, address: str, certificates: dict[str, str] | None) -> Path:

@@ -1,6 +1,7 @@
 """Flower as the link: its messages carry ours, its apps are a server and nodes. Needs `hf_fedmoe[flower]`."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -133,6 +134,6 @@ def test_three_hospitals_over_real_flower(tmp_path):
     command = [sys.executable, str(script), "--folder", str(tmp_path), "--port", "8340", "--rows", "40"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert result.stdout.count(" stars  ") == 2
+    assert re.search(r"stars?  I love it, .*\n *\d stars?  Terrible quality", result.stdout)
     log = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [entry["refused_clients"] for entry in log if "bytes_up" in entry] == [0, 0, 0]

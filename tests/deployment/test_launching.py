@@ -1,7 +1,10 @@
 """What Flower's processes are given; the processes themselves are tested by test_flower_link.py."""
 
 import ast
+import socket
+import threading
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,11 +42,32 @@ def test_flower_tells_nobody_and_installs_nothing(tmp_path):
     assert environment["FLWR_HOME"] == str(tmp_path / "home") and (tmp_path / "home").is_dir()
 
 
-def test_a_node_that_is_turned_away_is_known_by_what_it_says():
-    line = "httpx.HTTPStatusError: Client error '401 Unauthorized' for url 'http://host:8000/v1/fleet/pull-messages'"
-    assert launching.TURNED_AWAY.search(line)
-    # Its own app and it say so to each other when a run ends.
-    assert not launching.TURNED_AWAY.search(line.replace("fleet", "runtime"))
+def test_a_supernode_ends_when_its_superlink_comes_back(monkeypatch):
+    monkeypatch.setattr(launching, "LOOK_SECONDS", 0)
+    looks, ended = [True, None, False, None, False, True, True], []
+    monkeypatch.setattr(launching, "_listens", lambda address: looks.pop(0))
+    lost = threading.Event()
+    supernode = SimpleNamespace(poll=lambda: 0 if ended else None, terminate=lambda: ended.append(len(looks)))
+    launching._watch(("host", 1), supernode, lost)
+    assert lost.is_set() and ended == [1]
+
+
+def test_a_network_that_was_away_ends_no_supernode(monkeypatch):
+    monkeypatch.setattr(launching, "LOOK_SECONDS", 0)
+    looks = [True, None, None, True]
+    monkeypatch.setattr(launching, "_listens", lambda address: looks.pop(0))
+    lost = threading.Event()
+    launching._watch(("host", 1), SimpleNamespace(poll=lambda: None if looks else 0), lost)
+    assert not lost.is_set()
+
+
+def test_a_port_is_open_or_not():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        assert launching._listens(address) is True
+    assert launching._listens(address) is False
+    launching_port = launching._free_port()
+    assert launching._listens(("127.0.0.1", launching_port)) is False
 
 
 @pytest.mark.parametrize(
@@ -53,6 +77,10 @@ def test_a_node_that_is_turned_away_is_known_by_what_it_says():
         (
             ["server", "f.yaml", "--ssl-certfile", "a"],
             "--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile go together",
+        ),
+        (
+            ["client", "--superlink", "host", "--data", "x.csv", "--folder", "n"],
+            "`superlink` is 'host': give host:port",
         ),
         (["client", "--superlink", "host:1", "--data", "x.csv"], "the following arguments are required: --folder"),
     ],
