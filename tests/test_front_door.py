@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_fedmoe
-from hf_fedmoe import experiments, strategies
+from hf_fedmoe import deployment, experiments, strategies
 
 
 def test_every_name_is_that_of_its_room():
@@ -19,7 +19,10 @@ def test_every_name_is_that_of_its_room():
     assert set(hf_fedmoe.__all__) <= set(dir(hf_fedmoe))
 
 
-@pytest.mark.parametrize("package, modules", [(hf_fedmoe, hf_fedmoe._ROOMS), (experiments, experiments._MODULES)])
+@pytest.mark.parametrize(
+    "package, modules",
+    [(hf_fedmoe, hf_fedmoe._ROOMS), (experiments, experiments._MODULES), (deployment, deployment._MODULES)],
+)
 def test_type_checkers_are_told_every_name_and_no_other(package, modules):
     stub = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text())
     told = {

@@ -22,6 +22,7 @@ ROOMS = (
     "owners",
     "training",
     "experiments",
+    "deployment",
     "cli",
 )
 FILES = {

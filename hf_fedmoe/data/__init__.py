@@ -36,7 +36,7 @@ from .partitions import (
     shards,
 )
 from .reserved_set import ReservedSet
-from .sources import load_rows, load_source
+from .sources import load_named_classes, load_rows, load_source
 from .synthetic_mixture import SyntheticMixture, synthetic_mixture
 
 
@@ -64,6 +64,7 @@ __all__ = [
     "hold_out_ids",
     "hold_out_predominant",
     "iid",
+    "load_named_classes",
     "load_rows",
     "load_source",
     "natural",

@@ -118,6 +118,33 @@ def load_rows(name: str) -> Dataset:
     return concatenate_datasets(list(_find(name).values()))
 
 
+def load_named_classes(
+    name: str | Path, text_column: str | None = None, label_column: str | None = None, image_column: str | None = None
+) -> Dataset:
+    """
+    Loads all rows of a source with columns `text` or `image`, and `label`, whose classes are called by their names:
+    for rows that are one part of the data, and may lack a class. Numbers become names, 3 becomes "3".
+
+    Args:
+        name (`str`), text_column, label_column, image_column (*optional*): As in [`load_source`].
+
+    Returns:
+        `datasets.Dataset`: With the labels as strings.
+
+    Raises:
+        ValueError: When the name is found nowhere, or a column is missing or has missing values.
+    """
+    rows = _rename_columns(load_rows(str(name)), text_column, label_column, image_column, str(name))
+    feature = rows.features["label"]
+    if isinstance(feature, ClassLabel):
+        names = [feature.names[label] for label in rows["label"]]
+    else:
+        # CSV readers give 5.0 for stars.
+        whole = (int(each) if isinstance(each, float) and each.is_integer() else each for each in rows["label"])
+        names = [str(each) for each in whole]
+    return rows.remove_columns("label").add_column("label", names)
+
+
 def _find(name: str) -> dict[str, Dataset]:
     looked_for = []
     if name in SHIPPED:

@@ -92,6 +92,9 @@ class EachItsOwn:
     def try_out(self, dataset: Subset) -> None:
         """Raises `ValueError` if the model cannot be trained in this way, which is tried on a client's examples."""
 
+    def settle(self, clients: list[int], round_index: int) -> None:
+        """Told at the end of a round that the uploads of `clients` have gone into the server."""
+
     def fit(
         self, plan: Plan, round_index: int, uploads: Rows, on_client: Callable[[int], None]
     ) -> tuple[list[Reply], dict[int, dict]]:

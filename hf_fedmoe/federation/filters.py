@@ -63,17 +63,18 @@ class Ranks(Filter):
     def download(self, sent: Payload, client: int, round_index: int) -> None:
         sent.row_P = sent.row_P.clone()
         fit_rank_(sent.row_P, self.server.layout, self.rank(client), self.seed)
-        self._weigh(sent, client)
+        self.weigh(sent, client)
 
     def upload(self, sent: Payload, task: ClientTask) -> dict[str, Tensor]:
         rank = self.rank(task.client)
         if rank is not None:
             start_P = self.strategy.download(self.server, task.client, task.kept.get("row_P"))
             widen_rank_(sent.row_P, start_P.to(sent.row_P.device), self.server.layout, rank)
-        self._weigh(sent, task.client)
+        self.weigh(sent, task.client)
         return {}
 
-    def _weigh(self, sent: Payload, client: int) -> None:
+    def weigh(self, sent: Payload, client: int) -> None:
+        """Sets the sizes of the adapters that a client sends or receives."""
         rank = self.rank(client)
         if rank is not None:
             sent.sizes |= sizes_at_rank(self.server.layout, rank)
@@ -153,11 +154,13 @@ class Compress(Filter):
         residual_U = task.kept.get(RESIDUAL)
         names = self.layout.sizes.keys() & sent.sizes.keys()
         if names:
-            num_bytes, residual_U = compress_upload(
+            sent.encoded, residual_U = compress_upload(
                 self.codec, self.layout, sent.row_P, task.received_P, residual_U, names
             )
+            whole = self.layout.statistics & names
             sent.sizes = {name: size for name, size in sent.sizes.items() if name not in self.layout.sizes}
-            sent.sizes[ENCODED] = num_bytes
+            num_bytes = sum(tensor.nbytes for tensor in sent.encoded.values())
+            sent.sizes[ENCODED] = num_bytes + sum(self.layout.sizes[name] for name in whole)
         return {} if residual_U is None else {RESIDUAL: residual_U}
 
 

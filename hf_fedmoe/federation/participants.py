@@ -112,12 +112,13 @@ class Participants:
                 if trained is None:
                     task = self.task(client, round_index, out_P)
                     with self.local_trainer.clock.client():
+                        due = soundness.tensors_due(self.strategy, self.server, client)
                         payload, retained = soundness.upload_of(
-                            fit, task, self.strategy, self.local_trainer, self.server
+                            fit, task, self.strategy, self.local_trainer, self.server.bank_SP, due
                         )
                 else:
                     task, payload = trained
-                retained = self._finish_upload(task, payload, retained)
+                retained = self.finish_upload(task, payload, retained, self.filters)
                 reply.fault = soundness.upload_fault(
                     self.strategy, self.server, task, payload, self.client_sizes[client]
                 )
@@ -159,7 +160,9 @@ class Participants:
             if reply.probed is not None and not all_finite([reply.probed]):
                 reply.fault = "what its model computes of the reserved set is not finite"
 
-    def _finish_upload(self, task: ClientTask, payload: Payload, retained: dict[str, Tensor]) -> dict[str, Tensor]:
+    def finish_upload(
+        self, task: ClientTask, payload: Payload, retained: dict[str, Tensor], filters: Sequence[Filter]
+    ) -> dict[str, Tensor]:
         """Makes a trained client's payload what travels, and returns all that stays with the client."""
         for name, tensor in retained.items():
             if not all_finite([tensor]):
@@ -168,7 +171,7 @@ class Participants:
             retained |= self.local_trainer.optimizer_tensors()
         if not payload.sizes:
             payload.weigh(self.server.layout)
-        for filter in self.filters:
+        for filter in filters:
             retained |= filter.upload(payload, task)
         return retained
 

@@ -118,6 +118,7 @@ class Federation:
 
         started = time.perf_counter()
         self.synchronise(uploads, plan, retained)
+        self.engine.settle(uploads.clients, round_index)
         report.seconds["synchronise"], self.settled = time.perf_counter() - started, True
         return report
 

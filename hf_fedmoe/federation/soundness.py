@@ -88,12 +88,20 @@ def _kind_of(found: Any) -> str:
 
 
 def upload_of(
-    fit: Callable[[ClientTask], Any], task: ClientTask, strategy: Strategy, local: LocalTrainer, server: Server
+    fit: Callable[[ClientTask], Any],
+    task: ClientTask,
+    strategy: Strategy,
+    local: LocalTrainer,
+    bank_SP: Tensor,
+    due: dict[str, Tensor],
 ) -> tuple[Payload, dict[str, Tensor]]:
-    """Has a client trained; raises [`BrokenPromiseError`] unless all is there that its upload needs."""
+    """
+    Has a client trained; raises [`BrokenPromiseError`] unless all is there that its upload needs: `due` are likes of
+    what it has beside its model.
+    """
     result = fit(task)
-    fault = _fault_of_result(result, task, local.layout, server.bank_SP)
-    if fault := fault or _fault_of_tensors(result[0].tensors, tensors_due(strategy, server, task.client)):
+    fault = _fault_of_result(result, task, local.layout, bank_SP)
+    if fault := fault or _fault_of_tensors(result[0].tensors, due):
         raise BrokenPromiseError(strategy, f"`train_client` of client {task.client} {fault}")
     if task.kept_optimizer is not None and not local.has_kept_optimizer:
         fault = "`train_client` does not give `task.kept_optimizer` to the trainer: say `keeps_optimizer = False`"

@@ -24,12 +24,14 @@ from transformers import (
     default_data_collator,
 )
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ..data import FederatedDataset, ImageCollator, ReservedSet
 from ..federation import (
     BatchReader,
     ClientClock,
     ClientStore,
+    EachItsOwn,
     Federation,
     LocalTrainer,
     Participants,
@@ -63,6 +65,9 @@ from .run_identity import strategy_settings
 from .several_processes import SeveralProcesses
 
 
+logger = logging.get_logger(__name__)
+
+
 class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpointing, ModelColumns, SeveralProcesses):
     """
     Trains `model` by rounds of a federated method. `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`,
@@ -93,6 +98,11 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             The collator of whatever is trained on, clients' examples and the reserved set, when it is another than
             that of evaluation: one that augments. `data_collator` if left out.
     """
+
+    _where_clients_are = (
+        "This is a simulation: all clients are rows of `train_dataset`. For clients on other machines see "
+        "docs/deployment.md."
+    )
 
     def __init__(
         self,
@@ -168,6 +178,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
         check_hooks(self, FederatedTrainer)
+        logger.info(self._where_clients_are)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(
@@ -293,7 +304,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         pool = self._columns_of_clients()
         check_batch_has_labels(pool, self.train_data_collator, data.label_column)
         reserved = None
-        if self.strategy.needs_reserved_set():
+        if self.strategy.needs_reserved_set() and data.reserved is not None:  # a node of a federation has none
             reserved = ReservedSet(
                 self._remove_unused_columns(data.reserved, "reserved"),
                 self.data_collator,
@@ -342,7 +353,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             self.client_name,
         )
         return Federation(
-            make_engine(args, participants, self.processes),
+            self._engine(participants),
             data.num_clients,
             args.client_draw_seed,
             args.client_choice,
@@ -351,6 +362,10 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             gate_fit=make_gate_fit(args, self.model, self.processes, self.accelerator.mixed_precision),
             computes_finite=lambda model: known_rows()(model),
         )
+
+    def _engine(self, participants: Participants) -> EachItsOwn:
+        """Makes what trains participants, as the arguments ask."""
+        return make_engine(self.args, participants, self.processes)
 
     # The model card
 

@@ -103,8 +103,10 @@ def readers_of_run(
     pool = columns(data.pool)
     own = [*data.client_indices, *data.unseen_indices]
     clients = [Part(client_name(client), f"train_dataset.client({client})", rows) for client, rows in enumerate(own)]
+    if not any(map(len, own)):  # clients are elsewhere: the server's rows stand for theirs
+        clients = [Part("the server's rows", "train_dataset.pool", np.arange(len(pool)))]
     readers = [Reader(pool, clients, train_collate, "train_data_collator", trains=True)]
-    if with_reserved:
+    if with_reserved and data.reserved is not None:
         part = Part("the reserved set", "train_dataset.reserved", data.split_indices["reserved"])
         readers.append(Reader(pool, [part], train_collate, "train_data_collator", trains=True))
     if data.client_test_indices:

@@ -1,6 +1,6 @@
 """Tensors as rows: a model's state as one contiguous row, banks of rows, fusion, and what travels."""
 
-from .compression import COMPRESSIONS, Codec, compress_upload, make_codec
+from .compression import COMPRESSIONS, Codec, compress_upload, encoded_names, make_codec, read_upload_
 from .fusion import add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
 from .layout import Slot, StateLayout, copy_module, release
 from .lora_rows import fit_rank_, fuse_models_, mix_rows, sizes_at_rank, widen_rank_
@@ -29,6 +29,7 @@ __all__ = [
     "collapse",
     "compress_upload",
     "copy_module",
+    "encoded_names",
     "fit_rank_",
     "fold_scales_",
     "fuse_",
@@ -44,6 +45,7 @@ __all__ = [
     "negative_variance",
     "payload_fault",
     "put_held_",
+    "read_upload_",
     "release",
     "sizes_at_rank",
     "sub_places",

@@ -73,7 +73,7 @@ def compress_upload(
     received_P: Tensor,
     residual_U: Tensor | None,
     shared: Collection[str] | None = None,
-) -> tuple[int, Tensor | None]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """
     Replaces a trained row by what the server reads of it: received + decode(encode(trained - received + residual)).
 
@@ -88,23 +88,43 @@ def compress_upload(
         shared (`Collection[str]`, *optional*): Names of the tensors that travel, if not all do; the same each time.
 
     Returns:
-        `tuple[int, Tensor | None]`: Bytes of the floating-point part of the upload, and the new residual of a codec
-        with error feedback.
+        `tuple[dict[str, Tensor], Tensor | None]`: The tensors that travel in the place of those that are encoded, and
+        the new residual of a codec with error feedback.
     """
     trained, received = layout.views(row_P), layout.views(received_P)
-    travelling = [name for name in trained if shared is None or name in shared]
-    whole = [name for name in travelling if name in layout.statistics]
-    names = [name for name in travelling if name not in layout.statistics]
-    update_U = torch.cat([(trained[name] - received[name]).flatten() for name in names])
+    update_U = torch.cat([(trained[name] - received[name]).flatten() for name in encoded_names(layout, shared)])
     if residual_U is not None:
         update_U += residual_U.to(update_U.device)
     sent = codec.encode(update_U)
-    read_U = codec.decode(sent, len(update_U))
-    for name, part in zip(names, read_U.split([trained[name].numel() for name in names]), strict=True):
+    read_U = read_upload_(codec, layout, row_P, received_P, sent, shared)
+    return sent, update_U - read_U if codec.error_feedback else None
+
+
+def read_upload_(
+    codec: Codec,
+    layout: StateLayout,
+    row_P: Tensor,
+    received_P: Tensor,
+    sent: dict[str, Tensor],
+    shared: Collection[str] | None = None,
+) -> Tensor:
+    """Writes what the server reads of an encoded update into a row, in place, and returns the update `[U]`."""
+    trained, received = layout.views(row_P), layout.views(received_P)
+    names = encoded_names(layout, shared)
+    sizes = [trained[name].numel() for name in names]
+    read_U = codec.decode(sent, sum(sizes))
+    for name, part in zip(names, read_U.split(sizes), strict=True):
         torch.add(received[name], part.view_as(received[name]), out=trained[name])
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in sent.values())
-    num_bytes += sum(trained[name].numel() * trained[name].element_size() for name in whole)
-    return num_bytes, update_U - read_U if codec.error_feedback else None
+    return read_U
+
+
+def encoded_names(layout: StateLayout, shared: Collection[str] | None = None) -> list[str]:
+    """Returns the names of the tensors that a codec encodes, of those that travel."""
+    return [
+        slot.name
+        for slot in layout.slots
+        if slot.name not in layout.statistics and (shared is None or slot.name in shared)
+    ]
 
 
 def _encode_int8(update_U: Tensor) -> dict[str, Tensor]:

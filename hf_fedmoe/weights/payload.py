@@ -26,6 +26,7 @@ class Payload:
         metrics (`dict[str, float]`, *optional*): What the client reports (`loss`, `steps`, ...).
         tensors (`dict[str, Tensor]`, *optional*): What travels beside the model.
         sizes (`dict[str, int]`, *optional*): Bytes on the wire of each tensor of the model, see [`Payload.weigh`].
+        encoded (`dict[str, Tensor]`, *optional*): What travels in the place of the tensors that a codec has encoded.
     """
 
     row_P: Tensor
@@ -34,6 +35,7 @@ class Payload:
     metrics: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    encoded: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

@@ -1,0 +1,40 @@
+"""The interface of a transport, which is all that the engine of messages knows of it."""
+
+from typing import NamedTuple, Protocol
+
+
+class Answer(NamedTuple):
+    """
+    The answer to a message, or why there is none.
+
+    Args:
+        message_id (`str`): Of the message that it answers.
+        packed (`bytes`, *optional*): The answer, `None` if there will be none.
+        fault (`str`, *optional*): Why there will be none.
+    """
+
+    message_id: str
+    packed: bytes | None
+    fault: str | None = None
+
+
+class Link(Protocol):
+    """The server's end of a transport. Nodes are known by numbers that it gives them while they are connected."""
+
+    pause: float
+    """Seconds between two looks for answers."""
+
+    def nodes(self) -> set[int]:
+        """Returns the nodes that are connected now."""
+
+    def send(self, node: int, kind: str, packed: bytes) -> str:
+        """
+        Sends a message of a kind (`"hello"` or `"train"`), and returns its id at once. Raises `ConnectionError` if the
+        node is gone.
+        """
+
+    def receive(self) -> list[Answer]:
+        """Returns the answers that have come since the last call, without waiting for any."""
+
+    def forget(self, message_id: str) -> None:
+        """Answers to a message are not waited for any more."""

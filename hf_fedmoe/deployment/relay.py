@@ -1,0 +1,50 @@
+"""
+From Flower's app at a node to the process of `hf-fedmoe client`: Flower starts a process for each message, and a model
+would be loaded anew in each. Bytes go through a socket of this machine, which only its user can open.
+"""
+
+import subprocess
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+
+from .messages import Message, MessageError
+from .node import Node
+
+
+FAMILY = "AF_UNIX"
+# Nobody will ask any more.
+STOP = b""
+
+
+def serve(node: Node, socket: Path, supernode: subprocess.Popen, listener: Listener) -> int:
+    """Answers what comes through a socket, in this thread, until SuperNode ends; returns that one's code."""
+    threading.Thread(target=_stop_with, args=(supernode, socket), daemon=True).start()
+    while True:
+        with listener.accept() as connection:
+            if not _answer(node, connection):
+                return supernode.wait()
+
+
+def _answer(node: Node, connection: Connection) -> bool:
+    """Answers one message; tells whether it was one."""
+    try:
+        packed = connection.recv_bytes()
+    except EOFError:  # whoever asked has gone
+        return True
+    if packed == STOP:
+        return False
+    try:
+        answer = node.answer(Message.unpack(packed))
+    except MessageError as error:
+        answer = Message("failed", {"fault": str(error)})
+    with suppress(OSError):  # gone meanwhile; the server will ask again
+        connection.send_bytes(answer.pack())
+    return True
+
+
+def _stop_with(supernode: subprocess.Popen, socket: Path) -> None:
+    supernode.wait()
+    with Client(str(socket), FAMILY) as connection:
+        connection.send_bytes(STOP)

@@ -1,0 +1,159 @@
+"""The nodes of a federation: which is which client, and whether it can take part."""
+
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from .link import Answer, Link
+from .messages import Message, MessageError
+from .node_store import read_json, write_json
+
+
+logger = logging.get_logger(__name__)
+
+TABLE_NAME = "clients.json"
+
+
+@dataclass
+class Identity:
+    """
+    Hashes of a model, which server and nodes must have in common.
+
+    Args:
+        layout (`str`): Hash of the names, shapes and types of what travels.
+        frozen (`str`): Hash of what nobody trains.
+    """
+
+    layout: str
+    frozen: str
+
+
+class Roster:
+    """
+    The nodes of a federation and the clients that they are.
+
+    A node is known by a random text that its folder keeps, so that it is the same client after a restart. Its number
+    is what its configuration says, or else the first that is free when it comes, and is kept: in the server's folder,
+    beside the checkpoints.
+
+    Args:
+        link ([`Link`]): To the nodes.
+        folder (`Path`): The server's, `output_dir`.
+        sizes_M (`np.ndarray` of shape `[M]`): Changed in place: rows of each client.
+        settings (`dict`): Sent to each node, by which it makes its client.
+    """
+
+    def __init__(self, link: Link, folder: Path, sizes_M: np.ndarray, settings: dict[str, Any]):
+        self.link, self.sizes_M, self.settings = link, sizes_M, settings
+        self.path = Path(folder) / TABLE_NAME
+        table = read_json(self.path) or {"run": uuid.uuid4().hex[:12], "clients": {}}
+        self.run: str = table["run"]
+        self.numbers: dict[str, int] = table["clients"]
+        # Of the private tensors with which nodes begin: they must know them, or are sent them.
+        self.starts: dict[int, dict[str, str]] = {}
+        self.identity: Identity | None = None
+        self.connected: dict[int, int] = {}
+        self._greeted: set[int] = set()
+        self._waiting: dict[str, int] = {}
+
+    def open(self, identity: Identity) -> None:
+        """Says what nodes must have in common with the server; from now on they are greeted."""
+        self.identity = identity
+        self._write()
+
+    def wait_for(self, count: int) -> None:
+        """Waits until so many clients have a node."""
+        told = -1
+        while len(self.connected) < count:
+            if len(self.connected) > told:
+                told = len(self.connected)
+                logger.warning(f"{told} of {count} nodes are connected, which the first round waits for.")
+            self.welcome()
+            for answer in self.link.receive():
+                self.take(answer)
+            if len(self.connected) < count:
+                time.sleep(self.link.pause)
+
+    def node_of(self, client: int) -> int | None:
+        """Returns the node that is a client now, `None` if there is none."""
+        return self.connected.get(client)
+
+    def welcome(self) -> None:
+        """Greets nodes that have come, and forgets those that have gone."""
+        present = self.link.nodes()
+        self.connected = {client: node for client, node in self.connected.items() if node in present}
+        self._greeted &= present
+        hello = Message("hello", {"run": self.run, "settings": self.settings}).pack()
+        for node in sorted(present - self._greeted):
+            self._greeted.add(node)
+            try:
+                self._waiting[self.link.send(node, "hello", hello)] = node
+            except ConnectionError:
+                self._greeted.discard(node)
+
+    def take(self, answer: Answer) -> bool:
+        """Tells whether an answer was one to a greeting, which is then dealt with."""
+        node = self._waiting.pop(answer.message_id, None)
+        if node is None:
+            return False
+        try:
+            if answer.packed is None:
+                self._greeted.discard(node)  # it may have been restarted meanwhile
+                raise MessageError(answer.fault or "no answer")
+            self._register(node, Message.unpack(answer.packed))
+        except (MessageError, KeyError, TypeError, ValueError) as error:
+            logger.warning(f"Node {node} cannot take part: {error}.".replace("..", "."))
+        return True
+
+    def _register(self, node: int, answer: Message) -> None:
+        facts = answer.facts
+        if answer.kind == "failed":
+            raise MessageError(f"it says: {facts['fault']}")
+        name, wanted, size = str(facts["node"]), facts["client"], facts["num_examples"]
+        if not isinstance(size, int) or size < 1:
+            raise MessageError(f"it reports {size!r} examples, where 1 or more are due")
+        self._check(facts)
+        client = self._number(name, wanted)
+        self.numbers[name] = client
+        self._write()
+        self.connected[client] = node
+        self.starts[client] = {str(key): str(value) for key, value in facts["start"].items()}
+        self.sizes_M[client] = size
+        logger.info(f"Node {node} is client {client}, with {size} examples.")
+
+    def _check(self, facts: dict[str, Any]) -> None:
+        assert self.identity is not None  # or nobody was greeted
+        for what, wanted in vars(self.identity).items():
+            if facts[what] != wanted:
+                parts = {"layout": "what clients train", "frozen": "what nobody trains"}
+                raise MessageError(
+                    f"its model is another than the server's in {parts[what]} (hash {facts[what]}, here {wanted}): "
+                    "give both the same checkpoint, adapters and versions"
+                )
+
+    def _number(self, name: str, wanted: int | None) -> int:
+        """Returns the client that a node is; raises [`MessageError`] if it can be none."""
+        taken, known = {client: other for other, client in self.numbers.items()}, self.numbers.get(name)
+        if wanted is None and known is not None:
+            return known
+        if wanted is None:
+            wanted = next((client for client in range(len(self.sizes_M)) if client not in taken), None)
+            if wanted is None:
+                raise MessageError(f"all {len(self.sizes_M)} clients have a node: raise `num_clients`")
+        if not isinstance(wanted, int) or not 0 <= wanted < len(self.sizes_M):
+            raise MessageError(f"it is configured as client {wanted!r}, and clients are 0 to {len(self.sizes_M) - 1}")
+        if taken.get(wanted, name) != name:
+            raise MessageError(
+                f"it is configured as client {wanted}, which another node is: give it another number, or the folder "
+                "of that node if it is that one"
+            )
+        return wanted
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"run": self.run, "clients": self.numbers})

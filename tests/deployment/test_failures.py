@@ -1,0 +1,212 @@
+"""Nodes that die, hang, come back, are late, say things twice or say old things, and servers that are killed."""
+
+import pytest
+
+from hf_fedmoe.deployment import Answer, Message
+from tests.message_link import MessageLink, answering, tiny_node, tiny_run, tiny_server
+from tests.tiny_federation import assert_equal_states, state, tiny_federation
+
+
+# Clients keep something, their optimizer and what `top_k` left out, and a checkpoint is written after each round.
+KEEPS = {"save_strategy": "steps", "keep_client_optimizer": True, "clients_per_round": 3}
+
+
+class Killed(BaseException):
+    """The server's process is gone."""
+
+
+def nodes_of(folder, name, **changes):
+    data = tiny_federation(3)
+    return [tiny_node(folder / f"node{client}", name, client, data, **changes) for client in range(3)]
+
+
+def link_to(nodes):
+    return MessageLink({100 + place: answering(node) for place, node in enumerate(nodes)})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return tiny_run(tmp_path_factory.mktemp("whole"), "fedavg_top_k", tiny_federation(3), **KEEPS)
+
+
+def start(tmp_path, link, name="fedavg_top_k", **changes):
+    return tiny_server(tmp_path / "server", name, link, tiny_federation(3), **KEEPS | changes)
+
+
+def in_train(round_index, act):
+    """Wraps a node: `act(packed, answer)` takes the place of its answer in a round."""
+
+    def wrap(answer):
+        def answered(packed):
+            message = Message.unpack(packed)
+            if message.kind == "train" and message.facts["round"] == round_index:
+                return act(packed, answer)
+            return answer(packed)
+
+        return answered
+
+    return wrap
+
+
+def test_one_that_dies_is_missing_in_its_round_and_the_others_go_on(tmp_path):
+    link = link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS))
+
+    def die(packed, answer):
+        del link.answers[101]
+        return None
+
+    link.answers[101] = in_train(1, die)(link.answers[101])
+    server = start(tmp_path, link, min_clients=2, round_timeout=0.2)
+    server.train()
+    assert [report.refused for report in server.rounds] == [
+        {},
+        {1: "no answer in `round_timeout` = 0.2 s"},
+        {1: "no node of this client is connected"},
+    ]
+    assert server.rounds[2].num_examples == 24
+
+
+def test_one_that_hangs_is_waited_for_no_longer_than_the_timeout(tmp_path):
+    link = link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS))
+    link.answers[102] = in_train(0, lambda packed, answer: None)(link.answers[102])
+    server = start(tmp_path, link, min_clients=2, round_timeout=0.2, rounds=2)
+    server.train()
+    assert [sorted(report.refused) for report in server.rounds] == [[2], []]
+
+
+def test_one_that_comes_back_in_time_ends_with_the_bits_of_a_run_without_failures(tmp_path, uninterrupted):
+    nodes = nodes_of(tmp_path, "fedavg_top_k", **KEEPS)
+    link = link_to(nodes)
+
+    def die_and_come_back(packed, answer):
+        answer(packed)  # it has trained and kept what it keeps, but its answer is lost
+        del link.answers[101]
+        data = tiny_federation(3)
+        link.answers[201] = answering(tiny_node(tmp_path / "node1", "fedavg_top_k", 1, data, **KEEPS))
+        return None
+
+    link.answers[101] = in_train(1, die_and_come_back)(link.answers[101])
+    server = start(tmp_path, link, min_clients=3)
+    server.train()
+    assert [report.refused for report in server.rounds] == [{}, {}, {}]
+    assert_equal_states(state(server.model), state(uninterrupted.model))
+
+
+def test_one_that_is_late_takes_part_from_then_on(tmp_path):
+    link = link_to(nodes_of(tmp_path, "scaffold"))
+    late = link.answers.pop(102)
+    link.answers[100] = in_train(1, lambda packed, answer: link.answers.setdefault(102, late) and answer(packed))(
+        link.answers[100]
+    )
+    server = start(tmp_path, link, "scaffold", min_clients=2, round_timeout=0.2, rounds=4)
+    server.train()
+    assert sorted(server.rounds[0].refused) == [2]
+    assert server.rounds[3].refused == {}
+    # Methods that divide by all clients' examples know of it too.
+    assert server._federation_of_the_last_round().server.num_examples == 36
+
+
+def test_what_is_said_twice_counts_once(tmp_path, uninterrupted):
+    class Echo(MessageLink):
+        def receive(self):
+            came = super().receive()
+            return [*came, *came]
+
+    server = start(tmp_path, Echo(link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)).answers), min_clients=3)
+    server.train()
+    assert_equal_states(state(server.model), state(uninterrupted.model))
+
+
+def test_an_upload_of_an_old_round_is_refused(tmp_path):
+    link, old = link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)), {}
+    plain = link.answers[100]
+
+    def repeat(packed):
+        answer = plain(packed)
+        if Message.unpack(packed).kind == "hello":
+            return answer
+        return old.setdefault("answer", answer)
+
+    link.answers[100] = repeat
+    server = start(tmp_path, link, min_clients=2)
+    server.train()
+    assert server.rounds[0].refused == {}
+    assert server.rounds[2].refused == {0: "it sends an upload of round 0, where that of 2 is due"}
+
+
+SLOW_RESUMES = ("apfl", "fedmoe_paper_top_k", "fedrep", "scaffold")
+
+
+@pytest.mark.parametrize(
+    "name", ["fedavg_top_k", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_RESUMES)]
+)
+def test_a_killed_server_is_resumed_and_asks_again_for_the_round_that_was_lost(name, tmp_path):
+    # Nodes go on in the memory that they have, or are started again from their folders.
+    whole = tiny_run(tmp_path / "whole", name, tiny_federation(3), **KEEPS)
+    link = link_to(nodes_of(tmp_path, name, **KEEPS))
+
+    def kill(packed, answer):
+        answer(packed)  # this client has trained; the server never hears of it
+        raise Killed
+
+    link.answers[101] = in_train(2, kill)(link.answers[101])
+    with pytest.raises(Killed):
+        start(tmp_path, link, name, min_clients=3).train()
+    link = link_to(nodes_of(tmp_path, name, **KEEPS))
+    server = start(tmp_path, link, name, min_clients=3)
+    server.train(resume_from_checkpoint=True)
+    assert len(server.rounds) == 1
+    assert_equal_states(state(server.model), state(whole.model))
+
+
+def test_a_server_that_goes_back_further_finds_what_clients_kept_then(tmp_path, uninterrupted):
+    # Of three rounds only the first has a checkpoint when the server is killed in the third.
+    changes = {"save_steps": 1}
+    link = link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS))
+
+    def kill(packed, answer):
+        raise Killed
+
+    link.answers[102] = in_train(2, kill)(link.answers[102])
+    with pytest.raises(Killed):
+        start(tmp_path, link, min_clients=3, **changes).train()
+    first = tmp_path / "server" / "checkpoint-1"
+    server = start(tmp_path, link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)), min_clients=3)
+    server.train(resume_from_checkpoint=first)
+    assert len(server.rounds) == 2
+    assert_equal_states(state(server.model), state(uninterrupted.model))
+
+
+def test_too_few_uploads_end_the_run(tmp_path):
+    link = link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS))
+    for node in (100, 101):
+        link.answers[node] = in_train(
+            1, lambda packed, answer: Message("failed", {"fault": "OSError: the disk is full"}).pack()
+        )(link.answers[node])
+    server = start(tmp_path, link, min_clients=2)
+    with pytest.raises(
+        RuntimeError, match=r"Round 2 has 1 sound uploads, and `min_clients` is 2. client 0, client 1: "
+    ):
+        server.train()
+
+
+def test_bytes_that_are_no_message_are_refused(tmp_path):
+    link = link_to(nodes_of(tmp_path, "fedavg"))
+    link.answers[100] = in_train(0, lambda packed, answer: b"\x80\x04pickle")(link.answers[100])
+    server = start(tmp_path, link, "fedavg", min_clients=2, rounds=1, keep_client_optimizer=False)
+    server.train()
+    assert server.rounds[0].refused[0].startswith("8 bytes are no message: ")
+
+
+def test_an_answer_that_the_transport_cannot_bring_is_a_fault(tmp_path):
+    class Broken(MessageLink):
+        def receive(self):
+            return [
+                each if each.message_id != "4" else Answer(each.message_id, None, "the line is cut")
+                for each in super().receive()
+            ]
+
+    link = Broken(link_to(nodes_of(tmp_path, "fedavg")).answers)
+    server = start(tmp_path, link, "fedavg", min_clients=2, rounds=1, keep_client_optimizer=False)
+    server.train()
+    assert list(server.rounds[0].refused.values()) == ["its node gives no answer: the line is cut"]
