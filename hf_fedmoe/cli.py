@@ -1,13 +1,14 @@
-"""The command line: `hf-fedmoe compare FILE`, and `hf-fedmoe expert train`, `merge` and `remove`."""
+"""The command line `hf-fedmoe`; commands on own data and saved models are in `commands`."""
 
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from . import __version__
+from .commands import train, use
+from .commands.one_line import in_one_line as _in_one_line
+from .commands.one_line import refuse as _refuse
 
 
 # `.experiments` is imported when it is needed: torch comes with it, and a mistyped word would take seconds.
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"hf_fedmoe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train.add(commands)
+    use.add(commands)
     command = commands.add_parser(
         "compare",
         allow_abbrev=False,
@@ -164,21 +167,6 @@ def _remove_owner(parser: _Parser, options: argparse.Namespace, words: list[str]
 
         fewer = remove_owner(options.mixture, options.names, options.out)
         print(f"{options.out}: a mixture of {', '.join(fewer.config.expert_names)}")
-
-
-def _refuse(parser: _Parser, words: list[str]) -> None:
-    if words:
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
-
-
-@contextmanager
-def _in_one_line(parser: _Parser) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped.\n")
 
 
 def _exit(signum: int, frame: Any) -> NoReturn:

@@ -22,6 +22,7 @@ ROOMS = (
     "owners",
     "training",
     "experiments",
+    "commands",
     "cli",
 )
 FILES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 
 from .own_labels import one_label_map
 from .own_paths import OwnPath, check_paths, named_paths
@@ -55,18 +55,39 @@ def read_own_files(
 
 def _table(texts: pa.ChunkedArray, labels_N: np.ndarray, kind: ClassLabel) -> Dataset:
     columns = {"text": texts.cast(pa.string()), "label": pa.array(kind.str2int(labels_N.tolist()), pa.int64())}
-    return Dataset(pa.table(columns)).cast(Features({"text": Value("string"), "label": kind}))
+    return Dataset(pa.table(columns), DatasetInfo(features=Features({"text": Value("string"), "label": kind})))
+
+
+def read_texts(path: OwnPath, text: str) -> list[str]:
+    """
+    Reads texts without labels from a file.
+
+    Args:
+        path (`str`): A `.csv`, `.jsonl`, `.json` or `.parquet`.
+        text (`str`): Its column of texts.
+
+    Raises:
+        ValueError: Names the file, the column, the row and the remedy.
+    """
+    check_paths({"texts": path}, FILE_FORMATS, "file")
+    return _texts(_rows(path, text=text), text, path).to_pylist()
 
 
 def _read(path: OwnPath, text: str, label: str) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Texts of a file, and its labels `[N]` as strings."""
+    rows = _rows(path, text=text, label=label)
+    return _texts(rows, text, path), _labels(rows, label, path)
+
+
+def _rows(path: OwnPath, **columns: str) -> Dataset:
+    """All rows of a file, which has these columns by what they are for."""
     kind = FILE_FORMATS[Path(path).suffix.lower()]
     rows = read_files(kind, {"train": Path(path)}, str(path), **AS_WRITTEN.get(kind, {}))["train"]
     if len(rows) == 0:
         raise ValueError(f"{str(path)!r} has no rows: check that it is the file that you mean, or leave it out.")
-    for role, column in (("text", text), ("label", label)):
+    for role, column in columns.items():
         _check_column(path, role, column, rows.column_names)
-    return _texts(rows.data.column(text), text, path), _labels(rows, label, path)
+    return rows
 
 
 def _check_column(path: OwnPath, role: str, column: str, columns: list[str]) -> None:
@@ -86,7 +107,8 @@ def _check_column(path: OwnPath, role: str, column: str, columns: list[str]) -> 
     )
 
 
-def _texts(column: pa.ChunkedArray, name: str, path: OwnPath) -> pa.ChunkedArray:
+def _texts(rows: Dataset, name: str, path: OwnPath) -> pa.ChunkedArray:
+    column = rows.data.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise ValueError(
             f"`{name}` of {str(path)!r} holds {column.type}, {column[0].as_py()!r} in row 1, and no texts: name the "
