@@ -45,6 +45,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     card.add_argument("--base_model", help="Hub id of the start")
     card.add_argument("--datasets", nargs="+", help="Hub ids of the data, if it is there")
     card.add_argument("--tags", nargs="+", help="further tags")
+    card.add_argument("--widget", nargs="+", metavar="TEXT", help="examples on the Hub's page; no client's own")
     card.set_defaults(run=_card, parser=card)
 
     push = commands.add_parser(
@@ -90,6 +91,8 @@ def _card(parser: argparse.ArgumentParser, options: argparse.Namespace, words: l
         given = {name: value for name, value in facts.items() if value is not None}
         if options.tags:
             given["tags"] = list(dict.fromkeys([*(card.data.tags or []), *options.tags]))
+        if options.widget:
+            given["widget"] = [{"text": text} for text in options.widget]
         for name, value in given.items():
             card.data[name] = value
         if given:

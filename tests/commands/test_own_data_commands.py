@@ -150,10 +150,24 @@ def test_predict_prints_or_writes(trained, place, capsys, monkeypatch):
 
 def test_card_is_filled_in_and_shown(trained, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
-    told = said(capsys, "card", "runs/mine", "--language", "en", "--license", "cc0-1.0", "--tags", "shops", "fedmoe")
-    assert told == "runs/mine/model/README.md: language, license, tags filled in\n"
+    told = said(
+        capsys,
+        "card",
+        "runs/mine",
+        "--language",
+        "en",
+        "--license",
+        "cc0-1.0",
+        "--tags",
+        "shops",
+        "fedmoe",
+        "--widget",
+        "A fine coat.",
+    )
+    assert told == "runs/mine/model/README.md: language, license, tags, widget filled in\n"
     data = ModelCard(said(capsys, "card", "runs/mine")).data
     assert data.language == ["en"] and data.license == "cc0-1.0" and data.tags.count("fedmoe") == 1
+    assert data.widget == [{"text": "A fine coat."}]
     assert data.tags[-1] == "shops" and len(data.eval_results) == 4
 
 
