@@ -1,4 +1,4 @@
-"""What goes wrong in a command is said in one line, and what it warns of in another; no tracebacks, no file names."""
+"""Errors and warnings of a command, each in one line, without tracebacks and places in files."""
 
 import argparse
 import warnings

@@ -1,4 +1,4 @@
-"""What to try when a run ends no better than the majority class, or below its control."""
+"""Advice for a run that ends no better than the majority class, or below its control."""
 
 import math
 from collections.abc import Iterator
