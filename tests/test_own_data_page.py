@@ -27,8 +27,8 @@ def run_commands(block: str, **smaller: str) -> None:
 def files(newcomer):  # noqa: F811
     """The page's files, a tenth of their rows."""
     make_files = blocks("docs/own_data.md")[0]
-    assert "500 * number + 500" in make_files
-    run(make_files.replace("500 * number, 500 * number + 500", "50 * number, 50 * number + 50"))
+    assert "1000 * number + 1000" in make_files
+    run(make_files.replace("1000 * number, 1000 * number + 1000", "50 * number, 50 * number + 50"))
 
 
 def test_page_of_own_data(files, capsys):
