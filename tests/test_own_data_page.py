@@ -27,8 +27,8 @@ def run_commands(block: str, **smaller: str) -> None:
 def files(newcomer):  # noqa: F811
     """The page's files, a tenth of their rows."""
     make_files = blocks("docs/own_data.md")[0]
-    assert "1000 * number + 1000" in make_files
-    run(make_files.replace("1000 * number, 1000 * number + 1000", "50 * number, 50 * number + 50"))
+    assert "examples_per_client=600" in make_files
+    run(make_files.replace("examples_per_client=600", "examples_per_client=60"))
 
 
 def test_page_of_own_data(files, capsys):
@@ -42,7 +42,7 @@ def test_page_of_own_data(files, capsys):
     run_commands(use_it)
     said = capsys.readouterr().out
     assert re.search(r"^north, most frequent class +\d", said, re.MULTILINE)
-    assert "answers.csv: 50 rows, " in said and "license filled in" in said
+    assert "answers.csv: 60 rows, " in said and "license filled in" in said
     assert run(use)["classify"]("A perfect fit.")[0]["label"] in ("1", "2", "3", "4", "5")
 
     assert "select(range(600))" in make_images

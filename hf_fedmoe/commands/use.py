@@ -1,6 +1,7 @@
 """`hf-fedmoe evaluate`, `predict`, `card` and `push`: what one does with a saved model."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,21 @@ def _push(parser: argparse.ArgumentParser, options: argparse.Namespace, words: l
         from huggingface_hub import HfApi
 
         folder = _folder(options.model)
+        _check_base(folder)
         api = HfApi()
         name = api.create_repo(options.repository, private=options.private or None, exist_ok=True).repo_id
         print(api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoint-*"]).commit_url)
+
+
+def _check_base(folder: Path) -> None:
+    """Refuses an adapter whose base nobody else has, and whose file names a folder of this machine."""
+    file = folder / "adapter_config.json"
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
+    if base and Path(base).exists():
+        raise ValueError(
+            f"{str(folder)!r} is an adapter of the folder {base!r}, which is on this machine only: train it from a "
+            "model of the Hub, or by fedmoe, which saves the base with its experts."
+        )
 
 
 def _folder(model: str) -> Path:

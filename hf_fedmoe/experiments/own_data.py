@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from peft import PeftConfig
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
 
@@ -66,6 +67,10 @@ class OwnData(Experiment):
         """Data as trainers take them."""
         return self.hold_out(self.prepare(data, processor), seed)
 
+    def remark(self, data: FederatedDataset) -> str:
+        """A line on what became of the data on their way to the model, empty where that is nothing."""
+        return ""
+
     def read(self, seed: int) -> FederatedDataset:
         """Clients and splits as they are on disk."""
         splits = {name: _path_or_size(vars(self)[name]) for name in ("reserved", "validation", "test")}
@@ -93,6 +98,12 @@ class OwnTexts(OwnData, TextExperiment):
         return FederatedDataset.from_files(
             self.clients, self.text_column, self.label_column, **splits, label_names=self.label_names, seed=seed
         )
+
+    def remark(self, data: FederatedDataset) -> str:
+        """Says how many texts are longer than the model reads, if many are."""
+        lengths_N = pc.list_value_length(data.pool.data.column("input_ids")).to_numpy()
+        cut = (lengths_N >= self.max_length).mean()
+        return f"{cut:.0%} of the texts are cut after {self.max_length} tokens (--max_length)." if cut > 0.05 else ""
 
     def load_processor(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, which remembers where texts are cut."""

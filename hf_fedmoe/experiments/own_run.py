@@ -89,6 +89,8 @@ def train_own(told: dict[str, Any], images: bool, method: str = "fedmoe", contro
         raise ValueError("`reserved` is 0, but fedmoe learns on labelled rows of the server: give a file, or a share.")
     with _bars_of_datasets():
         data = experiment.make_ready(data, processor, args.seed)
+    if remark := experiment.remark(data):
+        print(remark, flush=True)
     run = _Run(experiment, args, data, processor, folder)
     args.output_dir = str(folder / method)
     make_trainer(method, experiment, args, data, processor, train_first=leave_as_it_is)

@@ -188,12 +188,13 @@ def test_adapters_are_saved_with_a_base_of_this_machine(place, capsys, monkeypat
     shutil.copytree(place / "start", tmp_path / "start")
     monkeypatch.chdir(tmp_path)
     files = [place / "north.csv", place / "east.csv"]
-    model = ["--model", "start", "--lora", "--rank", "4", "--control", "none"]
+    model = ["--model", "start", "--lora", "--rank", "4", "--control", "none", "--max_length", "8"]
     text = said(capsys, "train", "--clients", *files, *model, *OPTIONS, "--output_dir", "runs/lora")
     shutil.rmtree(tmp_path / "start")
     columns = ["--text_column", "review", "--label_column", "mood"]
     told = said(capsys, "evaluate", "runs/lora", place / "test.csv", *columns)
     assert accuracy_of("test", told) > 0 and "control" not in text
+    assert "100% of the texts are cut after 8 tokens (--max_length)." in text
     assert "peft_config" in json.loads(Path("runs/lora/model/config.json").read_text())
 
 
@@ -253,4 +254,8 @@ def test_mistakes_with_saved_models(trained, place, capsys, monkeypatch):
     told = refused(capsys, "evaluate", "runs/mine", "other.csv", *COLUMNS)
     assert "is 'goood' in row 2, which label_names has not: is it 'good'?" in told
     assert "'runs' is no folder of a model" in refused(capsys, "card", "runs")
+    Path("adapter").mkdir(exist_ok=True)
+    Path("adapter", "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "start"}))
+    told = refused(capsys, "push", "adapter", "user/model")
+    assert "'adapter' is an adapter of the folder 'start', which is on this machine only" in told
     assert "unrecognized arguments: --lang" in refused(capsys, "card", "runs/mine", "--lang", "en")
