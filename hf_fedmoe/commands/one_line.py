@@ -31,6 +31,7 @@ def quietly() -> Iterator[None]:
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an unreadable file is an error of ours
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs

@@ -130,7 +130,8 @@ def _labels(rows: Dataset, name: str, path: OwnPath) -> np.ndarray:
     elif pa.types.is_floating(column.type):
         column = _whole_numbers(column, begin)
     elif not (pa.types.is_integer(column.type) or pa.types.is_string(column.type) or _is_large(column.type)):
-        raise ValueError(f"{begin} holds {column.type}: a label is a word or a whole number, name another column.")
+        kind = "values of several types" if str(column.type) == "extension<arrow.json>" else column.type
+        raise ValueError(f"{begin} holds {kind}: a label is a word or a whole number, name another column.")
     names = pc.utf8_trim_whitespace(pc.fill_null(column.cast(pa.string()), ""))
     _check_none(pc.equal(pc.utf8_length(names), 0), f"{begin} is empty", "labels")
     return np.array(names.to_pylist(), dtype=object)
@@ -139,11 +140,11 @@ def _labels(rows: Dataset, name: str, path: OwnPath) -> np.ndarray:
 def _whole_numbers(column: pa.ChunkedArray, begin: str) -> pa.ChunkedArray:
     values_N = column.to_numpy()
     known_N = ~np.isnan(values_N)
-    wrong = np.flatnonzero(known_N & (values_N != np.rint(values_N)))
+    wrong = np.flatnonzero(known_N & ~(np.isfinite(values_N) & (values_N == np.rint(values_N))))
     if len(wrong):
         raise ValueError(
-            f"{begin} is {values_N[wrong[0]]} in row {wrong[0] + 1}: numbers with fractions are no classes, divide "
-            "them into some, for example low and high."
+            f"{begin} is {values_N[wrong[0]]} in row {wrong[0] + 1}: numbers that are not whole are no classes, "
+            "divide them into some, for example low and high."
         )
     return pa.chunked_array([pa.array(np.where(known_N, values_N, 0).astype(np.int64), mask=~known_N)])
 

@@ -156,7 +156,8 @@ def test_what_is_asked_for_wrongly_is_said(files, changes, said):
         ("review;stars\ngood;1\n", r"has one column, 'review;stars', with ';' in its name: columns of a .csv are sep"),
         ('review,stars\nfine,1\n"  ",2\n', r"`review` of '.*south.csv' is empty in 1 of 2 rows, row 2 first"),
         ("review,stars\nfine,1\nbad,\n", r"`stars` of '.*south.csv' is empty in 1 of 2 rows, row 2 first"),
-        ("review,stars\nfine,1\nbad,2.5\n", r"is 2.5 in row 2: numbers with fractions are no classes"),
+        ("review,stars\nfine,1\nbad,2.5\n", r"is 2.5 in row 2: numbers that are not whole are no classes"),
+        ("review,stars\nfine,inf\nbad,2\n", r"is inf in row 1: numbers that are not whole are no classes"),
         (
             "review,stars\nfine,1\nbad,two\n",
             r"`stars` of '.*south.csv' is 'two' in row 2, while most labels are numbers \(1, 2, 10\): write it as",
@@ -167,6 +168,13 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(files, content, said):
     Path(files["south"]).write_text(content)
     with pytest.raises(ValueError, match=said):
         of_files(files)
+
+
+def test_labels_of_several_types_are_refused(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"review": "a", "stars": 1}\n{"review": "b", "stars": "x"}\n')
+    with pytest.raises(ValueError, match=r"`stars` of '.*mixed.jsonl' holds values of several types: a label"):
+        of_files([str(path)])
 
 
 def test_paths_that_are_none_are_refused(files, tmp_path):
