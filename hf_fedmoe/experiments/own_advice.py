@@ -69,18 +69,22 @@ def advise(run: RunBeside, args: FedMoETrainingArguments, model: str) -> Iterato
 
 
 def _remedies(run: RunBeside, args: FedMoETrainingArguments, model: str) -> Iterator[str]:
-    rate, losses = args.learning_rate, run.losses
-    if losses and not (math.isfinite(losses[-1]) and losses[-1] <= losses[0]):
-        yield f"  --learning_rate {rate / 3:.1g}: the loss rose from {losses[0]:.3f} to {losses[-1]:.3f};"
-    elif losses and losses[-1] > (1 - HARDLY) * losses[0]:
-        yield f"  --learning_rate {rate * 3:.1g}: the loss hardly moved, {losses[0]:.3f} to {losses[-1]:.3f};"
-    late = losses[-max(2, len(losses) // 4) :]
-    if len(late) > 1 and late[-1] < (1 - STILL) * late[0]:
-        yield f"  --rounds {2 * args.rounds}: the loss was still falling;"
-    else:
-        yield f"  --rounds {2 * args.rounds} or --num_train_epochs {2 * args.num_train_epochs:g};"
+    yield from _by_the_loss(run.losses, args)
     if not Path(model).is_dir() and "/" not in model:
         yield f"  a pretrained start in the place of {model}, --model FOLDER_OR_HUB_ID;"
     else:
         yield f"  a larger start than {Path(model).name}, pretrained on the language of your data, --model;"
     yield "  and look at the table of clients above: are labels right, and is there enough of each class?"
+
+
+def _by_the_loss(losses: list[float], args: FedMoETrainingArguments) -> Iterator[str]:
+    """Reads from the way of the loss whether the rate is wrong or the run too short; one round says nothing of it."""
+    rate, late = args.learning_rate, losses[-max(2, len(losses) // 4) :]
+    if len(losses) > 1 and not (math.isfinite(losses[-1]) and losses[-1] <= losses[0]):
+        yield f"  --learning_rate {rate / 3:.1g}: the loss rose from {losses[0]:.3f} to {losses[-1]:.3f};"
+    elif len(losses) > 1 and losses[-1] > (1 - HARDLY) * losses[0]:
+        yield f"  --learning_rate {rate * 3:.1g}: the loss hardly moved, {losses[0]:.3f} to {losses[-1]:.3f};"
+    if len(late) > 1 and late[-1] < (1 - STILL) * late[0]:
+        yield f"  --rounds {2 * args.rounds}: the loss was still falling;"
+    else:
+        yield f"  --rounds {2 * args.rounds} or --num_train_epochs {2 * args.num_train_epochs:g};"

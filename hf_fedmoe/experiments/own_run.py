@@ -163,8 +163,13 @@ def _tell(
     print("\n" + result_table(results, f"On {count} test rows", beside))
     accuracy = results[method]["accuracy"]
     print(f"One seed and {count} test rows leave about ±{100 * margin(accuracy, count):.1f} points open.")
-    if "clients_accuracy" in results[method]:
-        print(f"Clients on test rows of their own: accuracy {100 * results[method]['clients_accuracy']:.1f}.")
+    served = {
+        name: {metric: score[f"clients_{metric}"] for metric in METRICS[:2]}
+        for name, score in results.items()
+        if "clients_accuracy" in score
+    }
+    if served:
+        print("\n" + result_table(served, "Each client's model on its own", beside))
     losses = [entry["loss"] for entry in trainer.state.log_history if "bytes_up" in entry]
     others = {name: score["accuracy"] for name, score in results.items() if name != method}
     for line in advise(

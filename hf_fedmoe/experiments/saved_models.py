@@ -84,7 +84,7 @@ def predict_saved(model: str, file: str, text_column: str = "text", out: str | N
         writer.writerow(["input", "label", "score"])
         writer.writerows([each, a["label"], f"{a['score']:.4f}"] for each, a in zip(inputs, answers, strict=True))
     counts = Counter(answer["label"] for answer in answers)
-    return f"{out}: {len(answers)} rows, " + ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    return f"{out}: {len(answers)} rows, " + ", ".join(f"{name}: {count}" for name, count in counts.most_common())
 
 
 def _images(path: Path) -> list[Any]:

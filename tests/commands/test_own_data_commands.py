@@ -198,6 +198,17 @@ def test_adapters_are_saved_with_a_base_of_this_machine(place, capsys, monkeypat
     assert "peft_config" in json.loads(Path("runs/lora/model/config.json").read_text())
 
 
+def test_personal_methods_are_tested_at_their_clients(place, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    method = ["--method", "fedavg_plus", "--client_test_share", "0.2", "--output_dir", "runs/personal"]
+    files = [place / "north.csv", place / "east.csv"]
+    text = said(capsys, "train", "--clients", *files, "--model", place / "start", *OPTIONS, *method)
+    assert "fedavg (control)" in text and Path("runs/personal/client_accuracies.png").is_file()
+    results = json.loads(Path("runs/personal/results.json").read_text())
+    served = text.partition("Each client's model on its own")[2]
+    assert accuracy_of("fedavg_plus", served) == round(100 * results["fedavg_plus"]["clients_accuracy"], 1)
+
+
 def test_images_of_folders(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

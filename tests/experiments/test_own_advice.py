@@ -29,6 +29,7 @@ def test_a_run_above_the_others_needs_none(args):
         ([1.0, float("nan")], "  --learning_rate 0.0003: the loss rose from 1.000 to nan;"),
         ([1.0, 0.99], "  --learning_rate 0.003: the loss hardly moved, 1.000 to 0.990;"),
         ([1.0, 0.5], "  --rounds 12: the loss was still falling;"),
+        ([1.0], "  --rounds 12 or --num_train_epochs 2;"),
         ([1.0, 0.7, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], "  --rounds 12 or --num_train_epochs 2;"),
     ],
 )
