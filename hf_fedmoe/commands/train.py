@@ -25,7 +25,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     train.add_argument("--images", nargs="+", metavar="FOLDER", help="or a folder of each, a subfolder a class")
     train.add_argument("--text_column", metavar="NAME", help="the files' column of texts")
     train.add_argument("--label_column", metavar="NAME", help="the files' column of labels: words or whole numbers")
-    train.add_argument("--label_names", nargs="+", metavar="NAME", help="all classes in order (those that occur)")
+    train.add_argument("--classes", nargs="+", metavar="NAME", help="all classes in order (those that occur)")
     train.add_argument("--model", help="start: a folder, a Hub id, or a name (gpt2-reviews; for images small_cnn)")
     train.add_argument("--method", default="fedmoe", help="fedmoe, fedavg, fedprox, ... (fedmoe)")
     train.add_argument("--lora", action="store_true", help="clients train and send LoRA adapters only")

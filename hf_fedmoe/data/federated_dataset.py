@@ -241,7 +241,7 @@ class FederatedDataset:
         reserved: OwnPath | int | float | None = None,
         test: OwnPath | int | float | None = None,
         validation: OwnPath | int | float | None = None,
-        label_names: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
         seed: int = 0,
     ) -> "FederatedDataset":
         """
@@ -253,7 +253,7 @@ class FederatedDataset:
             text (`str`), label (`str`): Columns of the texts, and of the labels: words or whole numbers.
             reserved, test, validation (`str`, `int` or `float`, *optional*): A file of the server's own, or how many
                 rows, or what share of all, are split off the clients' for it, classes in proportion.
-            label_names (`Sequence[str]`, *optional*): All classes in their order. By default those that occur in any
+            classes (`Sequence[str]`, *optional*): All classes in their order. By default those that occur in any
                 file, numbers by their value and words in natural order.
             seed (`int`, *optional*, defaults to 0): Of what is split off.
 
@@ -261,7 +261,7 @@ class FederatedDataset:
             ValueError: Names the file, the column, the row and the remedy.
         """
         others, sizes = files_and_sizes(reserved=reserved, validation=validation, test=test)
-        given, splits = read_own_files(clients, others, text, label, label_names)
+        given, splits = read_own_files(clients, others, text, label, classes)
         kept, drawn = split_off(given, sizes, seed)
         return cls.from_clients(kept, **splits, **drawn)
 
@@ -272,7 +272,7 @@ class FederatedDataset:
         reserved: OwnPath | int | float | None = None,
         test: OwnPath | int | float | None = None,
         validation: OwnPath | int | float | None = None,
-        label_names: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
         seed: int = 0,
     ) -> "FederatedDataset":
         """
@@ -280,11 +280,11 @@ class FederatedDataset:
 
         Args:
             clients (`Mapping[str, str]` or `Sequence[str]`): Folders by the names of the clients, or a list of them.
-            reserved, test, validation, label_names, seed (*optional*): As in [`~FederatedDataset.from_files`], folders
+            reserved, test, validation, classes, seed (*optional*): As in [`~FederatedDataset.from_files`], folders
                 in the place of files. So are the errors.
         """
         others, sizes = files_and_sizes(reserved=reserved, validation=validation, test=test)
-        given, splits = read_own_folders(clients, others, label_names)
+        given, splits = read_own_folders(clients, others, classes)
         kept, drawn = split_off(given, sizes, seed)
         return cls.from_clients(kept, **splits, **drawn)
 

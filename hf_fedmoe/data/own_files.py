@@ -23,7 +23,7 @@ def read_own_files(
     others: Mapping[str, OwnPath],
     text: str,
     label: str,
-    label_names: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """
     Reads files of labelled texts.
@@ -31,7 +31,7 @@ def read_own_files(
     Args:
         clients (`Mapping[str, str]` or `Sequence[str]`): A `.csv`, `.jsonl`, `.json` or `.parquet` of each client.
         others (`Mapping[str, str]`): Files of the server, by the name of the split.
-        text (`str`), label (`str`), label_names (`Sequence[str]`, *optional*): See [`FederatedDataset.from_files`].
+        text (`str`), label (`str`), classes (`Sequence[str]`, *optional*): See [`FederatedDataset.from_files`].
 
     Returns:
         `tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]]`: Clients and splits by their names, with the
@@ -45,7 +45,7 @@ def read_own_files(
     paths = named_paths(clients)
     check_paths({**paths, **others}, FILE_FORMATS, "file")
     found = {path: _read(path, text, label) for path in dict.fromkeys([*paths.values(), *others.values()])}
-    kind = one_label_map({repr(str(path)): labels for path, (_, labels) in found.items()}, label, label_names)
+    kind = one_label_map({repr(str(path)): labels for path, (_, labels) in found.items()}, label, classes)
     tables = {path: _table(texts, labels, kind) for path, (texts, labels) in found.items()}
     return (
         {name: tables[path] for name, path in paths.items()},

@@ -16,7 +16,7 @@ from .own_paths import OwnPath, check_paths, named_paths
 def read_own_folders(
     clients: Mapping[str, OwnPath] | Sequence[OwnPath],
     others: Mapping[str, OwnPath],
-    label_names: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """
     Lists the images of folders; they are opened when they are needed.
@@ -24,7 +24,7 @@ def read_own_folders(
     Args:
         clients (`Mapping[str, str]` or `Sequence[str]`): A folder of each client.
         others (`Mapping[str, str]`): Folders of the server, by the name of the split.
-        label_names (`Sequence[str]`, *optional*): See [`FederatedDataset.from_folders`].
+        classes (`Sequence[str]`, *optional*): See [`FederatedDataset.from_folders`].
 
     Returns:
         `tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]]`: Clients and splits by their names, with the
@@ -40,7 +40,7 @@ def read_own_folders(
     check_paths({**paths, **others}, (), "folder")
     found = {path: _list(path) for path in dict.fromkeys([*paths.values(), *others.values()])}
     labels = {repr(str(path)): np.array([name for name, _ in images], dtype=object) for path, images in found.items()}
-    kind = one_label_map(labels, "the name of a subfolder", label_names)
+    kind = one_label_map(labels, "the name of a subfolder", classes)
     tables = {path: _table(images, kind) for path, images in found.items()}
     return (
         {name: tables[path] for name, path in paths.items()},

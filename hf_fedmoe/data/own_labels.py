@@ -16,35 +16,35 @@ from .labels import check_few_classes, name_some
 RARER = 10
 
 
-def one_label_map(labels: Mapping[str, np.ndarray], column: str, label_names: Sequence[str] | None) -> ClassLabel:
+def one_label_map(labels: Mapping[str, np.ndarray], column: str, classes: Sequence[str] | None) -> ClassLabel:
     """
     Finds the classes of all files together.
 
     Args:
         labels (`Mapping[str, np.ndarray]`): The label of each row as a string, by the name of the file in messages.
         column (`str`): What the labels are called in messages.
-        label_names (`Sequence[str]`, *optional*): All classes in their order; those that occur if left out, numbers by
+        classes (`Sequence[str]`, *optional*): All classes in their order; those that occur if left out, numbers by
             their value and words in natural order, `"grade 2"` before `"grade 10"`.
 
     Returns:
         `datasets.ClassLabel`
 
     Raises:
-        ValueError: When a label is not among `label_names`. Without them, when there is a single class, hardly two
+        ValueError: When a label is not among `classes`. Without them, when there is a single class, hardly two
             rows of any, words among numbers, or one name in two spellings.
 
     Warns:
         UserWarning: When a class of one file only looks like a slip of the pen.
     """
-    if label_names is not None:
-        return _as_told(labels, column, label_names)
+    if classes is not None:
+        return _as_told(labels, column, classes)
     counts = {where: Counter(found.tolist()) for where, found in labels.items()}
     total = sum(counts.values(), Counter())
     check_few_classes(list(total), sum(total.values()), f"`{column}` of all files together")
     if len(total) == 1:
         raise ValueError(
             f"`{column}` is {next(iter(total))!r} in every row of every file, and one class is nothing to learn: name "
-            "another column of labels, or all classes, label_names=[...]."
+            "another column of labels, or all classes, classes=[...]."
         )
     _check_one_kind(labels, total, column)
     _check_spelling(counts, total, column)
@@ -68,15 +68,15 @@ def _is_number(name: str) -> bool:
     return re.fullmatch(r"[-+]?\d+", name) is not None
 
 
-def _as_told(labels: Mapping[str, np.ndarray], column: str, label_names: Sequence[str]) -> ClassLabel:
-    names = [str(name) for name in label_names]
-    if isinstance(label_names, str) or len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"label_names is {label_names!r}: give a list of at least two different names.")
+def _as_told(labels: Mapping[str, np.ndarray], column: str, classes: Sequence[str]) -> ClassLabel:
+    names = [str(name) for name in classes]
+    if isinstance(classes, str) or len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"classes is {classes!r}: give a list of at least two different names.")
     for where, found in labels.items():
         for row in np.flatnonzero(~np.isin(found, names)):
             near = get_close_matches(found[row], names, n=1)
             raise ValueError(
-                f"`{column}` of {where} is {str(found[row])!r} in row {row + 1}, which label_names has not: "
+                f"`{column}` of {where} is {str(found[row])!r} in row {row + 1}, which classes has not: "
                 + (f"is it {near[0]!r}?" if near else f"it has {name_some(names)}.")
             )
     return ClassLabel(names=names)
@@ -94,7 +94,7 @@ def _check_one_kind(labels: Mapping[str, np.ndarray], total: Counter, column: st
             raise ValueError(
                 f"`{column}` of {where} is {str(found[row])!r} in row {row + 1}, while most labels are "
                 f"{'numbers' if others is numbers else 'words'} ({name_some(in_natural_order(others))}): write it as "
-                f"they are, or say that these are the classes, label_names={in_natural_order(others) + sorted(odd)}."
+                f"they are, or say that these are the classes, classes={in_natural_order(others) + sorted(odd)}."
             )
 
 
@@ -106,7 +106,7 @@ def _check_spelling(counts: Mapping[str, Counter], total: Counter, column: str) 
             places = ", ".join(f"{each!r} in {_where(counts, each)}" for each in (other, name))
             raise ValueError(
                 f"`{column}` has one name in two spellings, {places}: write it alike in all files, or say that these "
-                f"are two classes, label_names={in_natural_order(total)}."
+                f"are two classes, classes={in_natural_order(total)}."
             )
 
 
@@ -119,7 +119,7 @@ def _warn_of_slips(counts: Mapping[str, Counter], total: Counter, column: str) -
             warnings.warn(
                 f"`{column}` is {name!r} in {count} row{'s' if count > 1 else ''} of {_where(counts, name)} and "
                 f"nowhere else: is it {near!r}? Mend the file, or, if it is a class of its own, say so, "
-                f"label_names={in_natural_order(total)}.",
+                f"classes={in_natural_order(total)}.",
                 stacklevel=5,
             )
 

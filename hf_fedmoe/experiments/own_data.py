@@ -48,7 +48,7 @@ class OwnData(Experiment):
     reserved: str = field(default="0.1", metadata={"help": "A path, or a share or number of rows of the clients'."})
     validation: str = field(default="0", metadata={"help": "The same, of the rows that rounds are watched on."})
     test: str = field(default="0.2", metadata={"help": "The same, of the test."})
-    label_names: list[str] | None = field(default=None, metadata={"help": "All classes in their order."})
+    classes: list[str] | None = field(default=None, metadata={"help": "All classes in their order."})
     data_name: str = field(default="the clients' own", metadata={"help": "What the card calls the data."})
 
     @property
@@ -96,7 +96,7 @@ class OwnTexts(OwnData, TextExperiment):
     def read_paths(self, splits: dict[str, OwnPath | int | float], seed: int) -> FederatedDataset:
         assert self.text_column is not None and self.label_column is not None
         return FederatedDataset.from_files(
-            self.clients, self.text_column, self.label_column, **splits, label_names=self.label_names, seed=seed
+            self.clients, self.text_column, self.label_column, **splits, classes=self.classes, seed=seed
         )
 
     def remark(self, data: FederatedDataset) -> str:
@@ -127,7 +127,7 @@ class OwnImages(OwnData, ImageExperiment):
     num_channels: int = field(default=3, metadata={"help": "1 for grey, 3 for colour, of a start without weights."})
 
     def read_paths(self, splits: dict[str, OwnPath | int | float], seed: int) -> FederatedDataset:
-        return FederatedDataset.from_folders(self.clients, **splits, label_names=self.label_names, seed=seed)
+        return FederatedDataset.from_folders(self.clients, **splits, classes=self.classes, seed=seed)
 
     def load_processor(self) -> BaseImageProcessor:
         """That of a pretrained start, or one of small images."""
@@ -150,6 +150,8 @@ def parse_own(told: dict[str, Any], images: bool) -> tuple[OwnData, FedMoETraini
     for name in told:
         if name in OF_SIMULATIONS:
             raise ValueError(f"`{name}` is a setting of simulated clients, and yours are who they are: leave it out.")
+    if "label_names" in told:
+        raise ValueError("`label_names` names columns of a batch: the classes in their order are `classes`.")
     experiment_class: type[OwnData] = OwnImages if images else OwnTexts
     model = str(told.get("model") or (SMALL_MODEL if images else SHIPPED_MODEL))
     settings = {"model": model, "dataset": "own", "validation_size": 0, **_defaults(find_model([model]), images)}

@@ -90,6 +90,7 @@ def trained(place):
     capture.setattr("builtins.print", lambda *parts, **kwargs: lines.append(" ".join(map(str, parts))))
     try:
         clients = ["--clients", "north.csv", "hill=south.csv", "east.csv", "--test", "test.csv"]
+        clients += ["--classes", "bad", "fair", "good"]
         main(["train", *clients, "--model", "start", *OPTIONS, "--output_dir", "runs/mine", "--seed", "3"])
     finally:
         capture.undo()
@@ -239,6 +240,7 @@ COLUMNS = ["--text_column", "review", "--label_column", "mood"]
         ([*CLIENTS, *COLUMNS, "--learnin_rate", "1"], "There is no setting 'learnin_rate': is it learning_rate"),
         ([*CLIENTS, *COLUMNS, "--rounds", "many"], "`rounds` is 'many': give a whole number."),
         ([*CLIENTS, *COLUMNS, "--num_clients", "9"], "`num_clients` is a setting of simulated clients, and yours are"),
+        ([*CLIENTS, *COLUMNS, "--label_names", "a", "b"], "`label_names` names columns of a batch: the classes in"),
         ([*CLIENTS, *COLUMNS, "--method", "fedmo"], "There is no method 'fedmo': is it fedmoe"),
         ([*CLIENTS, *COLUMNS, "--control", "fedag"], "There is no method 'fedag': is it fedavg"),
         ([*CLIENTS, *COLUMNS, "--model", "strat"], "The model 'strat' cannot be loaded"),
@@ -263,7 +265,7 @@ def test_mistakes_with_saved_models(trained, place, capsys, monkeypatch):
     assert "no column 'text' for text" in refused(capsys, "predict", "runs/mine", "test.csv")
     Path("other.csv").write_text("review,mood\nw3,bad\nw4,goood\n")
     told = refused(capsys, "evaluate", "runs/mine", "other.csv", *COLUMNS)
-    assert "is 'goood' in row 2, which label_names has not: is it 'good'?" in told
+    assert "is 'goood' in row 2, which classes has not: is it 'good'?" in told
     assert "'runs' is no folder of a model" in refused(capsys, "card", "runs")
     Path("adapter").mkdir(exist_ok=True)
     Path("adapter", "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "start"}))

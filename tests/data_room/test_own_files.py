@@ -97,12 +97,12 @@ def test_natural_order():
 
 
 def test_told_classes_have_their_order_and_may_be_in_no_file(files):
-    data = of_files(files, label_names=[10, 5, 2, 1])
+    data = of_files(files, classes=[10, 5, 2, 1])
     assert data.label_names == ["10", "5", "2", "1"] and data.label_counts().tolist() == [[1, 0, 2, 0], [1, 0, 1, 1]]
-    with pytest.raises(ValueError, match=r"`stars` of '.*north.csv' is '10' in row 1, which label_names has not: is"):
-        of_files(files, label_names=["1", "2", "100"])
-    with pytest.raises(ValueError, match=r"label_names is \['1', '1'\]: give a list of at least two different"):
-        of_files(files, label_names=["1", "1"])
+    with pytest.raises(ValueError, match=r"`stars` of '.*north.csv' is '10' in row 1, which classes has not: is"):
+        of_files(files, classes=["1", "2", "100"])
+    with pytest.raises(ValueError, match=r"classes is \['1', '1'\]: give a list of at least two different"):
+        of_files(files, classes=["1", "1"])
 
 
 def test_splits_of_files_of_their_own(files, tmp_path):
@@ -202,7 +202,7 @@ def test_spellings_slips_and_single_classes(tmp_path):
         assert of_files([north, slip]).label_names == ["negative", "positiv", "positive"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert of_files([north, slip], label_names=["negative", "positive", "positiv"]).num_labels == 3
+        assert of_files([north, slip], classes=["negative", "positive", "positiv"]).num_labels == 3
     one = csv(tmp_path / "one.csv", list("ab"), ["x", "x"])
     with pytest.raises(ValueError, match="`stars` is 'x' in every row of every file, and one class is nothing to"):
         of_files([one])

@@ -30,7 +30,7 @@ def test_folders_become_clients_of_one_label_map(folders):
 
 def test_splits_are_folders_or_shares(folders, tmp_path):
     held = fill(tmp_path / "held", cat=1, dog=1, cow=1)
-    data = FederatedDataset.from_folders(folders, reserved=held, test=0.2, label_names=["dog", "cow", "cat"])
+    data = FederatedDataset.from_folders(folders, reserved=held, test=0.2, classes=["dog", "cow", "cat"])
     assert len(data.reserved) == 3 and len(data.test) == 2 and data.client_sizes.sum() == 8
     assert data.label_names == ["dog", "cow", "cat"]
 
