@@ -1,13 +1,14 @@
-"""The command line: `hf-fedmoe compare`, `hf-fedmoe expert train`, `merge`, `remove`, `server`, `client`."""
+"""The command line `hf-fedmoe`; commands on own data, saved models and clients elsewhere are in `commands`."""
 
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from . import __version__
+from .commands import elsewhere, train, use
+from .commands.one_line import in_one_line as _in_one_line
+from .commands.one_line import refuse as _refuse
 
 
 # `.experiments` is imported when it is needed: torch comes with it, and a mistyped word would take seconds.
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"hf_fedmoe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train.add(commands)
+    use.add(commands)
     command = commands.add_parser(
         "compare",
         allow_abbrev=False,
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--out", help="folder of the runs and tables (runs/compare/NAME)")
     command.set_defaults(run=_compare, parser=command)
     _add_expert_commands(commands)
-    _add_deployment_commands(commands)
+    elsewhere.add(commands)
     options, words = parser.parse_known_args(argv)
     options.run(options.parser, options, words)
 
@@ -97,37 +100,6 @@ def _add_expert_commands(commands: "argparse._SubParsersAction[_Parser]") -> Non
     remove.add_argument("names", nargs="+", help="of the owners")
     remove.add_argument("--out", required=True, help="folder of the mixture without them, a new one")
     remove.set_defaults(run=_remove_owner, parser=remove)
-
-
-def _add_deployment_commands(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    server = commands.add_parser(
-        "server",
-        allow_abbrev=False,
-        help="the server of clients elsewhere, from one YAML",
-        description="Starts Flower's SuperLink, waits for clients and trains with them. The same command goes on from "
-        "the last checkpoint.",
-    )
-    server.add_argument("file", help="the federation's YAML (docs/deployment.md)")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all (127.0.0.1)")
-    server.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
-    server.add_argument("--ssl-certfile", help="the server's TLS certificate; without one nothing is encrypted")
-    server.add_argument("--ssl-keyfile", help="its private key")
-    server.add_argument("--ssl-ca-certfile", help="the certificate of who signed it")
-    server.add_argument("--node-keys", action="store_true", help="only nodes whose keys are registered may come")
-    server.set_defaults(run=_serve, parser=server)
-    client = commands.add_parser(
-        "client",
-        allow_abbrev=False,
-        help="a client of a server elsewhere, with its own rows",
-        description="Starts Flower's SuperNode, which trains on this machine's rows whenever the server asks.",
-    )
-    client.add_argument("--superlink", required=True, help="host:port of the server")
-    client.add_argument("--data", required=True, help="a .csv or .parquet file, or mydata.py:function")
-    client.add_argument("--folder", required=True, help="of this client alone: what stays with it")
-    client.add_argument("--client", type=int, help="its number (the first that is free)")
-    client.add_argument("--root-certificates", help="of the server's TLS; without them nothing is encrypted")
-    client.add_argument("--private-key", help="this node's, if the server asks for keys")
-    client.set_defaults(run=_take_part, parser=client)
 
 
 def _compare(parser: _Parser, options: argparse.Namespace, words: list[str]) -> None:
@@ -196,57 +168,6 @@ def _remove_owner(parser: _Parser, options: argparse.Namespace, words: list[str]
 
         fewer = remove_owner(options.mixture, options.names, options.out)
         print(f"{options.out}: a mixture of {', '.join(fewer.config.expert_names)}")
-
-
-def _serve(parser: _Parser, options: argparse.Namespace, words: list[str]) -> None:
-    _refuse(parser, words)
-    files = {name: vars(options)[f"ssl_{name}"] for name in ("certfile", "keyfile", "ca_certfile")}
-    if any(files.values()) and not all(files.values()):
-        parser.error("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile go together")
-    with _in_one_line(parser), _ending_with_sigterm():
-        from .deployment.federation_file import read_federation
-        from .deployment.launching import check_flower, run_server
-
-        check_flower()
-        output_dir = read_federation(options.file)[1]["output_dir"]
-        certificates = files if all(files.values()) else None
-        run_server(options.file, output_dir, options.host, options.port, certificates, options.node_keys)
-        print(f"{output_dir}: the model and its card")
-
-
-def _take_part(parser: _Parser, options: argparse.Namespace, words: list[str]) -> None:
-    _refuse(parser, words)
-    with _in_one_line(parser), _ending_with_sigterm():
-        from .deployment.launching import check_flower, run_client
-
-        check_flower()
-        certificates, key = options.root_certificates, options.private_key
-        run_client(options.superlink, options.data, options.folder, options.client, certificates, key)
-
-
-@contextmanager
-def _ending_with_sigterm() -> Iterator[None]:
-    """Has processes that were started stopped on the way out."""
-    before = signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _refuse(parser: _Parser, words: list[str]) -> None:
-    if words:
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
-
-
-@contextmanager
-def _in_one_line(parser: _Parser) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped.\n")
 
 
 def _exit(signum: int, frame: Any) -> NoReturn:

@@ -27,6 +27,13 @@ finally:
     ("words", "code", "said"),
     [
         (["--help"], 0, "methods side by side over seeds, from one YAML"),
+        (["train", "--help"], 0, "a file of each client; NAME=FILE names one"),
+        (
+            ["train", "--clients", "x.csv", "--images", "x"],
+            2,
+            "train: give either --clients, a file of each",
+        ),
+        (["predict", "runs/mine"], 2, "hf-fedmoe predict: the following arguments are required: file"),
         (["compare", "--help"], 0, "only these rows of the table"),
         (["--version"], 0, f"hf_fedmoe {__version__}"),
         (["comapre"], 2, "hf-fedmoe: argument COMMAND: invalid choice: 'comapre' (choose from"),

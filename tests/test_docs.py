@@ -20,6 +20,7 @@ from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_ex
 
 
 REPOSITORY = Path(__file__).parents[1]
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
@@ -42,9 +43,9 @@ def newcomer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run_readme(rounds: int, sizes: dict[str, str] | None = None) -> dict:
+def run_trainer_page(rounds: int, sizes: dict[str, str] | None = None) -> dict:
     """Its blocks, with other sizes in the place of those that stand there when they are given."""
-    train, load, images, adapters, own_clients = blocks("README.md")
+    train, load, images, adapters = blocks("docs/trainer.md")
     assert "rounds=5" in train
     for large, small in (sizes or {}).items():
         assert large in train
@@ -64,13 +65,11 @@ def run_readme(rounds: int, sizes: dict[str, str] | None = None) -> dict:
         expert_logits = mixture(**inputs, output_expert_logits=True).expert_logits
         torch.testing.assert_close(of_adapters["first"].eval()(**inputs).logits, expert_logits[:, 1])
     assert Path("runs/example/model/README.md").read_text().startswith("---\nlibrary_name: transformers")
-    data = run(own_clients)["data"]
-    assert data.client_names == ["north", "south"] and data.label_names == ["negative", "neutral", "positive"]
     return names
 
 
-def test_comparison_of_the_readme(newcomer, warm_processes):
-    (comparison,) = blocks("README.md", "yaml")
+def test_comparison_of_the_docs(newcomer, warm_processes):
+    (comparison,) = blocks("docs/methods.md", "yaml")
     Path("digits.yaml").write_text(comparison)
     table = compare("digits.yaml", seeds=[0], rows=["FedProx, mu 1", "pFedMM", "Fed-MoE"], overrides={"rounds": 1})
     heading, _, fedprox, pfedmm, fedmoe = table.split("\n")
@@ -79,24 +78,29 @@ def test_comparison_of_the_readme(newcomer, warm_processes):
     assert Path("runs/compare/digits/table.md").read_text() == table + "\n"
 
 
-def test_readme_in_one_round(newcomer):
+def test_trainer_page_in_one_round(newcomer):
     sizes = {"examples_per_client=100": "examples_per_client=20", "reserved_size=200": "reserved_size=40"}
-    run_readme(rounds=1, sizes=sizes | {"range(500)": "range(40)"})
+    run_trainer_page(rounds=1, sizes=sizes | {"range(500)": "range(40)"})
 
 
 @pytest.mark.slow
-def test_readme_as_it_stands(newcomer):
-    names = run_readme(rounds=5)
+def test_trainer_page_as_it_stands(newcomer):
+    names = run_trainer_page(rounds=5)
     assert names["trainer"].evaluate(names["data"].test)["eval_accuracy"] > 0.4
 
 
-def test_readme_names_files_that_exist():
-    text = (REPOSITORY / "README.md").read_text()
-    assert "accelerate launch recipes/yelp_gpt2.py" in text
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (REPOSITORY / link).exists(), link
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in PAGES)])
+def test_pages_name_files_that_exist(page):
+    text = (REPOSITORY / page).read_text()
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
+        assert ((REPOSITORY / page).parent / link).exists(), link
     for folder in re.findall(r"`(hf_fedmoe/\w+)`", text):
         assert (REPOSITORY / folder).is_dir(), folder
+
+
+def test_readme_is_short_and_has_its_commands():
+    text = (REPOSITORY / "README.md").read_text()
+    assert "accelerate launch recipes/yelp_gpt2.py" in text and text.count("\n") <= 140
     assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
 
 

@@ -23,6 +23,7 @@ ROOMS = (
     "training",
     "experiments",
     "deployment",
+    "commands",
     "cli",
 )
 FILES = {

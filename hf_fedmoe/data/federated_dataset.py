@@ -1,7 +1,6 @@
 """The data of a federation: clients and the server's splits, all as row indices into one pool."""
 
 import copy
-import hashlib
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,16 +11,18 @@ from datasets import ClassLabel, Dataset
 
 from .client_names import check_client_names, names_and_parts, place_of_name
 from .common_features import check_clients, check_dataset, one_table
+from .division import Partition, divide
+from .fingerprint import partition_fingerprint
 from .label_distribution import MAX_TABLE_CLIENTS, clients_table, count_labels, plot_labels
 from .label_maps import with_label_map, with_one_label_map
 from .labels import check_label_column, check_label_range, holds_names, read_labels, resolve_classes
+from .own_files import read_own_files
+from .own_folders import read_own_folders
+from .own_paths import OwnPath, files_and_sizes
 from .partitioner import Partitioner
-from .server_splits import hold_out_splits
-from .split_checks import check_indices, naming_missing_texts, warn_classes, warn_equal_rows
-
-
-# Rows of each client, by its name if it has one.
-Partition = Sequence[np.ndarray] | Mapping[str, np.ndarray]
+from .row_by_row import map_rows
+from .server_splits import split_off
+from .split_checks import check_indices, warn_classes, warn_equal_rows
 
 
 class FederatedDataset:
@@ -30,8 +31,8 @@ class FederatedDataset:
 
     Rows are never copied: each client and each split is a list of row indices, and reading it is a `Dataset.select`.
     Everything that could spoil a run is checked here, before any training. Use [`~FederatedDataset.split`] to divide
-    one dataset, [`~FederatedDataset.from_clients`] to bring your own clients, and the constructor when you have the
-    indices.
+    one dataset, [`~FederatedDataset.from_files`], `from_folders` and `from_clients` to bring your own clients, and the
+    constructor when you have the indices.
 
     Args:
         pool (`datasets.Dataset`): All rows.
@@ -169,40 +170,11 @@ class FederatedDataset:
         Returns:
             [`FederatedDataset`]: With `pool` the rows of `dataset` that somebody has, in their order there.
         """
-        check_dataset(dataset, "dataset")
-        if not callable(partition):
-            raise ValueError(
-                f"partition is {partition!r}: give a function of the rows that divides them, lambda rows: "
-                "iid(len(rows), num_clients=10)."
-            )
-        own_test = {"test": test} if isinstance(test, Dataset) else {}
-        labelled = with_one_label_map({"dataset": dataset}, own_test, label_column)
-        dataset = labelled["dataset"]
-        labels = {name: read_labels(labelled[name], label_column, name) for name in labelled}
-        # Of all rows, those included that the partition will give to nobody.
-        num_labels, _ = resolve_classes(dataset.features[label_column], labels, num_labels, label_column)
         sizes = {"reserved": reserved_size, "validation": validation_size}
-        if not own_test and test is not None:
-            sizes["test"] = test
-        held, remaining = hold_out_splits(labels["dataset"], sizes, seed, stratify, reserved_share)
-        returned = partition(dataset.select(remaining))
-        names, parts = names_and_parts(returned)
-        named = {f"client {name}": rows for name, rows in zip(names, parts, strict=True)}
-        clients = [remaining[rows] for rows in check_indices(named, len(remaining)).values()]
-        if not clients:
-            raise ValueError(
-                "partition returned no clients. It must return a list with one array of rows for each client."
-            )
-
-        # Rows that nobody has leave the pool, so that map() does not tokenise them.
-        used = np.sort(np.concatenate([*clients, *held.values()]))
-        if len(used) < len(dataset):
-            dataset = dataset.select(used)
-            clients = [np.searchsorted(used, rows) for rows in clients]
-            held = {name: np.searchsorted(used, rows) for name, rows in held.items()}
-        divided: Partition = dict(zip(names, clients, strict=True)) if isinstance(returned, Mapping) else clients
-        tested = labelled["test"] if own_test else held.get("test")
-        return cls(dataset, divided, held.get("reserved"), held.get("validation"), tested, label_column, num_labels)
+        return cls(
+            **divide(dataset, partition, sizes, test, seed, label_column, num_labels, stratify, reserved_share),
+            label_column=label_column,
+        )
 
     @classmethod
     def from_clients(
@@ -259,6 +231,62 @@ class FederatedDataset:
         named = {name: rows[f"client {name}"] for name in names}
         divided: Partition = named if isinstance(clients, Mapping) else list(named.values())
         return cls(pool, divided, server.get("reserved"), server.get("validation"), test, label_column, num_labels)
+
+    @classmethod
+    def from_files(
+        cls,
+        clients: Mapping[str, OwnPath] | Sequence[OwnPath],
+        text: str,
+        label: str,
+        reserved: OwnPath | int | float | None = None,
+        test: OwnPath | int | float | None = None,
+        validation: OwnPath | int | float | None = None,
+        classes: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> "FederatedDataset":
+        """
+        Reads labelled texts from a file of each client, as columns `text` and `label`; other columns are left out.
+
+        Args:
+            clients (`Mapping[str, str]` or `Sequence[str]`): A `.csv`, `.jsonl`, `.json` or `.parquet` of each client
+                by its name, or in a list, where files name clients: `"north.csv"` is north.
+            text (`str`), label (`str`): Columns of the texts, and of the labels: words or whole numbers.
+            reserved, test, validation (`str`, `int` or `float`, *optional*): A file of the server's own, or how many
+                rows, or what share of all, are split off the clients' for it, classes in proportion.
+            classes (`Sequence[str]`, *optional*): All classes in their order. By default those that occur in any
+                file, numbers by their value and words in natural order.
+            seed (`int`, *optional*, defaults to 0): Of what is split off.
+
+        Raises:
+            ValueError: Names the file, the column, the row and the remedy.
+        """
+        others, sizes = files_and_sizes(reserved=reserved, validation=validation, test=test)
+        given, splits = read_own_files(clients, others, text, label, classes)
+        kept, drawn = split_off(given, sizes, seed)
+        return cls.from_clients(kept, **splits, **drawn)
+
+    @classmethod
+    def from_folders(
+        cls,
+        clients: Mapping[str, OwnPath] | Sequence[OwnPath],
+        reserved: OwnPath | int | float | None = None,
+        test: OwnPath | int | float | None = None,
+        validation: OwnPath | int | float | None = None,
+        classes: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> "FederatedDataset":
+        """
+        Takes images, as columns `image` and `label`, from a folder of each client with a subfolder for every class.
+
+        Args:
+            clients (`Mapping[str, str]` or `Sequence[str]`): Folders by the names of the clients, or a list of them.
+            reserved, test, validation, classes, seed (*optional*): As in [`~FederatedDataset.from_files`], folders
+                in the place of files. So are the errors.
+        """
+        others, sizes = files_and_sizes(reserved=reserved, validation=validation, test=test)
+        given, splits = read_own_folders(clients, others, classes)
+        kept, drawn = split_off(given, sizes, seed)
+        return cls.from_clients(kept, **splits, **drawn)
 
     @classmethod
     def from_partitioner(
@@ -405,9 +433,9 @@ class FederatedDataset:
             ValueError: When the function changes the number of rows or drops or changes the labels.
         """
         result = copy.copy(self)
-        result.pool = self._map_split(self.pool, self._labels, "pool", function, kwargs)
+        result.pool = map_rows(self.pool, self._labels, self.label_column, "pool", function, kwargs)
         if self._test is not None and self._test_labels is not None:
-            result._test = self._map_split(self._test, self._test_labels, "test", function, kwargs)
+            result._test = map_rows(self._test, self._test_labels, self.label_column, "test", function, kwargs)
         return result
 
     def label_counts(self) -> np.ndarray:
@@ -452,18 +480,10 @@ class FederatedDataset:
         Returns:
             `str`: 16 hexadecimal digits.
         """
-        digest = hashlib.sha256(f"{self.num_labels} {len(self.pool)}".encode())
         named = {f"client {i}": rows for i, rows in enumerate(self.client_indices)} | self.split_indices
         named |= {f"unseen {i}": rows for i, rows in enumerate(self.unseen_indices)}
         named |= {f"client test {i}": rows for i, rows in enumerate(self.client_test_indices)}
-        for name, rows in named.items():
-            digest.update(f"{name} {len(rows)}".encode())
-            digest.update(rows.astype("<i8").tobytes())
-            digest.update(self._labels[rows].astype("<i8").tobytes())
-        if self._test_labels is not None:
-            digest.update(f"test {len(self._test_labels)}".encode())
-            digest.update(self._test_labels.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        return partition_fingerprint(self.num_labels, self._labels, named, self._test_labels)
 
     def __repr__(self) -> str:
         return (
@@ -477,18 +497,3 @@ class FederatedDataset:
     def _labels_of_splits(self) -> dict[str, np.ndarray]:
         own_test = {} if self._test_labels is None else {"test": self._test_labels}
         return {name: self._labels[rows] for name, rows in self.split_indices.items()} | own_test
-
-    def _map_split(self, dataset: Dataset, labels: np.ndarray, name: str, function: Callable, kwargs: dict) -> Dataset:
-        with naming_missing_texts(dataset, name):
-            mapped = dataset.map(function, **kwargs)
-        if len(mapped) != len(dataset):
-            raise ValueError(
-                f"map turned the {len(dataset)} rows of {name} into {len(mapped)}, so the partition no longer fits. "
-                "The function must keep rows one to one; split long texts or filter before building the "
-                "FederatedDataset."
-            )
-        if not np.array_equal(read_labels(mapped, self.label_column, f"the mapped {name}"), labels):
-            raise ValueError(
-                f"map changed {self.label_column!r} of {name}. Change labels before building the FederatedDataset."
-            )
-        return mapped

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -95,3 +95,29 @@ def _hash_files(array: pa.StructArray, update: Callable[[bytes | memoryview], No
             if missing and path is not None:
                 size = os.path.getsize(path) if os.path.exists(path) else -1
                 update(f"{os.path.basename(path)} {size} ".encode())
+
+
+def partition_fingerprint(
+    num_labels: int, labels_N: np.ndarray, parts: Mapping[str, np.ndarray], test_labels_n: np.ndarray | None
+) -> str:
+    """
+    A checksum of who has which rows, and of their labels.
+
+    Args:
+        num_labels (`int`): Number of classes.
+        labels_N (`np.ndarray` of shape `[N]`): Labels of the pool.
+        parts (`Mapping[str, np.ndarray]`): Rows of the pool by what has them.
+        test_labels_n (`np.ndarray` of shape `[n]`, *optional*): Labels of a test set that is not in the pool.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{num_labels} {len(labels_N)}".encode())
+    for name, rows in parts.items():
+        digest.update(f"{name} {len(rows)}".encode())
+        digest.update(rows.astype("<i8").tobytes())
+        digest.update(labels_N[rows].astype("<i8").tobytes())
+    if test_labels_n is not None:
+        digest.update(f"test {len(test_labels_n)}".encode())
+        digest.update(test_labels_n.astype("<i8").tobytes())
+    return digest.hexdigest()[:16]

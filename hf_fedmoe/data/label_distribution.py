@@ -1,6 +1,8 @@
 """Class counts of clients, as numbers, as text and as a plot."""
 
+import itertools
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -89,6 +91,19 @@ def clients_table(
     return "\n".join(table)
 
 
+def are_in_order(names: Sequence[str]) -> bool:
+    """
+    Tells whether classes are steps of a scale, as stars are: names that differ in a rising number only, for three to
+    ten classes. Digits from 0 are kinds, not steps.
+    """
+    numbers = [re.findall(r"\d+", name) for name in names]
+    if not 3 <= len(names) <= 10 or any(len(found) != 1 for found in numbers):
+        return False
+    values = [int(found[0]) for found in numbers]
+    rest = {re.sub(r"\d+", "", name).strip().rstrip("s") for name in names}
+    return len(rest) == 1 and values[0] > 0 and all(one < other for one, other in itertools.pairwise(values))
+
+
 def plot_labels(
     counts_MC: np.ndarray,
     label_names: Sequence[str],
@@ -115,8 +130,11 @@ def plot_labels(
     figure = Figure(figsize=(min(4.0 + 0.3 * num_clients, 16.0), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    # "tab" palettes hold 10 and 20 colours that are told apart easily; beyond that a continuous one must do.
-    if num_classes <= MAX_LEGEND_CLASSES:
+    # "tab" palettes hold 10 and 20 colours that are told apart easily; beyond that a continuous one must do, and where
+    # classes have an order it shows.
+    if are_in_order(label_names):
+        colors = colormaps["viridis"](np.linspace(0, 0.95, num_classes))
+    elif num_classes <= MAX_LEGEND_CLASSES:
         colors = colormaps["tab10" if num_classes <= 10 else "tab20"](np.arange(num_classes))
     else:
         colors = colormaps["nipy_spectral"](np.linspace(0.02, 0.98, num_classes))
@@ -134,5 +152,5 @@ def plot_labels(
         for text in axes.get_xticklabels():
             text.set_parse_math(False)
     if num_classes <= MAX_LEGEND_CLASSES:
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right upper", frameon=False, title="class")
     figure.savefig(path)

@@ -5,6 +5,7 @@ import io
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -162,7 +163,7 @@ def _find(name: str) -> dict[str, Dataset]:
     path = Path(name).expanduser()
     if path.suffix.lower() in FILE_FORMATS:
         if path.is_file():
-            return _read_files(FILE_FORMATS[path.suffix.lower()], {"train": path}, name)
+            return read_files(FILE_FORMATS[path.suffix.lower()], {"train": path}, name)
         # A name with the suffix of a file is never meant for the Hub.
         raise ValueError(f"There is no file {name!r} in the current folder {Path.cwd()}. Check the path.")
     looked_for.append(f"a local file ({', '.join(FILE_FORMATS)})")
@@ -171,12 +172,12 @@ def _find(name: str) -> dict[str, Dataset]:
     if folder:
         alone, train = Path(folder, f"{name}.parquet"), Path(folder, f"{name}_train.parquet")
         if alone.is_file():
-            return _read_files("parquet", {"train": alone}, name)
+            return read_files("parquet", {"train": alone}, name)
         if train.is_file():
             files = {"train": train}
             if (test := Path(folder, f"{name}_test.parquet")).is_file():
                 files["test"] = test
-            return _read_files("parquet", files, name)
+            return read_files("parquet", files, name)
         looked_for.append(f"{alone} and {train} ({DATA_FOLDER_VARIABLE})")
     else:
         looked_for.append(f"no folder of parquet files, because {DATA_FOLDER_VARIABLE} is not set")
@@ -195,12 +196,23 @@ def _find(name: str) -> dict[str, Dataset]:
         raise
 
 
-def _read_files(file_format: str, files: dict[str, Path], name: str) -> dict[str, Dataset]:
-    """Reads files of one format, by the names of their splits."""
+def read_files(file_format: str, files: dict[str, Path], name: str, **options: Any) -> dict[str, Dataset]:
+    """
+    Reads files of one format.
+
+    Args:
+        file_format (`str`): One of the values of `FILE_FORMATS`.
+        files (`dict[str, Path]`): By the names of their splits.
+        name (`str`): What they are called in messages.
+        options: Of the format's reader in `datasets`.
+
+    Raises:
+        ValueError: When they cannot be read, with the reason.
+    """
     try:
         # Escaped: brackets and stars in a file's name would be a pattern, which may also fit other files.
-        escaped = {split: glob.escape(str(path)) for split, path in files.items()}
-        return dict(load_dataset(file_format, data_files=escaped))
+        escaped = {split: glob.escape(str(path.expanduser())) for split, path in files.items()}
+        return dict(load_dataset(file_format, data_files=escaped, **options))
     except Exception as error:
         raise _unreadable(name, file_format, error) from error
 

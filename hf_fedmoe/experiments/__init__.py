@@ -13,14 +13,17 @@ _MODULES = {
     "ImageExperiment": "images",
     "TextExperiment": "texts",
     "compare": "run_comparison",
+    "evaluate_saved": "saved_models",
     "find_model": "experiment",
     "main": "recipe",
     "make_trainer": "methods",
     "owners_main": "language_owners",
     "parse": "recipe",
     "parse_settings": "settings",
+    "predict_saved": "saved_models",
     "read_preset": "settings",
     "read_words": "settings",
+    "train_own": "own_run",
     "training_arguments": "settings",
 }
 

@@ -137,6 +137,11 @@ class Experiment(ABC):
         """The settings that decide what the clients and the server hold."""
         return {name: value for name, value in vars(self).items() if name not in self.not_of_data}
 
+    @property
+    def is_watched(self) -> bool:
+        """Tells whether there are rows that rounds are evaluated on."""
+        return self.validation_size > 0
+
     @abstractmethod
     def load_processor(self) -> Any:
         """The tokenizer or image processor."""

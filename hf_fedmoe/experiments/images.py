@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
-from transformers import AutoModelForImageClassification, PreTrainedModel, pipeline
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel, pipeline
 
 from ..data import (
     AUGMENTATIONS,
@@ -69,7 +69,7 @@ class ImageExperiment(Experiment):
         if self.num_channels not in (1, 3):
             raise ValueError(f"`num_channels` is {self.num_channels}: give 1 for grey images or 3 for colour.")
 
-    def load_processor(self) -> SmallImageProcessor:
+    def load_processor(self) -> BaseImageProcessor:
         return SmallImageProcessor(
             num_channels=self.num_channels, size={"height": self.image_size, "width": self.image_size}
         )
@@ -123,12 +123,12 @@ class ImageExperiment(Experiment):
             )
         return super().divide(rows, seed)
 
-    def prepare(self, data: FederatedDataset, processor: SmallImageProcessor) -> FederatedDataset:
+    def prepare(self, data: FederatedDataset, processor: BaseImageProcessor) -> FederatedDataset:
         return data.map(
             partial(decode_images, image_processor=processor), batched=True, batch_size=256, remove_columns=["image"]
         )
 
-    def make_expert(self, data: FederatedDataset, processor: SmallImageProcessor) -> PreTrainedModel:
+    def make_expert(self, data: FederatedDataset, processor: BaseImageProcessor) -> PreTrainedModel:
         return self._build(find_model(self.model), label_maps(data))
 
     def make_gate(self, num_experts: int) -> PreTrainedModel:
@@ -140,13 +140,13 @@ class ImageExperiment(Experiment):
             config["image_size"] = self.image_size
         return build_classifier(AutoModelForImageClassification, name, config, labels)
 
-    def collators(self, processor: SmallImageProcessor) -> dict[str, Callable]:
+    def collators(self, processor: BaseImageProcessor) -> dict[str, Callable]:
         return {
             "data_collator": ImageCollator(processor),
             "train_data_collator": ImageCollator(processor, AUGMENTATIONS[self.augmentation]),
         }
 
-    def show(self, folder: Path, data: FederatedDataset, processor: SmallImageProcessor) -> None:
+    def show(self, folder: Path, data: FederatedDataset, processor: BaseImageProcessor) -> None:
         classify = pipeline("image-classification", model=str(folder))
         assert data.test is not None
         shape = ImageCollator(processor).shape

@@ -27,6 +27,7 @@ from .experiment import Experiment
 from .folders import check_writable, claim_folder, folder_of
 from .methods import check_method, own_settings
 from .named_strategies import MAJORITY, STRATEGIES, load_plugin
+from .rounds_bar import RoundsBar
 from .runs import Run, execute, metric_names, part_names, try_out
 from .settings import Setting, nearest, read_preset, settings_of, typed_settings
 from .side_by_side import Failure, SideBySide
@@ -172,14 +173,14 @@ def run_all(runs: dict[str, list[Run]], num_jobs: int) -> list[tuple[Run, Failur
     # Seed by seed, so that a table of few seeds is there early.
     waiting.sort(key=lambda run: run.seed)
     failed = []
-    with SideBySide(num_jobs) as processes:
+    with SideBySide(num_jobs) as processes, RoundsBar(waiting) as bar:
         for _, failure in processes.run(try_out, [waiting] if waiting else []):
             if failure and failure.refused:
                 raise ValueError(failure.reason)
             if failure:
                 raise RuntimeError(failure.details or failure.reason)
-        for number, (run, failure) in enumerate(processes.run(execute, waiting), start=1):
-            print(f"{number} of {len(waiting)}: {run}{f' failed: {failure.reason}' if failure else ''}", flush=True)
+        for number, (run, failure) in enumerate(processes.run(execute, waiting, bar.watch), start=1):
+            bar.end(run, f"{number} of {len(waiting)}: {run}{f' failed: {failure.reason}' if failure else ''}")
             details = run.folder / "error.txt"
             if failure:
                 failed.append((run, failure))

@@ -28,6 +28,7 @@ from .methods import (
     train_or_go_on,
 )
 from .named_strategies import CENTRALISED, MAJORITY, source_of
+from .noted_rounds import NOTE, NotesRounds
 from .settings import parse_settings, settings_of, typed
 
 
@@ -148,6 +149,7 @@ def execute(run: Run) -> None:
     else:
         trainer = make_trainer(run.method, experiment, args, data, processor)
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(NotesRounds(run.folder))
         train_or_go_on(trainer)
         metrics, curve = _metrics(trainer, data), _curve(trainer)
         if run.method in CENTRALISED:  # its one client is the server
@@ -156,6 +158,7 @@ def execute(run: Run) -> None:
     unfinished = run.folder / "unfinished.json"
     unfinished.write_text(json.dumps({"metrics": metrics, "curve": curve, "settings": run.identity}, indent=2) + "\n")
     unfinished.rename(run.result_file)
+    (run.folder / NOTE).unlink(missing_ok=True)
     for leftover in ("checkpoint-*", "_clients"):
         for folder in run.folder.glob(leftover):
             shutil.rmtree(folder)

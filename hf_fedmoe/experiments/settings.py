@@ -11,7 +11,7 @@ from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -24,6 +24,7 @@ from .yaml_files import read_yaml
 TRUTHS = dict.fromkeys(("yes", "true", "on", "y", "t", "1"), True)
 TRUTHS |= dict.fromkeys(("no", "false", "off", "n", "f", "0"), False)
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+E = TypeVar("E", bound=Experiment)
 # numpy takes no others.
 LARGEST_SEED = 2**32 - 1
 
@@ -193,8 +194,8 @@ def read_preset(settings_file: Path, name: str, asked_by: str = "--preset") -> d
 
 
 def parse_settings(
-    experiment_class: type[Experiment], settings: dict[str, Any], told: dict[str, Any] | None = None
-) -> tuple[Experiment, FedMoETrainingArguments]:
+    experiment_class: type[E], settings: dict[str, Any], told: dict[str, Any] | None = None
+) -> tuple[E, FedMoETrainingArguments]:
     """
     An experiment and the arguments of its runs from settings.
 
@@ -222,7 +223,7 @@ def parse_settings(
             raise ValueError(f"`{name}` is {settings[name]}: give a whole number from 0 to {LARGEST_SEED}.")
     experiment = experiment_class(**_those_of(experiment_class, settings))
     args = FedMoETrainingArguments(**_those_of(FedMoETrainingArguments, settings))
-    if not experiment.validation_size and args.eval_strategy != "no":
+    if not experiment.is_watched and args.eval_strategy != "no":
         raise ValueError(
             f"`validation_size` is 0, but `eval_strategy` is {IntervalStrategy(args.eval_strategy).value!r}: hold out "
             "some examples, or set `eval_strategy` to no."

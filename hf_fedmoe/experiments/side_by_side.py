@@ -13,6 +13,7 @@ from typing import Any
 
 # Seconds that a process has to end by itself, with a checkpoint where it makes one.
 GRACE = 30
+WATCHED_EVERY = 2.0
 
 
 @dataclass
@@ -67,13 +68,19 @@ class SideBySide:
             worker.connection.close()
         self._idle, self._busy = [], {}
 
-    def run(self, function: Callable[[Any], None], tasks: Iterable[Any]) -> Iterator[tuple[Any, Failure | None]]:
+    def run(
+        self,
+        function: Callable[[Any], None],
+        tasks: Iterable[Any],
+        watch: Callable[[list[Any]], None] = lambda busy: None,
+    ) -> Iterator[tuple[Any, Failure | None]]:
         """
         Calls a function of a module with each task.
 
         Args:
             function (`Callable`): Imported in the processes by its name.
             tasks (`Iterable`): Its only argument each; what can be pickled.
+            watch (`Callable`, *optional*): Called with the tasks at work, every two seconds in which none ends.
 
         Yields:
             `tuple`: A task and its [`Failure`], `None` when there was none, as they end.
@@ -86,7 +93,10 @@ class SideBySide:
                 task = waiting.pop(0)
                 self._busy[worker.connection] = worker, task  # before the order: an interrupt may come with it
                 worker.connection.send((function, task))
-            for connection in wait(list(self._busy)):
+            ended = wait(list(self._busy), timeout=WATCHED_EVERY)
+            if not ended:
+                watch([task for _, task in self._busy.values()])
+            for connection in ended:
                 assert isinstance(connection, Connection)  # all that it was given are
                 worker, task = self._busy[connection]
                 failure: Failure | None

@@ -20,15 +20,16 @@ def plot_gate(share_KC: np.ndarray, label_names: list[str], path: str | os.PathL
     found = np.flatnonzero(~np.isnan(share_KC).any(axis=0))
     share_KC, label_names = share_KC[:, found], [label_names[label] for label in found]
     num_experts, num_classes = share_KC.shape
-    figure = Figure(figsize=(1.6 + 0.9 * num_classes, 1.4 + 0.5 * num_experts), layout="constrained")
+    figure = Figure(figsize=(2.8 + 0.9 * num_classes, 1.6 + 0.5 * num_experts), layout="constrained")
     axes = figure.subplots()
     brightest = max(1 / num_experts, share_KC.max())
-    axes.imshow(share_KC, cmap="viridis", vmin=0, vmax=brightest, aspect="auto")
+    image = axes.imshow(share_KC, cmap="viridis", vmin=0, vmax=brightest, aspect="auto")
     axes.set_xticks(range(num_classes), label_names, rotation=30, ha="right", parse_math=False)
-    axes.set_yticks(range(num_experts), [f"expert {k}" for k in range(num_experts)])
+    axes.set_yticks(range(num_experts), [f"routed expert {k}" for k in range(num_experts)])
     for k in range(num_experts):
         for c in range(num_classes):
             dark = share_KC[k, c] < 0.6 * brightest
             axes.text(c, k, f"{share_KC[k, c]:.2f}", ha="center", va="center", color="white" if dark else "black")
-    axes.set_title("Mean gate probability by class")
+    axes.set(xlabel="true class", title="Which routed expert the gate chooses")
+    figure.colorbar(image, ax=axes, label="mean gate probability")
     figure.savefig(path, dpi=150)

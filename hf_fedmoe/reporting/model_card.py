@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .. import __version__
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..models.configuration_checks import built, class_names
 from .markdown import Markup, code, plain, table
@@ -208,6 +211,7 @@ def write_model_card(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=plain(model_name),
+        made_with=f"hf_fedmoe {__version__}, PyTorch {torch.__version__} and transformers {transformers.__version__}",
         model_id=_quoted(model_id or f"<user>/{model_name}"),
         run=run,
         is_mixture=mixture is not None,

@@ -35,6 +35,7 @@ from ..models.modeling_adapted import save_base_configs
 from .adapters import base_fingerprint
 from .checks import make_folder
 from .columns import ModelColumns
+from .local_paths import forget_where_it_was, without_local_paths
 from .resuming import CLIENTS_FOLDER, choose_checkpoint, in_words, numbered_checkpoints
 from .run_identity import check_identity, run_identity
 from .several_processes import SeveralProcesses
@@ -308,11 +309,14 @@ class Checkpointing(ModelColumns, SeveralProcesses):
         folder = Path(output_dir) if output_dir else self._output_dir
         make_folder(folder)
         self.model.save_pretrained(folder, state_dict=state_dict)
+        forget_where_it_was(folder / "config.json")
         if isinstance(self.model, PeftModel):
             save_base_configs(self.model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        (folder / "training_args.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
+        (folder / "training_args.json").write_text(
+            json.dumps(without_local_paths(self.args.to_dict()), indent=2, default=str) + "\n"
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Value
 
 from hf_fedmoe.data import FederatedDataset, iid, predominant
+from hf_fedmoe.data.label_distribution import are_in_order
 from hf_fedmoe.data.labels import labels_for_collators
 
 
@@ -200,3 +201,19 @@ def test_reserved_rows_that_are_none(reserved, message):
 def test_reserved_rows_may_be_a_list():
     data = FederatedDataset(rows_with([0, 1] * 6, "label"), [range(6)], reserved=[6, 7])
     assert data.reserved["text"][:] == ["row 6", "row 7"]
+
+
+@pytest.mark.parametrize(
+    ("names", "ordered"),
+    [
+        (["1", "2", "5"], True),
+        (["1 star", "2 stars", "3 stars"], True),
+        ([str(digit) for digit in range(10)], False),
+        (["1", "2"], False),
+        (["3", "2", "1"], False),
+        (["grade 1", "step 2", "grade 3"], False),
+        (["bad", "fair", "good"], False),
+    ],
+)
+def test_classes_that_are_steps_of_a_scale_are_known(names, ordered):
+    assert are_in_order(names) == ordered

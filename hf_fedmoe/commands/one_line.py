@@ -1,0 +1,51 @@
+"""Errors and warnings of a command, each in one line, without tracebacks and places in files."""
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def refuse(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Ends a command that was given words which it does not know."""
+    if words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+
+
+@contextmanager
+def in_one_line(parser: argparse.ArgumentParser, stopped: str = "stopped") -> Iterator[None]:
+    """Ends a command with one line: exit code 2 where what it was told is wrong, 130 where it is `stopped`."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: {stopped}.\n")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Shows this package's warnings as notes of one line, those of libraries and their bars for files not at all."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an unreadable file is an error of ours
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", category=UserWarning, module="hf_fedmoe")
+            warnings.showwarning = _note  # which `catch_warnings` puts back
+            yield
+    finally:
+        logging.set_verbosity(before[0])
+        if before[1]:
+            logging.enable_progress_bar()
+
+
+def _note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    print(f"Note: {message}", flush=True)

@@ -1,0 +1,84 @@
+"""Clients' own folders of images, in each a subfolder for every class."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Pillow
+
+from .labels import name_some
+from .own_labels import one_label_map
+from .own_paths import OwnPath, check_paths, named_paths
+
+
+def read_own_folders(
+    clients: Mapping[str, OwnPath] | Sequence[OwnPath],
+    others: Mapping[str, OwnPath],
+    classes: Sequence[str] | None = None,
+) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """
+    Lists the images of folders; they are opened when they are needed.
+
+    Args:
+        clients (`Mapping[str, str]` or `Sequence[str]`): A folder of each client.
+        others (`Mapping[str, str]`): Folders of the server, by the name of the split.
+        classes (`Sequence[str]`, *optional*): See [`FederatedDataset.from_folders`].
+
+    Returns:
+        `tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]]`: Clients and splits by their names, with the
+        columns `image` and `label`, a `datasets.ClassLabel` that is the same for all.
+
+    Raises:
+        ValueError: Names the folder and the remedy.
+
+    Warns:
+        UserWarning: When files are left out, because their endings are those of no image.
+    """
+    paths = named_paths(clients)
+    check_paths({**paths, **others}, (), "folder")
+    found = {path: _list(path) for path in dict.fromkeys([*paths.values(), *others.values()])}
+    labels = {repr(str(path)): np.array([name for name, _ in images], dtype=object) for path, images in found.items()}
+    kind = one_label_map(labels, "the name of a subfolder", classes)
+    tables = {path: _table(images, kind) for path, images in found.items()}
+    return (
+        {name: tables[path] for name, path in paths.items()},
+        {name: tables[path] for name, path in others.items()},
+    )
+
+
+def _table(images: list[tuple[str, Path]], kind: ClassLabel) -> Dataset:
+    columns = {"image": [str(path) for _, path in images], "label": [kind.str2int(name) for name, _ in images]}
+    return Dataset.from_dict(columns, features=Features({"image": Image(), "label": kind}))
+
+
+def _list(folder: OwnPath) -> list[tuple[str, Path]]:
+    """The class and the path of each image, sorted."""
+    endings = Pillow.registered_extensions()  # also fills the table of them
+    images: list[tuple[str, Path]] = []
+    subfolders = [path for path in sorted(Path(folder).expanduser().iterdir()) if _is_shown(path) and path.is_dir()]
+    for subfolder in subfolders:
+        files = [path for path in sorted(subfolder.rglob("*")) if path.is_file() and _is_shown(path)]
+        own = [(subfolder.name.strip(), path) for path in files if path.suffix.lower() in endings]
+        if not own:
+            raise ValueError(
+                f"{str(subfolder)!r} has no images: put some of this class there, or take the folder away."
+            )
+        if left_out := [path.name for path in files if path.suffix.lower() not in endings]:
+            warnings.warn(
+                f"{len(left_out)} file{'s' if len(left_out) > 1 else ''} of {str(subfolder)!r} have the ending of no "
+                f"image that Pillow reads, and are left out: {name_some(left_out)}.",
+                stacklevel=5,
+            )
+        images += own
+    if not images:
+        raise ValueError(
+            f"{str(folder)!r} has no subfolders: put its images into one for each class, {folder}/cat/1.png, "
+            f"{folder}/dog/1.png."
+        )
+    return images
+
+
+def _is_shown(path: Path) -> bool:
+    return not path.name.startswith((".", "_")) and path.name.lower() not in ("thumbs.db", "desktop.ini")

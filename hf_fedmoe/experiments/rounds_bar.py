@@ -1,0 +1,47 @@
+"""A bar of the rounds of all runs of a comparison, which are in processes of their own."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .named_strategies import MAJORITY
+from .noted_rounds import noted_round
+from .runs import Run
+
+
+# Of the runs that the bar names.
+MOST_NAMED = 2
+
+
+class RoundsBar:
+    """
+    A bar of the rounds of all runs, with the time that is left and what is running. A context manager.
+
+    Args:
+        runs (`Iterable[Run]`): Those that are waiting.
+    """
+
+    def __init__(self, runs: Iterable[Run]):
+        self._rounds = {run.folder: 0 if run.method == MAJORITY else run.parse()[1].rounds for run in runs}
+        self._ended = 0
+
+    def __enter__(self) -> "RoundsBar":
+        self._bar: Any = tqdm(total=sum(self._rounds.values()), unit="round", dynamic_ncols=True, leave=False)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+
+    def watch(self, busy: list[Run]) -> None:
+        """Shows where the running ones are."""
+        rounds = [noted_round(run.folder) for run in busy]
+        named = [f"{run} {done}/{self._rounds[run.folder]}" for run, done in zip(busy, rounds, strict=True)]
+        self._bar.n = self._ended + sum(rounds)
+        self._bar.set_postfix_str("; ".join(named[:MOST_NAMED]))
+
+    def end(self, run: Run, line: str) -> None:
+        """Counts a run as ended, and writes a line above the bar."""
+        self._ended += self._rounds[run.folder]
+        self._bar.n = self._ended
+        self._bar.write(line)
