@@ -71,6 +71,10 @@ class FederatedDataset:
             separate test set repeats rows of the pool.
     """
 
+    # Whether rows have classes, of which labels are the numbers, and what reads them; [`FederatedTexts`] has none.
+    has_classes = True
+    _read_labels, _resolve_classes = staticmethod(read_labels), staticmethod(resolve_classes)
+
     def __init__(
         self,
         pool: Dataset,
@@ -115,12 +119,13 @@ class FederatedDataset:
         self.given_client_names = names if have_names else None
         self.label_column = label_column
         self._test = labelled.get("test")
-        every = {name: read_labels(dataset, label_column, name) for name, dataset in labelled.items()}
+        every = {name: self._read_labels(dataset, label_column, name) for name, dataset in labelled.items()}
         self._labels, self._test_labels = every["pool"], every.get("test")
 
-        feature = self.pool.features[label_column]
-        self.has_label_names = isinstance(feature, ClassLabel)
-        self.num_labels, self.label_names = resolve_classes(feature, every, num_labels, label_column)
+        self.has_label_names = isinstance(self.pool.features[label_column], ClassLabel)
+        self.num_labels, self.label_names = self._resolve_classes(
+            self.pool.features[label_column], every, num_labels, label_column
+        )
         for name, labels in every.items():
             check_label_range(labels, self.num_labels, label_column, name)
         if self._test is not None:
@@ -178,9 +183,9 @@ class FederatedDataset:
         own_test = {"test": test} if isinstance(test, Dataset) else {}
         labelled = with_one_label_map({"dataset": dataset}, own_test, label_column)
         dataset = labelled["dataset"]
-        labels = {name: read_labels(labelled[name], label_column, name) for name in labelled}
+        labels = {name: cls._read_labels(labelled[name], label_column, name) for name in labelled}
         # Of all rows, those included that the partition will give to nobody.
-        num_labels, _ = resolve_classes(dataset.features[label_column], labels, num_labels, label_column)
+        num_labels, _ = cls._resolve_classes(dataset.features[label_column], labels, num_labels, label_column)
         sizes = {"reserved": reserved_size, "validation": validation_size}
         if not own_test and test is not None:
             sizes["test"] = test
@@ -487,7 +492,7 @@ class FederatedDataset:
                 "The function must keep rows one to one; split long texts or filter before building the "
                 "FederatedDataset."
             )
-        if not np.array_equal(read_labels(mapped, self.label_column, f"the mapped {name}"), labels):
+        if not np.array_equal(self._read_labels(mapped, self.label_column, f"the mapped {name}"), labels):
             raise ValueError(
                 f"map changed {self.label_column!r} of {name}. Change labels before building the FederatedDataset."
             )

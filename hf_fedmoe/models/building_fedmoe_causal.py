@@ -20,7 +20,7 @@ from .adapters_fedmoe_causal import base_sha256, check_same_base, read_adapter, 
 from .configuration_checks import check_weights
 from .configuration_fedmoe_causal import BASE_NAME, FedMoECausalConfig, check_base_config, owners_as_dicts
 from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, TargetLayer, merge_expert, stack_of, target_layer
-from .router_fedmoe_causal import TextStatistics, packed_bits, ridge_router, unpacked_bits
+from .router_fedmoe_causal import UNKNOWN, TextStatistics, packed_bits, ridge_router, unpacked_bits
 
 
 class FedMoECausalBuilding(PreTrainedModel):
@@ -263,7 +263,7 @@ class FedMoECausalBuilding(PreTrainedModel):
         known = self.config.router_names or ()
         places = [place for place, name in enumerate(self.config.expert_names) if name in known]
         router_ED = torch.zeros(len(self.sums_EP), self.router_ED.shape[1])
-        router_ED[:, -1] = float("-inf")  # the score of an expert that the router does not know
+        router_ED[:, -1] = UNKNOWN  # the score of an expert that the router does not know
         if places:
             sums = [TextStatistics(unpacked_bits(self.sums_EP[place].cpu())) for place in places]
             router_ED[places] = ridge_router(sums, self.config.ridge).float()

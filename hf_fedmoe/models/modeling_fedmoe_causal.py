@@ -24,7 +24,7 @@ from .building_fedmoe_causal import FedMoECausalBuilding
 from .configuration_checks import built
 from .configuration_fedmoe_causal import FedMoECausalConfig
 from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, attach_experts, checkpointed_with, find_targets
-from .router_fedmoe_causal import expert_weights_of, running_means
+from .router_fedmoe_causal import UNKNOWN, expert_weights_of, running_means
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +65,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         attach_experts(targets, num_experts - 1, self.in_use, self.base.dtype)
         width = self._embedding_weight().shape[1] + 1
         router_ED = torch.zeros(num_experts, width, dtype=torch.float32)
-        router_ED[:, -1] = float("-inf")
+        router_ED[:, -1] = UNKNOWN
         self.register_buffer("router_ED", router_ED)
         sums_EP = torch.zeros(num_experts, width * (width + 1) // 2, dtype=torch.int64)
         self.register_buffer("sums_EP", sums_EP)

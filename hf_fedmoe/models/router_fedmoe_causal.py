@@ -2,8 +2,8 @@
 Statistics of an owner's text, and the router that follows from sums of them in closed form. Flat: the file travels to
 the Hub as it is.
 
-Shape suffixes: B batch, T tokens, H width of the embeddings, D = H + 1 (a column of ones is last), N features,
-E experts (the base first), P = D (D + 1) / 2.
+Shape suffixes: B batch, T tokens, V vocabulary, H width of the embeddings, D = H + 1 (a column of ones is last), N
+features, E experts (the base first), P = D (D + 1) / 2.
 """
 
 import os
@@ -21,6 +21,10 @@ from torch import Tensor
 PREFIXES = (4, 8, 16, 32, 64, 127)
 # Features that are multiplied at once.
 _BLOCK = 4096
+# The score of an expert that the router does not know: finite, as all that is saved, and without any weight.
+UNKNOWN = -1e30
+# Features that a text can have, and what rounding may change.
+_MOST, _ROUNDING = 2**53, 1e-6
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,33 @@ class TextStatistics:
                 f"{self.base_sha256!r} and {len(other.gram_DD) - 1} wide with {other.base_sha256!r}: take both with "
                 "the embeddings of one base."
             )
+
+    def fault(self, embeddings_VH: Tensor) -> str | None:
+        """
+        Says why these cannot be sums over a text, `None` if they can. Whoever puts owners together asks: sums that no
+        text has would have the router send everything to one of them.
+
+        Args:
+            embeddings_VH (`torch.Tensor` of shape `(V, D - 1)`): The base's token embeddings, of which features are
+                means and so no longer than the longest.
+        """
+        gram_DD, count = self.gram_DD, self.gram_DD[-1, -1].item()
+        if len(gram_DD) != embeddings_VH.shape[1] + 1:
+            return f"they are of embeddings {len(gram_DD) - 1} wide, the base's are {embeddings_VH.shape[1]} wide"
+        if not gram_DD.equal(gram_DD.T):
+            return "they are not symmetric"
+        if not 0.5 < count < _MOST:
+            return f"they are over {count:.3g} features"
+        longest = embeddings_VH.detach().double().square().sum(1).max().item()
+        mean = gram_DD.diagonal()[:-1].sum().item() / count
+        if not mean <= longest * (1 + _ROUNDING):
+            return (
+                f"the mean square of a feature is {mean:.3g}, and no embedding of the base has more than {longest:.3g}"
+            )
+        lowest, highest = torch.linalg.eigvalsh(gram_DD)[[0, -1]].tolist()
+        if lowest < -_ROUNDING * highest:
+            return f"they are no sum of squares, with the eigenvalue {lowest:.3g} beside {highest:.3g}"
+        return None
 
     def save(self, path: str | os.PathLike) -> None:
         """
@@ -243,7 +274,7 @@ def expert_weights_of(scores_BTE: Tensor, temperature: float, top_l: int | None 
 
     Args:
         scores_BTE (`torch.Tensor` of shape `(B, T, E)`):
-            Scores, minus infinity for experts without a weight.
+            Scores, [`UNKNOWN`] for experts without a weight.
         temperature (`float`):
             The weights are `softmax(scores / temperature)`.
         top_l (`int`, *optional*):

@@ -1,7 +1,8 @@
 """Owners of text who pool nothing: an expert each, trained alone, the mixture of them, and one without an owner."""
 
+from ..data import pack
 from .merge import merge_experts, remove_owner
-from .texts import pack, read_texts
+from .texts import read_texts
 from .train import ExpertFacts, default_arguments, fit_adapter, load_base, new_adapter, train_expert
 
 

@@ -61,12 +61,13 @@ def owner_in_card(path: Path) -> dict[str, Any]:
     return found
 
 
-def mixture_card(config: FedMoECausalConfig) -> ModelCard:
+def mixture_card(config: FedMoECausalConfig, training: str = "") -> ModelCard:
     """
     Makes the card of a mixture of owners.
 
     Args:
         config ([`FedMoECausalConfig`]): Of the mixture.
+        training (`str`, *optional*): How its experts were trained, in Markdown, where that is known of all.
     """
     owners, router_names = config.owners or [], config.router_names or []
     licences = [owner.get("licence") for owner in owners]
@@ -75,6 +76,7 @@ def mixture_card(config: FedMoECausalConfig) -> ModelCard:
     for owner in owners:
         in_router = "yes" if owner["name"] in router_names else "no, has no weight"
         rows.append((owner["name"], owner.get("licence", "not told"), owner.get("tokens", "not told"), in_router))
+    trained = f"\n## Training\n\n{training}\n" if training else ""
     public = (
         "The router knows public text, which goes to the base."
         if "base" in router_names
@@ -91,7 +93,7 @@ def mixture_card(config: FedMoECausalConfig) -> ModelCard:
         "in it.\n\n## An owner who opts out\n\n"
         "`hf-fedmoe expert remove MIXTURE OWNER --out FOLDER` writes a mixture that is, bit for bit, one that never "
         "had the owner. It does not undo copies of this one, nor what others have learnt from texts that this one "
-        "wrote.\n"
+        f"wrote.\n{trained}"
     )
 
 

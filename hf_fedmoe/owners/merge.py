@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from yaml import YAMLError
 
+from ..data import pack
 from ..models import FedMoECausalConfig, FedMoEForCausalLM, TextStatistics
 from ..models.lora_fedmoe_causal import find_targets
 from .cards import mixture_card, owner_in_card
-from .texts import pack, read_texts
+from .texts import read_texts
 from .train import STATISTICS_FILE, check_length, check_new_folder, load_base, sums_of
 
 

@@ -1,12 +1,11 @@
-"""An owner's text: from files to sequences of tokens."""
+"""An owner's text, from files."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
 
 
 def read_texts(paths: str | os.PathLike | Iterable[str | os.PathLike], text_column: str = "text") -> list[str]:
@@ -77,27 +76,3 @@ def _rows(file: Path, text_column: str) -> list[str]:
             f"{schema.names}."
         )
     return [row for row in rows if row is not None]
-
-
-def pack(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], sequence_length: int) -> list[list[int]]:
-    """
-    Cuts texts into sequences of one length: their tokens one after the other, an end between two texts. What is left
-    over at the end is dropped.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The base's.
-        texts (`Sequence[str]`): The texts.
-        sequence_length (`int`): Tokens of a sequence.
-
-    Raises:
-        `ValueError`: If there are fewer tokens than a sequence has.
-    """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Longer texts than the model reads at once are what is cut here, and no reason to warn.
-    tokens = [token for ids in tokenizer(list(texts), verbose=False)["input_ids"] for token in [*ids, *end]]
-    if len(tokens) < sequence_length:
-        raise ValueError(
-            f"`text` has {len(tokens)} tokens, and `sequence_length` is {sequence_length}: bring more text, or lower "
-            "`sequence_length`."
-        )
-    return [tokens[i : i + sequence_length] for i in range(0, len(tokens) - sequence_length + 1, sequence_length)]

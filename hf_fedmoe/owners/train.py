@@ -20,6 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
+from ..data import pack
 from ..models import FedMoECausalConfig, TextStatistics, base_sha256, text_statistics
 from ..models.configuration_checks import check_integer
 from ..models.configuration_fedmoe_causal import owners_as_dicts
@@ -27,7 +28,7 @@ from ..models.lora_fedmoe_causal import find_targets
 from ..models.router_fedmoe_causal import PREFIXES
 from ..weights import all_finite
 from .cards import expert_card
-from .texts import pack, read_texts
+from .texts import read_texts
 
 
 STATISTICS_FILE = "statistics.safetensors"
