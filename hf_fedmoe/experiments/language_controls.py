@@ -3,7 +3,7 @@
 Shape suffixes: m owners, P elements of an adapter's row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from peft import PeftModel
@@ -26,7 +26,7 @@ def train_pooled(model: PeftModel, texts: Mapping[str, Sequences], args: Trainin
         texts (`Mapping[str, list]`): Sequences of each owner.
         args (`TrainingArguments`): Of the Trainer.
     """
-    fit_adapter(model, [row for rows in texts.values() for row in rows], args)
+    fit_adapter(model, _learned(row for rows in texts.values() for row in rows), args)
     return model
 
 
@@ -61,8 +61,13 @@ def train_fedavg(
             layout.write(server_1P[0], adapter)
             # Begins anew where an owner has fewer sequences than its steps read.
             own = [rows[orders[owner][place % len(rows)]] for place in range(number * size, (number + 1) * size)]
-            fit_adapter(model, own, args)
+            fit_adapter(model, _learned(own), args)
             rows_mP.append(layout.read(adapter).to(server_1P))
         fuse_models_(server_1P, torch.stack(rows_mP), weights_1m, server_1P.new_zeros(1), layout)
     layout.write(server_1P[0], adapter)
     return model
+
+
+def _learned(sequences: Iterable[list[int]]) -> list[dict[str, list[int]]]:
+    """Rows of which all tokens are learned."""
+    return [{"input_ids": row, "labels": row} for row in sequences]

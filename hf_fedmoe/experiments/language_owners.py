@@ -26,17 +26,19 @@ from ..reporting.markdown import table
 from .experiment import find_model
 from .folders import check_writable
 from .language_controls import train_fedavg, train_pooled
-from .language_scores import bits_per_byte, bytes_of, log_likelihoods, score_domain
+from .language_extraction import CONTINUATION, PREFIX, extraction_table
+from .language_scores import PUBLIC_BIASES, bits_per_byte, bytes_of, log_likelihoods, score_domain
 from .recipe_help import presets
 from .settings import read_preset, read_words, settings_of, typed_settings
 
 
 # What is in the table, in its order, and what an owner's own expert is called in it.
-ROWS = (
-    *("base", "best single expert", "soup", "FedAvg of LoRA", "uniform ensemble", "pooled training of one LoRA"),
-    *("mixture, soft", "mixture, top-1", "likelihood router", "oracle by domain"),
-)
 CONTROLS = ("FedAvg of LoRA", "pooled training of one LoRA")
+ROWS = (
+    *("base", "best single expert", "soup", "uniform ensemble", *CONTROLS, "mixture, soft", "mixture, top-1"),
+    *(f"mixture, public bias {bias}" for bias in PUBLIC_BIASES),
+    *("mixture or base by likelihood", "likelihood router", "oracle by domain"),
+)
 PROMPT, NEW = 16, 32
 
 Scores = dict[str, dict[str, float]]
@@ -61,7 +63,11 @@ class LanguageExperiment:
     lora_rank: int = field(default=32, metadata={"help": "Of every adapter; alpha is twice as much."})
     learning_rate: float = field(default=1.5e-2, metadata={"help": "Of an owner."})
     fedavg_learning_rate: float = field(default=1.5e-2, metadata={"help": "Of FedAvg, in its first round."})
-    fedavg_rounds: int = field(default=4, metadata={"help": "Of FedAvg; they share the steps."})
+    fedavg_rounds: int = field(default=12, metadata={"help": "Of FedAvg; they share the steps."})
+    fedavg_fusion: str = field(
+        default="factors",
+        metadata={"help": "What it averages: A and B, or their products.", "choices": ("factors", "svd")},
+    )
     pooled_learning_rate: float = field(default=1.5e-2, metadata={"help": "Of pooled training."})
     test_sequences: int = field(default=60, metadata={"help": "Of each domain, at most."})
     part: str = field(
@@ -159,8 +165,8 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     K, steps, rounds = len(experiment.owners), experiment.steps, experiment.fedavg_rounds
     start = new_adapter(load_base(base)[0], rank, 2 * rank, seed=seed)
     args = experiment.arguments(folder / "fedavg", seed, steps // rounds, experiment.fedavg_learning_rate)
-    fedavg = train_fedavg(start, packed, args, rounds)
-    print(f"  FedAvg of LoRA: {rounds} rounds", flush=True)
+    fedavg = train_fedavg(start, packed, args, rounds, experiment.fedavg_fusion)
+    print(f"  FedAvg of LoRA ({experiment.fedavg_fusion}): {rounds} rounds", flush=True)
     start = new_adapter(load_base(base)[0], rank, 2 * rank, seed=seed)
     args = experiment.arguments(folder / "pooled", seed, K * steps, experiment.pooled_learning_rate)
     pooled = train_pooled(start, packed, args)
@@ -265,6 +271,20 @@ def show(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]])
             print(f"  {name} ({said}): {' '.join(prompt.split())} | {' '.join(rest.split())}")
 
 
+def show_extraction(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]]) -> str:
+    """Returns, of the first seed, how much of the owners' training text comes out again."""
+    folder = Path(experiment.output_dir, f"seed-{experiment.seeds[0]}", "mixture")
+    tokenizer, length = AutoTokenizer.from_pretrained(folder), PREFIX + CONTINUATION
+    if experiment.sequence_length < length:
+        return f"Sequences are shorter than the {length} tokens by which extraction is tried."
+    trained = {name: pack(tokenizer, texts[name]["train"], experiment.sequence_length) for name in experiment.owners}
+    found = extraction_table(FedMoEForCausalLM.from_pretrained(folder), trained)
+    return (
+        f"Of each owner's training text, the share of sequences whose next {CONTINUATION} tokens come out right after "
+        f"{PREFIX} that are read, and how many do before the first wrong one:\n\n{found}"
+    )
+
+
 def owners_main(settings_file: Path) -> None:
     """Runs the recipe as `accelerate launch` calls it; a wrong setting ends it with one line and exit code 2."""
     try:
@@ -298,7 +318,7 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
     for seed in experiment.seeds:
         print(f"\nseed {seed}: {len(experiment.owners)} owners on {experiment.base}", flush=True)
         all_scores.append(run_seed(experiment, texts, seed))
-    text = tables(experiment, all_scores)
+    text = f"{tables(experiment, all_scores)}\n\n{show_extraction(experiment, texts)}"
     (out / "table.md").write_text(text + "\n")
     (out / "results.json").write_text(
         json.dumps(dict(zip(map(str, experiment.seeds), all_scores, strict=True)), indent=2)

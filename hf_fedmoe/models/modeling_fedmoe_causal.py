@@ -185,7 +185,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
                 As in the base; labels of -100 do not count.
             expert (`int` or `str`, *optional*):
                 One expert to use alone: its index, 0 for the base, or its owner's name, `"base"` for the base. The
-                router is not asked.
+                router is not asked. Where one is trained so, `weight_decay` reaches the others too: leave it at 0.
             expert_weights (`torch.Tensor` of shape `(B, T, E)` or `(B, 1, E)`, *optional*):
                 Weights in the place of the router's, `(B, 1, E)` for all positions alike. Needed with a cache that
                 holds tokens, whose text is not seen here; `generate` does that by itself.
@@ -332,7 +332,10 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         ):
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **source)
         model._freeze_base()
-        return model._follow_base().eval()
+        # Experts may be more exact than their base, unless a type is asked for.
+        asked = for_base.get("dtype")
+        dtype = getattr(torch, asked) if isinstance(asked, str) and asked != "auto" else asked
+        return model._follow_base(dtype if isinstance(dtype, torch.dtype) else None).eval()
 
     @classmethod
     def _around_named(cls, config: FedMoECausalConfig, for_base: dict[str, Any]) -> Self:

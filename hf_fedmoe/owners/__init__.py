@@ -2,7 +2,8 @@
 
 from ..data import pack
 from .merge import merge_experts, remove_owner
-from .texts import read_texts
+from .privacy import private_statistics
+from .texts import read_rows, read_texts
 from .train import ExpertFacts, default_arguments, fit_adapter, load_base, new_adapter, train_expert
 
 
@@ -14,6 +15,8 @@ __all__ = [
     "merge_experts",
     "new_adapter",
     "pack",
+    "private_statistics",
+    "read_rows",
     "read_texts",
     "remove_owner",
     "train_expert",

@@ -115,9 +115,7 @@ class Owners(Strategy):
         """Refuses statistics that no text has: one client's would decide where all text goes."""
         if GRAM not in payload.tensors:
             return None
-        embeddings = as_owners(server.model).get_input_embeddings().weight
-        assert isinstance(embeddings, Tensor)
-        return TextStatistics(payload.tensors[GRAM].cpu()).fault(embeddings)
+        return TextStatistics(payload.tensors[GRAM].cpu()).fault(as_owners(server.model).get_input_embeddings())
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         tensors, device = server.tensors, server.bank_SP.device
@@ -170,5 +168,6 @@ def _write_mixture(server: Server) -> None:
     for k, row_P in enumerate(server.bank_SP, start=1):
         write_expert(mixture, k, server.layout.views(row_P))
     for name, gram_DD in zip(mixture.config.expert_names[1:], server.tensors["gram_KDD"], strict=True):
-        if gram_DD[-1, -1] > 0:
+        known = mixture.statistics_of(name)
+        if gram_DD[-1, -1] > 0 and (known is None or not torch.equal(known.gram_DD, gram_DD.cpu())):
             mixture.set_statistics(name, TextStatistics(gram_DD.cpu()))
