@@ -1,4 +1,4 @@
-"""Who has how much of what: class counts of clients, as numbers, as text and as a plot."""
+"""Class counts of clients, as numbers, as text and as a plot."""
 
 import os
 from collections.abc import Mapping, Sequence

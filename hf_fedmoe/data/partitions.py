@@ -1,4 +1,4 @@
-"""Who holds which rows: partitions of a labelled pool into clients, as row indices and nothing else.
+"""Partitions of a labelled pool into clients, as row indices and nothing else.
 
 Every function is pure numpy, takes the labels (or ids) of the pool that is to be divided, and returns one sorted
 `int64` array of row indices per client. The arrays are disjoint, and the same seed gives the same bits. Rows that must

@@ -1,4 +1,4 @@
-"""Where data comes from: the shipped reviews, scikit-learn's digits, a file, a folder of parquet files, the Hub."""
+"""Sources of data: the shipped reviews, scikit-learn's digits, a file, a folder of parquet files, the Hub."""
 
 import glob
 import io

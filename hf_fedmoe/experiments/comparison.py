@@ -1,4 +1,4 @@
-"""What a YAML of `hf-fedmoe compare` says, and whether it can be meant."""
+"""Reads the YAML of `hf-fedmoe compare`, and checks it before anything runs."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path

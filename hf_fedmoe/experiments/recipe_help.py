@@ -1,4 +1,4 @@
-"""What `--help` of a recipe prints: its own settings first, those of every `Trainer` last."""
+"""Prints `--help` of a recipe: its own settings first, those of every `Trainer` last."""
 
 import argparse
 import dataclasses

@@ -28,6 +28,7 @@ from .local_updates import CapturedUpdates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
 from .participants import Participants
+from .process_group import ProcessGroup
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
 from .refusals import client_number, never_accepted, reasons
@@ -35,7 +36,6 @@ from .round import Federation, RoundReport
 from .server_step import take_step
 from .soundness import BrokenPromiseError, check_start, computes_finite, sound_finish
 from .stacked_training import StackedTraining
-from .team import Team
 from .zero_engine import ZeroEngine
 from .zero_training import ZeroTraining
 
@@ -61,6 +61,7 @@ __all__ = [
     "Loss",
     "Participants",
     "Pass",
+    "ProcessGroup",
     "Processes",
     "RoundReport",
     "Server",
@@ -70,7 +71,6 @@ __all__ = [
     "StepBatches",
     "Strategy",
     "Stream",
-    "Team",
     "Together",
     "TogetherByZero",
     "Track",

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the model: strategy tensors, the clients' files, the run's identity."""
+"""The part of a checkpoint beside the model: strategy tensors, the clients' files, the run's identity."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""Ways to draw the participants of a round."""
 
 from collections.abc import Callable
 

@@ -145,7 +145,7 @@ class Uploads:
         return self._rows()
 
     def _rows(self) -> Tensor:
-        assert self._rows_mP is not None  # or they are [`UploadsApart`] or a [`MeanOfUploads`]
+        assert self._rows_mP is not None  # or they are [`ShardedUploads`] or a [`MeanOfUploads`]
         return self._rows_mP
 
     @property

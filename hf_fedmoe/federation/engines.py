@@ -100,7 +100,7 @@ class EachItsOwn:
         replies; what stays with a client is returned by its owner only.
         """
         chosen, owners, groups = plan
-        stays: dict[int, dict] = {}
+        retained: dict[int, dict] = {}
 
         def train_own() -> dict[int, Reply]:
             replies = {}
@@ -112,7 +112,7 @@ class EachItsOwn:
                 trained = self.train_group(by_client, round_index)
                 for place, row_P in rows.items():
                     client = chosen[place]
-                    reply, stays[client] = self.participants.train(client, round_index, row_P, trained.get(client))
+                    reply, retained[client] = self.participants.train(client, round_index, row_P, trained.get(client))
                     self.participants.probe(reply, row_P)
                     if reply.fault is None:
                         uploads.add(place, reply.num_examples, reply.tensors)
@@ -128,7 +128,7 @@ class EachItsOwn:
                 uploads.bring(place)
             if owner != self.processes.index:
                 on_client(chosen[place])
-        return replies, stays
+        return replies, retained
 
 
 class SomeAtOnce(EachItsOwn):
@@ -214,16 +214,16 @@ class Together(EachItsOwn):
     def fit(
         self, plan: Plan, round_index: int, uploads: Rows, on_client: Callable[[int], None]
     ) -> tuple[list[Reply], dict[int, dict]]:
-        participants, team = self.participants, self.participants.local_trainer.team
-        stays: dict[int, dict] = {}
+        participants, process_group = self.participants, self.participants.local_trainer.process_group
+        retained: dict[int, dict] = {}
         replies: list[Reply] = []
         errors: list[Exception] = []
         marks: list[tuple[float, float] | None] = []
-        with team.together():
+        with process_group.together():
             participants.read_ahead([[client] for client in plan.chosen], round_index, self.reading)
         for place, client in enumerate(plan.chosen):
             row_P = uploads.row(place)
-            with team.together():
+            with process_group.together():
                 try:
                     reply, kept = self.train(client, round_index, row_P)
                 except soundness.BrokenPromiseError as error:
@@ -232,7 +232,7 @@ class Together(EachItsOwn):
             replies.append(reply)
             marks.append(soundness.mark_of(row_P) if reply.fault is None else None)
             if self.processes.index == 0:
-                stays[client] = kept
+                retained[client] = kept
                 uploads.add(place, reply.num_examples, reply.tensors)
             reply.tensors = {}
             if place % self.processes.count == self.processes.index:
@@ -253,7 +253,7 @@ class Together(EachItsOwn):
         for place, reply in enumerate(replies):
             reply.fault = next((told[place].fault for told in gathered if told[place].fault is not None), None)
             reply.probed = gathered[place % self.processes.count][place].probed
-        return replies, stays
+        return replies, retained
 
 
 class TogetherByZero(Together):

@@ -1,4 +1,4 @@
-"""Which run uses a folder: a lock that ends with its process, however that ends."""
+"""A lock on the folder of a run, which ends with its process, however that ends."""
 
 import fcntl
 import gc

@@ -24,8 +24,8 @@ from .captured_passes import CapturedPasses
 from .client_clock import ClientClock
 from .local_updates import CapturedUpdates, LocalUpdates
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
+from .process_group import ProcessGroup, Stage
 from .randomness import Stream, seed_of
-from .team import Stage, Team
 
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -111,7 +111,7 @@ class LocalTrainer:
         make_scheduler (`Callable`): From (optimizer, number of local steps) to a learning-rate scheduler.
         accelerator ([`~accelerate.Accelerator`]): Precision, gradient scaling, device.
         make_optimizer (`Callable`): From a module to another such optimizer, for twins.
-        team ([`Team`], *optional*): The processes that train a client together; this one alone if left out.
+        process_group ([`ProcessGroup`], *optional*): Trains a client together; this process alone if left out.
         reader ([`BatchReader`], *optional*): Worker processes that read clients' batches; this one does if left out.
         clock ([`ClientClock`], *optional*): How long a client may take; as long as it likes if left out.
         objective (`Callable`, *optional*): Of (model, batch), in the place of the model's own loss.
@@ -128,7 +128,7 @@ class LocalTrainer:
     make_scheduler: Callable
     accelerator: Accelerator
     make_optimizer: Callable
-    team: Team = field(default_factory=Team)
+    process_group: ProcessGroup = field(default_factory=ProcessGroup)
     reader: BatchReader | None = None
     clock: ClientClock = field(default_factory=ClientClock)
     objective: Loss = own_loss
@@ -251,14 +251,14 @@ class LocalTrainer:
 
     def own_rows(self, plan: list[list[list[int]]]) -> Iterator[list[int]]:
         """The indices of each batch of [`LocalTrainer.steps`]: as planned, or of this process's share."""
-        return (self.team.share(batch)[0] for step in plan for batch in step)
+        return (self.process_group.share(batch)[0] for step in plan for batch in step)
 
     def steps(self, dataset: Subset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
         """The batches of each planned step; `seed` is that of dropout and augmentation."""
-        self._seed(self.team.seed(seed))
+        self._seed(self.process_group.seed(seed))
         batches = self._batches(dataset, list(self.own_rows(plan)), seed)
         for step in plan:
-            yield StepBatches(batches, [self.team.share(batch)[1] for batch in step])
+            yield StepBatches(batches, [self.process_group.share(batch)[1] for batch in step])
 
     def step(self, batches: StepBatches, loss: Loss) -> Tensor:
         """One optimizer step on the accumulated batches; returns their mean loss."""
@@ -271,8 +271,8 @@ class LocalTrainer:
         total = torch.zeros((), device=self.accelerator.device)
         for batch, weight in zip(batches, batches.weights, strict=True):
             total += self._pass(loss, batch, weight, len(batches.weights))
-        self.team.agree(Stage.STEP)
-        return self.team.add_up_(self._parameters, total)
+        self.process_group.agree(Stage.STEP)
+        return self.process_group.all_reduce_gradients_(self._parameters, total)
 
     def _plain_pass(self, loss: Loss, batch: dict[str, Tensor], weight: float, count: int) -> Tensor:
         """Adds the gradients of `loss * weight / count` of a batch and returns that."""
@@ -392,7 +392,7 @@ class LocalTrainer:
     def _wanted(self, dataset: Subset, places: list[list[int]], seed: int) -> list[Wanted]:
         """Batches of a client as worker processes are asked for them."""
         return [
-            (seed_of(self.team.seed(seed), Stream.BATCH, index), [dataset.indices[place] for place in batch])
+            (seed_of(self.process_group.seed(seed), Stream.BATCH, index), [dataset.indices[place] for place in batch])
             for index, batch in enumerate(places)
         ]
 

@@ -20,9 +20,9 @@ from .contract import ClientTask, Server, Strategy, has_plain_clients
 from .filters import Filter
 from .local_training import LocalTrainer, Reading
 from .local_updates import OPTIMIZER_PREFIX
+from .process_group import LeftAloneError
 from .randomness import Stream, seed_of
 from .refusals import client_number
-from .team import LeftAloneError
 
 
 logger = logging.get_logger(__name__)
@@ -105,17 +105,19 @@ class Participants:
             fit (`Callable`, *optional*): Trains it, [`Strategy.train_client`] if left out.
         """
         reply, task = Reply(), None
-        stays: dict[str, Tensor] = {}
+        retained: dict[str, Tensor] = {}
         fit = fit or (lambda task: self.strategy.train_client(self.local_trainer, task))
         try:
-            with self.local_trainer.team.client():
+            with self.local_trainer.process_group.client():
                 if trained is None:
                     task = self.task(client, round_index, out_P)
                     with self.local_trainer.clock.client():
-                        payload, stays = soundness.upload_of(fit, task, self.strategy, self.local_trainer, self.server)
+                        payload, retained = soundness.upload_of(
+                            fit, task, self.strategy, self.local_trainer, self.server
+                        )
                 else:
                     task, payload = trained
-                stays = self._finish_upload(task, payload, stays)
+                retained = self._finish_upload(task, payload, retained)
                 reply.fault = soundness.upload_fault(
                     self.strategy, self.server, task, payload, self.client_sizes[client]
                 )
@@ -132,7 +134,7 @@ class Participants:
             reply.sent_bytes, reply.tensors = payload.num_bytes, payload.tensors
             reply.integers = {name: tensor.cpu() for name, tensor in payload.integers.items()}
             reply.num_examples, reply.metrics = payload.num_examples, payload.metrics
-        return reply, stays
+        return reply, retained
 
     def train_at_once(
         self, rows: dict[int, Tensor], round_index: int, train: Callable[[Sequence[ClientTask]], list[Payload]]
@@ -157,18 +159,18 @@ class Participants:
             if reply.probed is not None and not all_finite([reply.probed]):
                 reply.fault = "what its model computes of the reserved set is not finite"
 
-    def _finish_upload(self, task: ClientTask, payload: Payload, stays: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _finish_upload(self, task: ClientTask, payload: Payload, retained: dict[str, Tensor]) -> dict[str, Tensor]:
         """Makes a trained client's payload what travels, and returns all that stays with the client."""
-        for name, tensor in stays.items():
+        for name, tensor in retained.items():
             if not all_finite([tensor]):
                 raise ValueError(f"`{name}`, which it would keep, holds values that are not finite")
         if self.keep_optimizer:
-            stays |= self.local_trainer.optimizer_tensors()
+            retained |= self.local_trainer.optimizer_tensors()
         if not payload.sizes:
             payload.weigh(self.server.layout)
         for filter in self.filters:
-            stays |= filter.upload(payload, task)
-        return stays
+            retained |= filter.upload(payload, task)
+        return retained
 
     def read_ahead(
         self, groups: list[list[int]], round_index: int, reading: Callable[[Sequence[tuple[Subset, int]]], Reading]

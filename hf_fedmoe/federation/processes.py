@@ -77,14 +77,14 @@ class Processes:
         return self.gather(lambda: [make()] if self.index == 0 else [])[0][0]
 
     def tell(self, message: Any = None) -> Any:
-        """The main process's `message`, in all of them."""
+        """Returns the main process's `message` in all of them."""
         told = [message]
         with self.waiting():
             dist.broadcast_object_list(told, 0)
         return told[0]
 
     def gather_numbers(self, number: int) -> list[int]:
-        """The numbers of all processes, in their order."""
+        """Returns the numbers of all processes, in their order."""
         if self.count == 1:
             return [number]
         own = torch.tensor([number], device=self.device)
@@ -93,15 +93,15 @@ class Processes:
             dist.all_gather(told, own)
         return torch.cat(told).tolist()
 
-    def sum_(self, tensor: Tensor) -> None:
-        """`tensor` becomes the sum of those of all processes."""
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """Makes `tensor` the sum of those of all processes."""
         if self.count > 1:
             with self.waiting():
                 dist.all_reduce(tensor)
 
     @torch.no_grad()
     def move_(self, tensor: Tensor, source: int, target: int) -> None:
-        """`tensor` of process `target` becomes that of `source`; of no concern to others."""
+        """Copies `tensor` from process `source` to process `target`; a no-op elsewhere."""
         if source == target or self.index not in (source, target):
             return
         moved = tensor.detach().to(self.device).contiguous()
@@ -115,7 +115,7 @@ class Processes:
 
     @torch.no_grad()
     def broadcast_(self, tensor: Tensor) -> None:
-        """`tensor` becomes that of the main process."""
+        """Copies `tensor` from the main process to all others."""
         if self.count == 1:
             return
         sent = tensor.detach().to(self.device).contiguous()
@@ -124,8 +124,8 @@ class Processes:
         if self.index:
             tensor.copy_(sent)
 
-    def add_up_(self, tensor: Tensor) -> None:
-        """In the main process `tensor` becomes the sum of those of all."""
+    def reduce_(self, tensor: Tensor) -> None:
+        """Makes `tensor` the sum of those of all processes, in the main one only."""
         if self.count == 1:
             return
         summed = tensor.to(self.device)
@@ -135,7 +135,7 @@ class Processes:
             tensor.copy_(summed)
 
     def broadcast_model_(self, model: nn.Module) -> None:
-        """All parameters and buffers become those of the main process."""
+        """Copies all parameters and buffers from the main process to all others."""
         for tensor in [*model.parameters(), *model.buffers()]:
             self.broadcast_(tensor)
 
@@ -166,7 +166,7 @@ def unbroken(what: str) -> Iterator[None]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor: not every backend knows every dtype."""
+    """Views a contiguous tensor as bytes: not every backend knows every dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 

@@ -23,7 +23,7 @@ from .participants import Reply
 from .randomness import Stream, seed_of
 from .refusals import reasons
 from .server_step import take_step
-from .uploads import APART, Rows, UploadMemory
+from .uploads import SHARDED, Rows, UploadMemory
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +65,7 @@ class Federation:
         draw_seed (`int`): Of the draw of clients. Whatever else is random has the seed of `participants`.
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
-        apart (`bool`, *optional*, defaults to `False`): Whether uploads stay in the processes that trained them, as
+        sharded (`bool`, *optional*, defaults to `False`): Whether uploads stay in the processes that trained them, as
             sums if the method needs only these.
         track (`Callable`, *optional*): Watches the loops of the server's step, see [`ServerStep`].
         gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
@@ -77,7 +77,7 @@ class Federation:
     num_clients: int
     draw_seed: int
     client_choice: str = "uniform"
-    apart: bool = False
+    sharded: bool = False
     track: Track = untracked
     gate_fit: Any = None
     computes_finite: Callable[[nn.Module], bool] = lambda model: True
@@ -86,7 +86,7 @@ class Federation:
         self.participants, self.processes = self.engine.participants, self.engine.processes
         self.server, self.strategy = self.participants.server, self.participants.strategy
         self.local_trainer, self.store = self.participants.local_trainer, self.participants.store
-        self.collect = APART[self.strategy.needs] if self.apart else Rows
+        self.collect = SHARDED[self.strategy.needs] if self.sharded else Rows
         self.memory = UploadMemory(self.server)
         self.captured: dict[nn.Module, CapturedPasses] | None = {} if self.local_trainer.captures else None
         # Whether the server, and what clients keep, are those of a finished round.
@@ -107,7 +107,7 @@ class Federation:
         plan = self.engine.plan(chosen)
         beside = [soundness.tensors_due(self.strategy, self.server, client) for client in chosen]
         collected = self.collect(self.server, self.memory, self.processes, *plan[1:], self.strategy.needs, beside)
-        replies, stays = self.engine.fit(plan, round_index, collected, on_client)
+        replies, retained = self.engine.fit(plan, round_index, collected, on_client)
         report = self.report(chosen, replies, round_index)
         uploads = self.close(collected, chosen, replies)
         report.seconds["clients"] = time.perf_counter() - started
@@ -117,7 +117,7 @@ class Federation:
         report.seconds["server"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        self.synchronise(uploads, plan, stays)
+        self.synchronise(uploads, plan, retained)
         report.seconds["synchronise"], self.settled = time.perf_counter() - started, True
         return report
 
@@ -184,7 +184,7 @@ class Federation:
 
         take_step(act, self.step(rounds), self.processes)
 
-    def synchronise(self, uploads: Uploads, plan: Plan, stays: dict[int, dict[str, Tensor]]) -> None:
+    def synchronise(self, uploads: Uploads, plan: Plan, retained: dict[int, dict[str, Tensor]]) -> None:
         """
         Hands what the server has for participants to their processes, each of which writes what its own keep: behind
         what comes next if it is alone.
@@ -204,8 +204,8 @@ class Federation:
         def write() -> dict[int, str]:
             written = {}
             for client in uploads.clients:
-                tensors = stays.get(client, {})
-                if client in stays and client in rows:
+                tensors = retained.get(client, {})
+                if client in retained and client in rows:
                     tensors |= {"row_P": rows[client]}
                 if tensors:
                     written[client] = self.store.put(client, tensors)

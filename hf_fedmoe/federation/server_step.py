@@ -82,8 +82,8 @@ def take_step(
 ) -> T:
     """
     Returns what `act(step)` returns in the main process, the only one that calls it. Meanwhile the others wait for
-    what it gives to [`ServerStep.share`], [`ServerStep.join`] or uploads that are [`UploadsApart`], and do their part
-    of it. Afterwards the server is the same in all; if anything fails in one, all raise.
+    what it gives to [`ServerStep.share`], [`ServerStep.join`] or [`ShardedUploads`], and do their part of it.
+    Afterwards the server is the same in all; if anything fails in one, all raise.
     """
     if processes.count == 1:
         return act(step)

@@ -1,5 +1,5 @@
 """
-What must hold whatever a method does: its hooks keep their promises, and its server is sound after each step.
+Checks of every method: its hooks keep their promises, and its server is sound after each step.
 
 Shape suffixes: m participants, P elements of a row.
 """
@@ -104,7 +104,7 @@ def upload_of(
 def _fault_of_result(result: Any, task: ClientTask, layout: StateLayout, bank_SP: Tensor) -> str | None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Payload)):
         return f"returns a {type(result).__name__}, where a `Payload` and what stays with the client are due"
-    payload, stays = result
+    payload, retained = result
     row_P = payload.row_P
     if row_P.data_ptr() != task.out_P.data_ptr() or row_P.shape != task.out_P.shape or row_P.dtype != layout.dtype:
         return "sends another row than `task.out_P`, into which it has to be written"
@@ -119,14 +119,14 @@ def _fault_of_result(result: Any, task: ClientTask, layout: StateLayout, bank_SP
         return fault
     if "loss" not in payload.metrics:
         return f"reports the metrics {sorted(payload.metrics)}, without a `loss`"
-    if not isinstance(stays, dict) or not all(isinstance(tensor, Tensor) for tensor in stays.values()):
+    if not isinstance(retained, dict) or not all(isinstance(tensor, Tensor) for tensor in retained.values()):
         return "leaves something else with the client than named tensors"
-    taken = [name for name in stays if name == RESIDUAL or name.startswith(OPTIMIZER_PREFIX)]
+    taken = [name for name in retained if name == RESIDUAL or name.startswith(OPTIMIZER_PREFIX)]
     if taken:
         return f"leaves `{taken[0]}` with the client, a name that belongs to the federation"
     # Memory that is written again before what stays is on disk.
     reused = {t.untyped_storage().data_ptr() for t in (task.out_P, task.received_P, bank_SP)}
-    for name, tensor in stays.items():
+    for name, tensor in retained.items():
         if tensor.untyped_storage().data_ptr() in reused:
             return f"leaves `{name}` with the client, a view of a row that is used again: clone it"
     return None

@@ -41,7 +41,7 @@ class AverageableUploads(FusibleUploads):
         raise NotKeptError('`uploads.fuse_into_` is there for methods that say `needs = "fusion"`')
 
 
-class UploadsApart(FusibleUploads):
+class ShardedUploads(FusibleUploads):
     """
     [`FusibleUploads`] of which each process has those that it trained.
 
@@ -67,11 +67,11 @@ class UploadsApart(FusibleUploads):
         device = self.own_nP.device
         weights_Sn, keep_S = weights_Sm[:, self.places].to(device), keep_S.to(device)
         with unbroken("Fusion"):
-            fuse_(server.bank_SP, self.own_nP, weights_Sn, keep_S, server.layout.batchnorm, self.processes.add_up_)
+            fuse_(server.bank_SP, self.own_nP, weights_Sn, keep_S, server.layout.batchnorm, self.processes.reduce_)
 
 
 def fuse_own_(step: Any, weights_Sm: Tensor, keep_S: Tensor) -> None:
-    """Does this process's part of [`UploadsApart.fuse_into_`] in a [`SharedStep`]."""
+    """Does this process's part of [`ShardedUploads.fuse_into_`] in a [`SharedStep`]."""
     step.uploads.fuse_own_(step.server, weights_Sm, keep_S)
 
 
@@ -145,9 +145,9 @@ class Rows:
     def allocate(self, memory: UploadMemory, groups: list[list[int]]) -> dict[int, Tensor]:
         """Returns a row for each participant that this process trains; the main one may have a row for all."""
         takes_all = self.main_takes_all and self.processes.index == 0
-        self.held = [place for place, owner in enumerate(self.owners) if takes_all or owner == self.processes.index]
-        self.rows_nP = memory.rows(len(self.held))
-        return dict(zip(self.held, self.rows_nP, strict=True))
+        self.local = [place for place, owner in enumerate(self.owners) if takes_all or owner == self.processes.index]
+        self.rows_nP = memory.rows(len(self.local))
+        return dict(zip(self.local, self.rows_nP, strict=True))
 
     def row(self, place: int) -> Tensor:
         """Returns the row, blank, to which the upload of a participant goes in this process."""
@@ -197,10 +197,10 @@ class Rows:
         """The rows of this process that are sound."""
         if len(places) == len(self.owners):
             return self.rows_nP
-        return self.rows_nP[[place in places for place in self.held]]
+        return self.rows_nP[[place in places for place in self.local]]
 
 
-class RowsApart(Rows):
+class ShardedRows(Rows):
     """Leaves each upload in the process that trained it, for a method that `needs` "fusion"."""
 
     main_takes_all = False
@@ -211,9 +211,9 @@ class RowsApart(Rows):
 
     def close(self, places: list[int], *known: Any) -> Uploads:
         clients, *others = known
-        own = [places.index(place) for place in self.held if place in places]
+        own = [places.index(place) for place in self.local if place in places]
         known = (clients, None, *others, self._beside(places))
-        return UploadsApart(*known, own_nP=self._sound(places), places=own, processes=self.processes)
+        return ShardedUploads(*known, own_nP=self._sound(places), places=own, processes=self.processes)
 
 
 class Sum(Rows):
@@ -239,7 +239,7 @@ class Sum(Rows):
     def close(self, places: list[int], *known: Any) -> Uploads:
         clients, integers, num_examples_m, *others = known
         for total in (self.sum_P, *self.sums.values()):
-            self.processes.add_up_(total)
+            self.processes.reduce_(total)
         mean_of_sum_(self.sum_P, int(num_examples_m.double().sum().item()), self.server.layout.batchnorm)
         self.mean_1P.copy_(self.sum_P)
         known = (clients, None, integers, num_examples_m, *others)
@@ -247,4 +247,4 @@ class Sum(Rows):
 
 
 # How uploads are collected where they stay in the processes that trained them, by what the method needs.
-APART: dict[str, type[Rows]] = {"fusion": RowsApart, "mean": Sum}
+SHARDED: dict[str, type[Rows]] = {"fusion": ShardedRows, "mean": Sum}

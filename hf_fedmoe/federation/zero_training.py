@@ -11,8 +11,8 @@ from ..models import AdapterExpert
 from ..weights import Payload, copy_module
 from .contract import ClientTask
 from .local_training import LocalTrainer, StepBatches
+from .process_group import Stage
 from .processes import unbroken
-from .team import Stage
 from .zero_engine import ZeroEngine
 
 
@@ -39,7 +39,9 @@ class ZeroTraining:
         adapter = isinstance(module, AdapterExpert)
         optimizer = local.make_optimizer(module).optimizer
         # Weights in bf16 would be those of the adapter alone.
-        zero = ZeroEngine(module, local.layout, optimizer, self.config, local.team.processes, autocast=adapter)
+        zero = ZeroEngine(
+            module, local.layout, optimizer, self.config, local.process_group.processes, autocast=adapter
+        )
         if adapter and zero.partitioned:
             import deepspeed
 
@@ -62,16 +64,16 @@ class ZeroTraining:
         total = torch.zeros((), device=local.accelerator.device)
         for batches in local.steps(task.dataset, plan, task.seed):
             total += self._step(batches)
-        local.team.agree(Stage.UPLOAD)
+        local.process_group.agree(Stage.UPLOAD)
         with unbroken("DeepSpeed"):
-            local.team.processes.sum_(total)
+            local.process_group.processes.all_reduce_(total)
             integers = self.zero.read(task.out_P)
         metrics = {"loss": (total / len(plan)).item(), "steps": len(plan)}
         return Payload(task.out_P, integers, len(task.dataset), metrics), {}
 
     def _begin(self, task: ClientTask, num_steps: int) -> None:
         """The engine becomes what a client received."""
-        self.local.team.agree(Stage.BEGIN)
+        self.local.process_group.agree(Stage.BEGIN)
         with unbroken("DeepSpeed"):
             self._received = self.local.layout.views(task.received_P)
             optimizer = self.zero.begin(task.received_P, task.integers)
@@ -81,7 +83,7 @@ class ZeroTraining:
         """Takes one optimizer step; returns this process's share of the mean loss."""
         batches = batches.kept()
         # From here on nothing depends on a client's data alone.
-        self.local.team.agree(Stage.STEP)
+        self.local.process_group.agree(Stage.STEP)
         with unbroken("DeepSpeed"):
             total = self._backward_and_update(batches)
         if self.zero.engine.optimizer.overflow:
@@ -90,7 +92,7 @@ class ZeroTraining:
 
     def _backward_and_update(self, batches: StepBatches) -> Tensor:
         engine, count = self.zero.engine, len(batches.weights)
-        processes = self.local.team.processes
+        processes = self.local.process_group.processes
         total = torch.zeros((), device=self.local.accelerator.device)
         for index, (batch, weight) in enumerate(zip(batches, batches.weights, strict=True)):
             engine.set_gradient_accumulation_boundary(index == count - 1)

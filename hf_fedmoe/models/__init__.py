@@ -1,4 +1,4 @@
-"""What is saved, pushed and loaded: the server Mixture-of-Experts as an ordinary Hugging Face model."""
+"""The server Mixture-of-Experts as an ordinary Hugging Face model that is saved, pushed and loaded."""
 
 from transformers import (
     AutoConfig,

@@ -1,6 +1,6 @@
 """
-How a mixture comes about: from whole classifiers, from adapters of one base, or from a checkpoint. Flat: the file
-travels to the Hub as it is.
+Builds a mixture from whole classifiers, from adapters of one base, or from a checkpoint. Flat: the file travels to the
+Hub as it is.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Where a classifier's features end and its head begins. Flat: the file travels to the Hub as it is."""
+"""Finds the head of a classifier, which its features end at. Flat: the file travels to the Hub as it is."""
 
 from torch import nn
 from transformers import PreTrainedModel

@@ -1,5 +1,5 @@
 """
-What a `config.json` must not ask for, checked before a model is built from it. Flat: the file travels to the Hub as it
+Refuses what a `config.json` must not ask for, before a model is built from it. Flat: the file travels to the Hub as it
 is.
 """
 

@@ -1,5 +1,5 @@
 """
-How experts are mixed: plain functions on tensors, cached ones too. Flat: the file travels to the Hub as it is.
+Plain functions that mix the outputs of experts, cached ones too. Flat: the file travels to the Hub as it is.
 
 Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main + routed experts.
 """

@@ -1,4 +1,4 @@
-"""What a run and its result look like: expert analysis, plots, the model card."""
+"""Reports of a run and its result: expert analysis, plots, the model card."""
 
 from .client_differences import ClientDifferences, diagnose
 from .client_metrics import (

@@ -1,4 +1,4 @@
-"""How well probabilities rank examples, whatever class is called the most probable.
+"""The area under the curve: how well probabilities rank examples, whatever class is the most probable.
 
 Shape suffixes: N examples, C classes.
 """

@@ -1,4 +1,4 @@
-"""How well each client is served: a table with a row for each client, its summary, its picture.
+"""Metrics by client: a table with a row for each, its summary, its picture.
 
 Shape suffixes: N test examples of one client, C classes.
 """

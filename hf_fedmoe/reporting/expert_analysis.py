@@ -1,4 +1,4 @@
-"""What the experts of a mixture know, alone and together, and what the gate makes of it.
+"""Metrics of the experts of a mixture, alone and together, and of what the gate makes of them.
 
 Shape suffixes: N test examples, S experts (main ones first), K routed experts, C classes.
 """

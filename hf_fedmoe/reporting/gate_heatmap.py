@@ -1,4 +1,4 @@
-"""Which expert takes which class, as a picture (Fed-MoE, Figure 3)."""
+"""Draws which expert takes which class (Fed-MoE, Figure 3)."""
 
 import os
 

@@ -130,9 +130,9 @@ class FedMoEGroups(Strategy):
         if "start_P" in task.received.tensors:
             local.load(task.received.tensors["start_P"], task.integers)
             found = client_statistics(local, task.dataset, task.seed, self.statistics_size)
-        payload, stays = super().train_client(local, task)
+        payload, retained = super().train_client(local, task)
         payload.tensors = {} if found is None else vars(found)
-        return payload, stays
+        return payload, retained
 
     def upload_fault(self, server: Server, payload: Payload) -> str | None:
         """Refuses statistics that no rows have: one client's would end the round of all."""

@@ -86,7 +86,7 @@ class GateFit:
             return Q_bK
         Q_BK = Q_bK.new_zeros(len(indices_B), Q_bK.shape[1])
         Q_BK[rows_b] = Q_bK.detach()
-        self._processes.sum_(Q_BK)
+        self._processes.all_reduce_(Q_BK)
         return Q_BK.index_copy(0, rows_b, Q_bK)
 
     def learn(
@@ -113,7 +113,7 @@ class GateFit:
             # Alpha's gradient is that of the whole batch in each process.
             grads = [p.grad for p in self._gate_parameters if p.grad is not None]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
-            self._processes.sum_(flat)
+            self._processes.all_reduce_(flat)
             for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)

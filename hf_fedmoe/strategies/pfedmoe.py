@@ -131,8 +131,8 @@ class PFedMoE(Strategy):
                 views[name].copy_(state[f"shared.{name}"])
             else:
                 counts[name] = state[f"shared.{name}"]
-        stays = {name: tensor.clone() for name, tensor in state.items() if not name.startswith("shared.")}
-        return Payload(task.out_P, counts, trained.num_examples, trained.metrics), stays
+        retained = {name: tensor.clone() for name, tensor in state.items() if not name.startswith("shared.")}
+        return Payload(task.out_P, counts, trained.num_examples, trained.metrics), retained
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         names = {slot.name for slot in server.layout.slots}

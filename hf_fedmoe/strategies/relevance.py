@@ -1,4 +1,4 @@
-"""Which client is relevant to which expert: the correlation of Fed-MoE (Eq. 3-5) and its reductions.
+"""The relevance of clients to experts: the correlation of Fed-MoE (Eq. 3-5) and its reductions.
 
 Shape suffixes: R reserved examples, K routed experts, S experts (main ones first), m clients.
 """

@@ -1,4 +1,4 @@
-"""What [`FederatedTrainer`] gives the training of clients, by the hooks that users of `Trainer` know."""
+"""Hands the hooks that users of `Trainer` know to the training of clients."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the model is trained as and reads: the columns of a dataset, labels under a name that collators know."""
+"""The columns of a dataset that a model reads, and labels under a name that collators know."""
 
 import inspect
 from collections.abc import Callable, Sequence

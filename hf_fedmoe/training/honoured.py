@@ -1,5 +1,5 @@
 """
-What rounds honour of `Trainer`: its arguments, its hooks, the events of its callbacks. Whatever is not listed here is
+Lists what rounds honour of `Trainer`: its arguments, its hooks, the events of its callbacks. Whatever is not listed is
 refused where a user sets or overrides it, so that what a later release of Transformers adds is refused until somebody
 has looked at it. (What does not hinder a resume is another list, in `run_identity.py`.)
 """

@@ -1,4 +1,4 @@
-"""What is trained and fused is float32; what is frozen under adapters stays as it is stored."""
+"""Precision of weights: trained and fused ones are float32, frozen ones under adapters stay as they are stored."""
 
 from collections.abc import Iterator
 

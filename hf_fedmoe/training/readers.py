@@ -1,4 +1,4 @@
-"""Who reads which rows in a run, and what a row is called when it cannot be read."""
+"""The readers of rows in a run, and the name of a row that one of them cannot read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the one asked for, if every byte of it is what was written."""
+"""Finds the checkpoint from which a run goes on: the one asked for, if every byte of it is what was written."""
 
 import os
 import re

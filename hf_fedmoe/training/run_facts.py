@@ -1,4 +1,4 @@
-"""What the model card says about a run, gathered from what a trainer has at hand."""
+"""Gathers the facts about a run that its model card tells."""
 
 from typing import Any
 

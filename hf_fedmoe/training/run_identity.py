@@ -1,4 +1,4 @@
-"""What makes a run the one that it is: checkpoints carry it, and processes of a launch compare it."""
+"""The identity of a run, which checkpoints carry and processes of a launch compare."""
 
 import dataclasses
 import hashlib

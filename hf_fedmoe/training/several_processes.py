@@ -1,4 +1,4 @@
-"""What [`FederatedTrainer`] does under several processes (`accelerate launch`, `torchrun`) so that nothing differs."""
+"""Keeps several processes (`accelerate launch`, `torchrun`) alike under [`FederatedTrainer`]."""
 
 from collections.abc import Callable
 from functools import cached_property

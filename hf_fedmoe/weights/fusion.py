@@ -30,7 +30,7 @@ def fuse_(
     weights_Sm: Tensor,
     keep_S: Tensor,
     batchnorm: tuple[tuple[Slot, Slot], ...] = (),
-    add_up_: Callable[[Tensor], None] | None = None,
+    reduce_: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """
     bank <- keep * bank + weights @ uploads, in place (Fed-MoE Eq. 6; FedAvg is one row with keep = 0).
@@ -45,7 +45,7 @@ def fuse_(
         weights_Sm (`Tensor` of shape `[S, m]`): What each row takes of each upload.
         keep_S (`Tensor` of shape `[S]`): What each row keeps of itself. For an average, `keep + weights.sum(1) == 1`.
         batchnorm (`tuple`, *optional*): [`StateLayout.batchnorm`], the (mean, variance) slots.
-        add_up_ (`Callable`, *optional*): Of several processes, each of which calls this with other uploads, makes a
+        reduce_ (`Callable`, *optional*): Of several processes, each of which calls this with other uploads, makes a
             tensor the sum of those of all, in the one whose bank counts.
 
     Returns:
@@ -60,13 +60,13 @@ def fuse_(
             for rows in (bank_SP, uploads_mP)
         )
         taken = weights_Sm @ taken
-        if add_up_ is not None:
-            add_up_(taken)
+        if reduce_ is not None:
+            reduce_(taken)
         fused_variances.append(keep_S1 * own + taken)
-    if add_up_ is None and fuse_on_gpu_ is not None and _fits_kernel(bank_SP, uploads_mP):
+    if reduce_ is None and fuse_on_gpu_ is not None and _fits_kernel(bank_SP, uploads_mP):
         fuse_on_gpu_(bank_SP, uploads_mP, weights_Sm, keep_S)
     else:
-        _fuse_blocks_(bank_SP, uploads_mP, weights_Sm, keep_S1, add_up_)
+        _fuse_blocks_(bank_SP, uploads_mP, weights_Sm, keep_S1, reduce_)
     for (mean, variance), second_moment_SF in zip(batchnorm, fused_variances, strict=True):
         fused_mean_SF = bank_SP[:, mean.start : mean.stop]
         # Rounding may bring one of almost 0 below.
@@ -88,17 +88,17 @@ def _fuse_blocks_(
     uploads_mP: Tensor,
     weights_Sm: Tensor,
     keep_S1: Tensor,
-    add_up_: Callable[[Tensor], None] | None,
+    reduce_: Callable[[Tensor], None] | None,
 ) -> None:
     """bank <- keep * bank + weights @ uploads, block of columns by block."""
     for block_SP, block_mP in zip(
         *(rows.split(_COLUMNS.get(bank_SP.device.type, rows.shape[1]), dim=1) for rows in (bank_SP, uploads_mP)),
         strict=True,
     ):
-        if add_up_ is None:
+        if reduce_ is None:
             block_SP.mul_(keep_S1).addmm_(weights_Sm, block_mP)
         else:
-            add_up_(taken := weights_Sm @ block_mP)
+            reduce_(taken := weights_Sm @ block_mP)
             block_SP.mul_(keep_S1).add_(taken)
 
 

@@ -1,4 +1,4 @@
-"""Where each tensor of a module's state stands in one contiguous row.
+"""The place of each tensor of a module's state in one contiguous row.
 
 Shape suffixes: P elements of one row, S rows of a bank.
 """

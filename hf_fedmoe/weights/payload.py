@@ -1,4 +1,4 @@
-"""What travels between server and client."""
+"""A payload: the named tensors that travel between server and client."""
 
 import math
 from collections.abc import Collection, Iterable

@@ -91,11 +91,11 @@ def test_an_update_that_is_not_finite_is_left_to_the_check(server):
 def test_what_is_encoded_counts_in_the_place_of_the_model(server):
     task, upload = task_and_upload(server)
     filter = Compress(server.layout, make_codec("top_k", 0.25))
-    stays = filter.upload(upload, task)
+    retained = filter.upload(upload, task)
     # Three of the twelve parameters, 8 bytes each, and four statistics.
     assert upload.sizes == {COUNT: 8, ENCODED: 3 * 8 + 4 * 4}
-    assert stays[RESIDUAL].sum() == 9
-    task, upload = task_and_upload(server, 0.0, residual_U=stays[RESIDUAL])
+    assert retained[RESIDUAL].sum() == 9
+    task, upload = task_and_upload(server, 0.0, residual_U=retained[RESIDUAL])
     assert filter.upload(upload, task)[RESIDUAL].sum() == 6
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_fedmoe.federation.uploads import UploadsApart
+from hf_fedmoe.federation.uploads import ShardedUploads
 from hf_fedmoe.strategies import FedAvg, FedMoE, FedMoESettings
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import LORA_RUNS, PERSONAL_RUNS, RUNS, image_model, trainer
@@ -169,12 +169,12 @@ class OwnRows(SecondFails):
         return {"client": torch.zeros(2, dtype=torch.int64)}
 
     def train_client(self, local, task):
-        payload, stays = super().train_client(local, task)
+        payload, retained = super().train_client(local, task)
         payload.tensors["client"] = torch.tensor([task.client, 100])
-        return payload, stays
+        return payload, retained
 
     def update(self, server, uploads, step):
-        rows_mP = uploads.own_nP if isinstance(uploads, UploadsApart) else uploads._rows_mP
+        rows_mP = uploads.own_nP if isinstance(uploads, ShardedUploads) else uploads._rows_mP
         assert [tensors["client"].tolist() for tensors in uploads.tensors] == [[c, 100] for c in uploads.clients]
         assert uploads.sum_of("client").tolist() == [sum(uploads.clients), 300]
         return super().update(server, uploads, step) | {"rows": len(rows_mP)}

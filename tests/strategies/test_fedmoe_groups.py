@@ -148,10 +148,10 @@ def test_one_group_of_one_known_client(tmp_path):
 def test_statistics_that_no_rows_have_are_refused_by_name(tmp_path, change, message):
     class Lies(FedMoEGroups):
         def train_client(self, local, task):
-            payload, stays = super().train_client(local, task)
+            payload, retained = super().train_client(local, task)
             if task.client == 2 and payload.tensors:
                 change(payload.tensors)
-            return payload, stays
+            return payload, retained
 
     run = trained(tmp_path, Lies(statistics_size=16), rounds=1)
     assert list(run.rounds[0].refused) == [2]

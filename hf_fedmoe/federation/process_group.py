@@ -27,7 +27,7 @@ class LeftAloneError(RuntimeError):
 
 
 @dataclass
-class Team:
+class ProcessGroup:
     """
     All processes of a launch while they train one client together; each alone where that is not asked for.
 
@@ -37,34 +37,34 @@ class Team:
 
     Args:
         processes ([`Processes`], *optional*): Of the launch; this one alone if left out.
-        at_work (`bool`, *optional*, defaults to `False`): Whether they train a client together now.
+        active (`bool`, *optional*, defaults to `False`): Whether they train a client together now.
     """
 
     processes: Processes = field(default_factory=Processes)
-    at_work: bool = False
+    active: bool = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Marks a block in which all processes train the same clients in the same order."""
-        self.at_work = True
+        self.active = True
         try:
             yield
         finally:
-            self.at_work = False
+            self.active = False
 
     def share(self, batch: list[int]) -> tuple[list[int], float]:
         """
-        This process's rows of a batch, and how much their mean loss counts. One for which no row is left takes one
-        that counts nothing: so all call the model equally often, and none with an empty batch.
+        Returns this process's rows of a batch, and how much their mean loss counts. One for which no row is left takes
+        one that counts nothing: so all call the model equally often, and none with an empty batch.
         """
-        if not self.at_work:
+        if not self.active:
             return batch, 1.0
         own = batch[self.processes.index :: self.processes.count]
         return own or batch[:1], len(own) / len(batch)
 
     def seed(self, seed: int) -> int:
-        """Masks of dropout must not be alike in all processes, which have other rows."""
-        return seed_of(seed, Stream.PROCESS, self.processes.index) if self.at_work and self.processes.index else seed
+        """Gives each process a seed of its own: masks of dropout must not be alike where the rows are not."""
+        return seed_of(seed, Stream.PROCESS, self.processes.index) if self.active and self.processes.index else seed
 
     @contextmanager
     def client(self) -> Iterator[None]:
@@ -85,7 +85,7 @@ class Team:
 
     def _tell(self, stage: Stage, own_fault: str | None = None) -> str | None:
         """Tells all why the client cannot go on, `None` if it can."""
-        if not self.at_work:
+        if not self.active:
             return own_fault
         stages = self.processes.gather_numbers(stage)
         if stages == [stage] * len(stages) and stage != Stage.FAILED:
@@ -93,19 +93,19 @@ class Team:
         faults = self.processes.gather(lambda: own_fault)
         return next(filter(None, faults), f"processes are at different stages {stages} of its training")
 
-    def add_up_(self, parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    def all_reduce_gradients_(self, parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
         """
-        The gradients become the sums of those of all processes, and so does the loss that is returned. A parameter
-        that has a gradient in no process keeps none, so that the optimizer leaves it as it is.
+        Makes the gradients the sums of those of all processes, and returns the sum of their losses. A parameter that
+        has a gradient in no process keeps none, so that the optimizer leaves it as it is.
         """
         learning = [parameter for parameter in parameters if parameter.requires_grad]
-        if not self.at_work or self.processes.count == 1 or not learning:
+        if not self.active or self.processes.count == 1 or not learning:
             return loss
         dtype = torch.promote_types(learning[0].dtype, torch.float32)
         has_G = torch.tensor([parameter.grad is not None for parameter in learning], dtype=dtype, device=loss.device)
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
         flat = torch.cat([*(part.reshape(-1).to(dtype) for part in parts), has_G, loss.reshape(1).to(dtype)])
-        self.processes.sum_(flat)
+        self.processes.all_reduce_(flat)
         sizes = [parameter.numel() for parameter in learning]
         *sums, has_G, loss_1 = flat.split([*sizes, len(learning), 1])
         for parameter, total, has in zip(learning, sums, has_G.tolist(), strict=True):
