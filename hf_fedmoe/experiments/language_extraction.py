@@ -1,6 +1,6 @@
 """
-How much of an owner's training text comes out again: the test of FlexOlmo's section 5.3 (arXiv 2507.07024), of models
-that read 32 tokens of it and go on.
+Extraction of an owner's training text, after FlexOlmo's section 5.3 (arXiv 2507.07024): models read 32 tokens of it and
+go on.
 
 Shape suffixes: N sequences, T tokens.
 """
@@ -16,7 +16,6 @@ from ..reporting.markdown import table
 
 # Tokens that are read, and that are compared.
 PREFIX, CONTINUATION = 32, 32
-SEQUENCES = 50
 
 
 @torch.no_grad()
@@ -47,17 +46,18 @@ def reproduced(model: FedMoEForCausalLM, ids_NT: Tensor, prefix: int = PREFIX, *
     return right_NT[:, -1].double().mean().item(), right_NT.sum(dim=1).double().mean().item()
 
 
-def extraction_table(model: FedMoEForCausalLM, trained: dict[str, list[list[int]]]) -> str:
+def extraction_table(model: FedMoEForCausalLM, trained: dict[str, list[list[int]]], count: int) -> str:
     """
     Compares what the base, an owner's expert, the mixture, and the mixture without the owner give back of its text.
 
     Args:
         model ([`FedMoEForCausalLM`]): The mixture.
-        trained (`dict[str, list[list[int]]]`): Sequences that each owner trained on; some are taken, from all of them.
+        trained (`dict[str, list[list[int]]]`): Sequences that each owner trained on.
+        count (`int`): How many of each are tried, taken from all of them.
     """
     rows: dict[str, list[str]] = {"base": [], "the owner's expert": [], "mixture": [], "mixture without the owner": []}
     for owner, sequences in trained.items():
-        chosen = sequences[:: max(1, len(sequences) // SEQUENCES)][:SEQUENCES]
+        chosen = sequences[:: max(1, len(sequences) // count)][:count]
         ids_NT = torch.tensor(chosen)[:, : PREFIX + CONTINUATION]
         runs: tuple[tuple[FedMoEForCausalLM, dict[str, Any]], ...]
         runs = ((model, {"expert": "base"}), (model, {"expert": owner}), (model, {}), (model.without(owner), {}))

@@ -70,6 +70,7 @@ class LanguageExperiment:
     )
     pooled_learning_rate: float = field(default=1.5e-2, metadata={"help": "Of pooled training."})
     test_sequences: int = field(default=60, metadata={"help": "Of each domain, at most."})
+    extracted: int = field(default=50, metadata={"help": "Sequences of an owner that extraction is tried on."})
     part: str = field(
         default="test", metadata={"help": "What is reported on; tune on 'reserved'.", "choices": ("test", "reserved")}
     )
@@ -77,7 +78,8 @@ class LanguageExperiment:
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lora_rank", "fedavg_rounds", "test_sequences", "sequence_length"):
+        sizes = ("steps", "batch_size", "lora_rank", "fedavg_rounds", "test_sequences", "sequence_length")
+        for name in (*sizes, "extracted"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give a whole number of at least 1.")
         if self.steps % self.fedavg_rounds:
@@ -278,7 +280,7 @@ def show_extraction(experiment: LanguageExperiment, texts: dict[str, dict[str, l
     if experiment.sequence_length < length:
         return f"Sequences are shorter than the {length} tokens by which extraction is tried."
     trained = {name: pack(tokenizer, texts[name]["train"], experiment.sequence_length) for name in experiment.owners}
-    found = extraction_table(FedMoEForCausalLM.from_pretrained(folder), trained)
+    found = extraction_table(FedMoEForCausalLM.from_pretrained(folder), trained, experiment.extracted)
     return (
         f"Of each owner's training text, the share of sequences whose next {CONTINUATION} tokens come out right after "
         f"{PREFIX} that are read, and how many do before the first wrong one:\n\n{found}"
@@ -318,11 +320,10 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
     for seed in experiment.seeds:
         print(f"\nseed {seed}: {len(experiment.owners)} owners on {experiment.base}", flush=True)
         all_scores.append(run_seed(experiment, texts, seed))
+        found = dict(zip(map(str, experiment.seeds), all_scores, strict=False))
+        (out / "results.json").write_text(json.dumps(found, indent=2))  # of what there is, should a later one fail
     text = f"{tables(experiment, all_scores)}\n\n{show_extraction(experiment, texts)}"
     (out / "table.md").write_text(text + "\n")
-    (out / "results.json").write_text(
-        json.dumps(dict(zip(map(str, experiment.seeds), all_scores, strict=True)), indent=2)
-    )
     print(f"\n{text}")
     show(experiment, texts)
     print(f"\n{time.perf_counter() - began:.0f} seconds; experts, mixtures and tables are in {out}.")

@@ -105,11 +105,11 @@ class Owners(Strategy):
         return {GRAM: server.tensors["gram_KDD"][0]} if self._is_new(server, client) else {}
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
-        payload, stays = super().train_client(local, task)
+        payload, retained = super().train_client(local, task)
         payload.tensors = {}
         if WANTED in task.received.tensors:
             payload.tensors[GRAM] = _statistics(local, task.dataset).gram_DD.to(payload.row_P.device)
-        return payload, stays
+        return payload, retained
 
     def upload_fault(self, server: Server, payload: Payload) -> str | None:
         """Refuses statistics that no text has: one client's would decide where all text goes."""

@@ -26,6 +26,6 @@ def test_a_text_learnt_by_heart_comes_out_and_one_never_read_does_not(tmp_path):
 def test_the_table_has_the_owners(tmp_path):
     mixture = tiny_mixture("gpt2")
     rows = {name: torch.randint(3, 24, (3, 64)).tolist() for name in ("court", "press")}
-    found = extraction_table(mixture, rows)
+    found = extraction_table(mixture, rows, 2)
     assert "|  | court | press |" in found and found.count("| mixture without the owner | ") == 1
     assert found.count("%, ") == 8

@@ -192,12 +192,12 @@ def test_a_client_whose_statistics_no_text_has_is_refused(tmp_path):
         needs, compressible, keeps_optimizer = "fusion", True, True
 
         def train_client(self, local, task):
-            payload, stays = super().train_client(local, task)
+            payload, retained = super().train_client(local, task)
             if task.client == 2 and payload.tensors:
                 gram = payload.tensors["gram_DD"] * 1e6
                 gram[-1, -1] = 100.0
                 payload.tensors["gram_DD"] = gram
-            return payload, stays
+            return payload, retained
 
     model = mixture()
     run = trainer(tmp_path, model, Hostile([0, 0, 1]), rounds=1)
