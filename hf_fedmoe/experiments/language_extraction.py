@@ -1,6 +1,6 @@
 """
-Extraction of an owner's training text, after FlexOlmo's section 5.3 (arXiv 2507.07024): models read 32 tokens of it and
-go on.
+Extraction of an owner's training text, after FlexOlmo's section 5.3 (arXiv 2507.07024): models read 32 tokens of it
+and go on.
 
 Shape suffixes: N sequences, T tokens.
 """
