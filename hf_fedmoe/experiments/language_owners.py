@@ -69,6 +69,7 @@ class LanguageExperiment:
         metadata={"help": "What it averages: A and B, or their products.", "choices": ("factors", "svd")},
     )
     pooled_learning_rate: float = field(default=1.5e-2, metadata={"help": "Of pooled training."})
+    epsilon: float = field(default=0.0, metadata={"help": "Of differential privacy of the owners' sums; 0 for none."})
     test_sequences: int = field(default=60, metadata={"help": "Of each domain, at most."})
     extracted: int = field(default=50, metadata={"help": "Sequences of an owner that extraction is tried on."})
     part: str = field(
@@ -157,7 +158,16 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     for name in experiment.owners:
         args = experiment.arguments(folder / name, seed, experiment.steps, experiment.learning_rate)
         source = folder / "texts" / f"{name}.parquet"
-        facts = train_expert(name, base, source, folder / name, lora_rank=rank, sequence_length=length, args=args)
+        facts = train_expert(
+            name,
+            base,
+            source,
+            folder / name,
+            lora_rank=rank,
+            sequence_length=length,
+            epsilon=experiment.epsilon or None,
+            args=args,
+        )
         print(f"  {name}: {experiment.steps} steps, loss {facts.loss:.3f}", flush=True)
     public = folder / "texts" / f"{experiment.public}.parquet"
     experts = [folder / name for name in experiment.owners]

@@ -150,7 +150,8 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
             )
         if not self.config.owners:
             return embeds.new_ones(*embeds.shape[:2], 1, dtype=torch.float32)
-        if not self.config.router_names:
+        # Of several processes that train, only the main one writes names; all have the router.
+        if not self.config.router_names and not (self.router_ED[:, -1] > UNKNOWN).any():
             raise ValueError(
                 "`router_names` is []: the router has nobody's statistics. Set them with `set_statistics`, or say "
                 "which expert to use, `expert=...`."
