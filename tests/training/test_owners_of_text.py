@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from hf_fedmoe import FederatedTexts, FederatedTrainer, FedMoEForCausalLM, Owners, text_statistics, token_rows
 from hf_fedmoe.strategies import FedAvg
-from hf_fedmoe.training import FederatedTrainingArguments
+from hf_fedmoe.training import FederatedTrainingArguments, FedMoETrainer
 from tests.tiny_decoders import tiny_decoder
 from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_federation
 from tests.tiny_owners import text_of
@@ -178,6 +178,32 @@ def test_evaluation_is_by_domain(tmp_path):
         assert metrics[f"eval_{name}_loss"] == pytest.approx(losses(model, name), rel=1e-5)
 
 
+def test_of_completions_of_any_length_the_answers_are_learned(tmp_path):
+    """Batches are padded; what is padding or prompt does not count."""
+    rows = [{"prompt": " ".join(["w3"] * k), "completion": " ".join(["w9"] * (k % 3 + 1))} for k in range(1, 13)]
+    answers = token_rows(datasets.Dataset.from_list(rows), tiny_tokenizer(), LENGTH)
+    data = FederatedTexts.from_clients({"north": answers, "south": answers, "press": rows_of("press")})
+    model = mixture()
+    run = FederatedTrainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=12),
+        data,
+        Owners.by_name(model, data),
+        eval_dataset=answers,
+        processing_class=tiny_tokenizer(),
+    )
+    run.train()
+    assert not run.rounds[0].refused
+    total = count = 0
+    for row in answers:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            loss = model.eval()(input_ids=ids, labels=labels).loss.item()
+        counted = (labels[:, 1:] != -100).sum().item()
+        total, count = total + loss * counted, count + counted
+    assert run.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
 def test_personal_models_are_the_owners_experts(tmp_path):
     run = trainer(tmp_path)
     run.train()
@@ -216,5 +242,7 @@ def test_what_does_not_fit_is_refused_before(tmp_path):
         FederatedTrainer(tiny_expert(), arguments(tmp_path), texts())
     with pytest.raises(ValueError, match="`model` is a GPT2LMHeadModel, which gives no row one class"):
         FederatedTrainer(tiny_decoder("gpt2"), arguments(tmp_path), tiny_federation())
+    with pytest.raises(ValueError, match=r"take a `FederatedTrainer\(model, args, data, strategy=Owners"):
+        FedMoETrainer(mixture(), arguments(tmp_path), train_dataset=texts())
     with pytest.raises(ValueError, match=r"`owners` is \[\]"):
         FederatedTrainer(mixture(owners=()), arguments(tmp_path), texts(), Owners())
