@@ -27,6 +27,8 @@ from .experiment import find_model
 from .folders import check_writable
 from .language_controls import train_fedavg, train_pooled
 from .language_extraction import CONTINUATION, PREFIX, extraction_table
+from .language_layer_routers import NAMES as LAYER_ROUTERS
+from .language_layer_routers import layer_routers, using
 from .language_scores import PUBLIC_BIASES, bits_per_byte, bytes_of, log_likelihoods, score_domain
 from .recipe_help import presets
 from .settings import read_preset, read_words, settings_of, typed_settings
@@ -37,7 +39,7 @@ CONTROLS = ("FedAvg of LoRA", "pooled training of one LoRA")
 ROWS = (
     *("base", "best single expert", "soup", "uniform ensemble", *CONTROLS, "mixture, soft", "mixture, top-1"),
     *(f"mixture, public bias {bias}" for bias in PUBLIC_BIASES),
-    *("mixture or base by likelihood", "likelihood router", "oracle by domain"),
+    *(*LAYER_ROUTERS, "mixture or base by likelihood", "likelihood router", "oracle by domain"),
 )
 PROMPT, NEW = 16, 32
 
@@ -187,13 +189,18 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     everything = mixture
     for name, control in zip(CONTROLS, (fedavg, pooled), strict=True):
         everything = everything.add_owner(control.cpu(), name=name)
-    put(everything, args.device)
+    for model in (mixture, everything):
+        put(model, args.device)
+    routers = layer_routers(mixture, {name: torch.tensor(rows) for name, rows in packed.items()})
     fewer = remove_owner(folder / "mixture", experiment.opt_out, folder / f"without-{experiment.opt_out}")
     put(fewer, args.device)
     scores: Scores = {}
     for domain, ids_NT in reported_sequences(experiment, texts, tokenizer).items():
         count = bytes_of(tokenizer, ids_NT)
         found = score_domain(everything, experiment.owners, list(CONTROLS), ids_NT, count)
+        for name, router in routers.items():
+            with using(mixture, router):
+                found[name] = bits_per_byte(log_likelihoods(mixture.base, ids_NT), count)
         found["without"] = bits_per_byte(log_likelihoods(fewer, ids_NT), count)
         for row, value in found.items():
             scores.setdefault(row, {})[domain] = value

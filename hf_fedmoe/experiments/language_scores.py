@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import FedMoEForCausalLM
 
@@ -19,12 +19,12 @@ PUBLIC_BIASES = (0.0, 0.3)
 
 
 @torch.no_grad()
-def log_likelihoods(model: FedMoEForCausalLM, ids_NT: Tensor, **how: Any) -> Tensor:
+def log_likelihoods(model: PreTrainedModel, ids_NT: Tensor, **how: Any) -> Tensor:
     """
     Computes the logarithm of the probability of each token after the first one.
 
     Args:
-        model ([`FedMoEForCausalLM`]): The mixture.
+        model (`PreTrainedModel`): The mixture, or another causal language model.
         ids_NT (`torch.Tensor` of shape `(N, T)`): Token ids.
         how: For the model: `expert` for one expert, `expert_weights`, or nothing for the router.
 

@@ -50,7 +50,11 @@ def test_the_recipe_from_texts_to_tables(place, monkeypatch, capsys):
     said = capsys.readouterr().out
     table = Path("runs/owners_lm/table.md").read_text()
     assert table in said and "| mixture, soft |" in table and " ± " in table
-    assert "| mixture, public bias 0.3 |" in table and "Sequences are shorter than the 64 tokens" in table
+    assert (
+        "| DUME, by token and layer |" in table
+        and "| mixture, public bias 0.3 |" in table
+        and "Sequences are shorter than the 64 tokens" in table
+    )
     assert said.count("press (") == 2 and "runs/owners_lm/seed-0/without-press goes on:" in said
     found = json.loads(Path("runs/owners_lm/results.json").read_text())["0"]
     mixture = FedMoEForCausalLM.from_pretrained("runs/owners_lm/seed-0/mixture")
