@@ -82,7 +82,8 @@ def layer_routers(model: FedMoEForCausalLM, texts: dict[str, Tensor], ridge: flo
 
     Args:
         model ([`FedMoEForCausalLM`]): The mixture, with the owners first.
-        texts (`dict[str, torch.Tensor]`): Some sequences of each owner, `(N, T)`, in the experts' order; some are taken, from all of them.
+        texts (`dict[str, torch.Tensor]`): Sequences of each owner, `(N, T)`, in the experts' order, of which some are
+            taken.
         ridge (`float`, *optional*, defaults to 0.01): Penalty of DUME's regression, of the mean diagonal.
     """
     sums, K = Sums(model.in_use), len(texts)
