@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,8 +169,8 @@ def resnet_ensemble() -> EnsembleForImageClassification:
     return EnsembleForImageClassification.from_classifier(tiny_resnet(), num_models=2)
 
 
-def resnet_mixture() -> FedMoEForImageClassification:
-    return FedMoEForImageClassification.from_expert(tiny_resnet(), num_routed_experts=2)
+def resnet_mixture(**config) -> FedMoEForImageClassification:
+    return FedMoEForImageClassification.from_expert(tiny_resnet(), num_routed_experts=2, **config)
 
 
 LIMITS = "tests/invariants/test_degenerate_limits.py::"
@@ -206,8 +207,8 @@ METHODS = {
     "fedmoe_groups": Method(
         FedMoEGroups,
         "tests/strategies/test_fedmoe_groups.py::test_one_group_is_fedavg",
-        model=tiny_mixture,
-        image_model=resnet_mixture,
+        model=partial(tiny_mixture, gate="prototypes"),
+        image_model=partial(resnet_mixture, gate="prototypes"),
         resumed=MOST_STATE,
         personal=True,
         adapters=False,

@@ -40,6 +40,8 @@ def domains(
     """
     check_num_clients(num_clients)
     names, domain_N = np.unique(np.asarray(domain), return_inverse=True)
+    if not len(names):
+        raise ValueError("There are no rows to give to clients: `domain` is empty.")
     if num_clients % len(names):
         raise ValueError(
             f"num_clients is {num_clients}, but there are {len(names)} domains: take as many clients for each, for "
@@ -101,5 +103,7 @@ def with_domains(dataset: Dataset, num_domains: int, shift: str, seed: int = 0) 
     return dataset.map(turn, batched=True, features=dataset.features, load_from_cache_file=False)
 
 
-def _turned(image: Image.Image, degrees: float) -> Image.Image:
+def _turned(image: Image.Image | None, degrees: float) -> Image.Image:
+    if image is None:
+        raise ValueError("A row has no `image`: leave such rows out before domains are made.")
     return image.rotate(degrees) if degrees else image

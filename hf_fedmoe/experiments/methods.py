@@ -98,7 +98,7 @@ def check_method(method: str, experiment: Experiment, args: FedMoETrainingArgume
     Raises `ValueError` when there is no such method, or one of its settings has another name, type or range. What
     depends on the model is left to [`make_trainer`].
     """
-    if method in STRATEGIES and (kind := STRATEGIES[method].trains) not in MODELS:
+    if method in STRATEGIES and (kind := STRATEGIES[method].trains) not in tuple(MODELS):
         raise ValueError(
             f"{STRATEGIES[method].__name__} says that it `trains` {kind!r}: write one of {', '.join(MODELS)}."
         )

@@ -33,12 +33,12 @@ def load_plugin(file: str) -> None:
     Adds the strategies of a Python file to [`STRATEGIES`], by their `name`. It is run once in a process.
 
     Args:
-        file (`str`): Its path, from the working folder.
+        file (`str`): Its path, from the working folder; `~` is the home folder.
 
     Raises:
         ValueError: When there is no such file, it fails, has no strategy, or one whose name another has.
     """
-    _load(str(Path(file).resolve()), file)
+    _load(str(Path(file).expanduser().resolve()), file)
 
 
 def source_of(method: str) -> str | None:

@@ -47,6 +47,20 @@ def mixture(
     )
 
 
+def mixture_of_prototypes(
+    expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
+) -> FedMoEPreTrainedModel:
+    """Returns a mixture whose experts, and the gate but for its head, start as the classifier."""
+    check_whole_experts(experiment)
+    return experiment.mixture_class.from_expert(
+        expert,
+        gate="prototypes",
+        num_main_experts=experiment.num_main_experts,
+        num_routed_experts=experiment.num_routed_experts,
+        top_l=experiment.top_l,
+    )
+
+
 def gated_experts(
     expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
 ) -> FedMoEPreTrainedModel:
@@ -84,7 +98,16 @@ def check_whole_experts(experiment: Experiment) -> None:
 
 
 MODELS = {
-    build.__name__: build for build in (classifier, ensemble, heads, mixture, gated_experts, frozen_common_mixture)
+    build.__name__: build
+    for build in (
+        classifier,
+        ensemble,
+        heads,
+        mixture,
+        mixture_of_prototypes,
+        gated_experts,
+        frozen_common_mixture,
+    )
 }
 # Of these the experts have adapters, if any, and not what is around them.
-MIXTURES = ("mixture", "gated_experts", "frozen_common_mixture")
+MIXTURES = ("mixture", "mixture_of_prototypes", "gated_experts", "frozen_common_mixture")

@@ -41,6 +41,7 @@ KEPT_WHEN_MERGED = (
     "id2label",
     "label2id",
     "pad_token_id",
+    "gate_prototypes",
     "top_l",
     "top_l_weighting",
     "mix",
@@ -108,8 +109,9 @@ class FedMoEBuilding(PreTrainedModel):
             expert (`str`, `os.PathLike` or `PreTrainedModel`):
                 Name or path of a checkpoint, or a classifier.
             gate (`str`, `os.PathLike` or `PreTrainedModel`, *optional*, defaults to `"main_features"`):
-                `"main_features"`, or name or path of a checkpoint, or a classifier with `num_routed_experts` labels;
-                with a `peft_config` also `"adapter"`.
+                `"main_features"`, `"prototypes"` (a copy of the expert with `gate_prototypes` scores for each routed
+                one, as many as there are classes), or name or path of a checkpoint, or a classifier with
+                `num_routed_experts` labels; with a `peft_config` also `"adapter"`.
             num_routed_experts (`int`, *optional*, defaults to 3):
                 Number K of routed experts.
             num_labels (`int`, *optional*):
@@ -219,20 +221,28 @@ class FedMoEBuilding(PreTrainedModel):
     ) -> tuple[str | PreTrainedModel, FedMoEConfig]:
         """The gate, loaded if it was a name, and the configuration of a mixture of such experts."""
         found: str | PreTrainedModel
+        if gate == "prototypes":
+            fields.setdefault("gate_prototypes", expert.config.num_labels)
+        check_integer("gate_prototypes", fields.get("gate_prototypes", 1))
+        num_scores = num_routed_experts * fields.get("gate_prototypes", 1)
         if isinstance(gate, str) and gate in ("main_features", "adapter"):
             found = gate
+        elif gate == "prototypes":
+            found = cls._copy_with_head(expert, num_scores)
         elif isinstance(gate, (str, os.PathLike)):
-            found = cls.expert_auto_class.from_pretrained(gate, num_labels=num_routed_experts)
+            found = cls.expert_auto_class.from_pretrained(gate, num_labels=num_scores)
         else:
             found = gate
         if isinstance(found, str):
             fields["gate"] = found
         else:
             check_classifier("gate", found, cls.expert_auto_class)
-            if found.config.num_labels != num_routed_experts:
+            if found.config.num_labels != num_scores:
+                prototypes = fields.get("gate_prototypes", 1)
+                each = f" with {prototypes} prototypes each" if prototypes > 1 else ""
                 raise ValueError(
-                    f"`gate` has {found.config.num_labels} labels, but there are {num_routed_experts} routed experts: "
-                    f"load it with `num_labels={num_routed_experts}`."
+                    f"`gate` has {found.config.num_labels} labels, but there are {num_routed_experts} routed experts"
+                    f"{each}: load it with `num_labels={num_scores}`."
                 )
             fields.update(gate="model", gate_config=found.config)
         check_arguments(fields)
@@ -243,6 +253,20 @@ class FedMoEBuilding(PreTrainedModel):
                 "load the expert with the number of classes that you want."
             )
         return found, config
+
+    @classmethod
+    def _copy_with_head(cls, expert: PreTrainedModel, num_labels: int) -> PreTrainedModel:
+        """Copies a classifier but for its head, which gets so many outputs."""
+        config = copy.deepcopy(expert.config)
+        config.num_labels = num_labels
+        found = cls.expert_auto_class.from_config(config, dtype=expert.dtype)
+        fitting = {
+            name: tensor
+            for name, tensor in expert.state_dict().items()
+            if found.state_dict()[name].shape == tensor.shape
+        }
+        found.load_state_dict(fitting, strict=False)
+        return found.to(expert.device)
 
     def _start_gate(self, gate: str | PreTrainedModel) -> None:
         if isinstance(gate, str):
@@ -369,7 +393,7 @@ class FedMoEBuilding(PreTrainedModel):
             head = copy.deepcopy(self.gate)
             assert isinstance(head, nn.Linear)
             gate.set_submodule(self._head_name, head.to(self.dtype))
-            gate.config.num_labels = self.config.num_routed_experts
+            gate.config.num_labels = self.config.num_routed_experts * self.config.gate_prototypes
         fields = {name: vars(self.config)[name] for name in KEPT_WHEN_MERGED}
         model = type(self).from_experts(merged[:n_main], merged[n_main:], gate=gate, **fields)
         if gate == "main_features":

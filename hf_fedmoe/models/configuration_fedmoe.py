@@ -28,11 +28,13 @@ from .configuration_checks import (
 logger = logging.get_logger(__name__)
 
 GATES = ("main_features", "model", "adapter")
+# A `config.json` must not ask for more memory than a head of many classes takes.
+MAX_PROTOTYPES = 100_000
 TOP_L_WEIGHTINGS = ("softmax", "renormalize")
 MIXES = ("probabilities", "logits")
 
 # Held in the sub-configurations too: a later change at the top has to reach the sub-models.
-_SHARED_FIELDS = frozenset({"id2label", "label2id", "pad_token_id", "num_routed_experts"})
+_SHARED_FIELDS = frozenset({"id2label", "label2id", "pad_token_id", "num_routed_experts", "gate_prototypes"})
 
 
 # Facts about where a configuration came from, or that `FedMoEConfig` sets: experts may differ in them.
@@ -54,11 +56,15 @@ class FedMoEConfig(PreTrainedConfig):
         expert_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration that every expert shares; a `dict` needs a `model_type`. Defaults to a `BertConfig`.
         gate_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the gate, a classifier with `num_routed_experts` labels. Only with `gate="model"`.
+            Configuration of the gate, a classifier with `num_routed_experts * gate_prototypes` labels. Only with
+            `gate="model"`.
         gate (`str`, *optional*, defaults to `"main_features"`):
             `"model"` for a gate that is a classifier of its own, `"main_features"` for a linear layer on the pooled
             features of the first main expert, `"adapter"` for one on the features of the base with an adapter of the
             gate's own (only with `peft_config`).
+        gate_prototypes (`int`, *optional*, defaults to 1):
+            Scores that the gate has for each routed expert, whose logsumexp counts: with one for each class a linear
+            gate can know what each class looks like to each expert.
         num_routed_experts (`int`, *optional*, defaults to 3):
             Number K of routed experts, at most 1024: each is a model, or an adapter, in memory.
         num_main_experts (`int`, *optional*, defaults to 1):
@@ -108,6 +114,7 @@ class FedMoEConfig(PreTrainedConfig):
     expert_config: dict | PreTrainedConfig | None = None
     gate_config: dict | PreTrainedConfig | None = None
     gate: str = "main_features"
+    gate_prototypes: int = 1
     num_routed_experts: int = 3
     num_main_experts: int = 1
     top_l: int = 1
@@ -189,8 +196,8 @@ class FedMoEConfig(PreTrainedConfig):
         expert.id2label = class_names(self)
         expert.label2id = {label: int(index) for label, index in (self.label2id or {}).items()}
         for gate in gates:
-            if gate.num_labels != self.num_routed_experts:
-                gate.num_labels = self.num_routed_experts
+            if gate.num_labels != self.num_routed_experts * self.gate_prototypes:
+                gate.num_labels = self.num_routed_experts * self.gate_prototypes
 
         pad_token_id = self.pad_token_id if self.pad_token_id is not None else self._inherited_pad_token_id()
         self.__dict__["pad_token_id"] = pad_token_id
@@ -236,6 +243,7 @@ class FedMoEConfig(PreTrainedConfig):
         super().validate()  # type: ignore[misc]  # a decorator of `huggingface_hub` makes it
         for field, low in (("num_routed_experts", 1), ("num_main_experts", 0), ("top_l", 1)):
             check_integer(field, getattr(self, field), low, MAX_MODULES)
+        check_integer("gate_prototypes", self.gate_prototypes, 1, MAX_PROTOTYPES)
         if self.num_main_experts > 3:
             raise ValueError(f"`num_main_experts` is {self.num_main_experts}: pass 0, 1, 2 or 3.")
         if self.top_l > self.num_routed_experts:

@@ -1,7 +1,8 @@
 """
 The server Mixture-of-Experts of Fed-MoE (IJCAI 2025) as a Hugging Face model. Flat: the file travels to the Hub as is.
 
-Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main + routed experts, H hidden, T tokens.
+Shape suffixes: B batch, C classes, K routed experts, L of them chosen, S = main + routed experts, H hidden, T tokens,
+N scores of the gate.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from transformers.utils import can_return_tuple
 
 from .adapters_fedmoe import AdapterExpert, activate, adapter_submodule, ids_of_adapters, with_adapters
 from .building_fedmoe import FedMoEBuilding
-from .classification_head import classification_head
+from .classification_head import classification_head, last_token
 from .configuration_fedmoe import FedMoEConfig
 from .mixture_fedmoe import (
     FedMoEOutput,
@@ -61,15 +62,6 @@ def _keep_input(head: nn.Module, args: tuple[Tensor]) -> None:
     # expert must not write into the original. Keeping only on request lets trained experts be deep-copied.
     if head.keeps_input:
         head.kept_input = args[0]
-
-
-def _last_token(features_BTH: Tensor, input_ids_BT: Tensor | None, pad_token_id: int | None) -> Tensor:
-    """Features of the token that Hugging Face decoders classify: the last that is not padding."""
-    if input_ids_BT is None or pad_token_id is None:
-        return features_BTH[:, -1]
-    positions_T = torch.arange(input_ids_BT.shape[1], device=features_BTH.device)
-    last_B = (positions_T * (input_ids_BT != pad_token_id).to(features_BTH.device)).argmax(dim=-1)
-    return features_BTH[torch.arange(len(last_B), device=features_BTH.device), last_B]
 
 
 def _rows(batch: dict[str, Any], size: int, rows_N: Tensor) -> dict[str, Any]:
@@ -125,7 +117,11 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
             assert isinstance(head, nn.Linear)
             # Without a bias where the head has none: merged, the gate's adapter is a classifier of the same kind.
             bias = config.gate != "adapter" or head.bias is not None
-            self.gate = nn.Linear(head.in_features, config.num_routed_experts, bias=bias)
+            num_scores = config.num_routed_experts * config.gate_prototypes
+            self.gate = nn.Linear(head.in_features, num_scores, bias=bias)
+        # Prototypes need a bias each, and heads of decoders have none.
+        num_biases = config.num_routed_experts * config.gate_prototypes if config.gate_prototypes > 1 else 0
+        self.gate_bias_N = nn.Parameter(torch.empty(num_biases, dtype=torch.float32)) if num_biases else None
         if config.peft_config is not None:
             self.base = with_adapters(sub_models[0][1], config.peft_config, self.adapter_names)
             # What is trained is float32, whatever the base is stored in.
@@ -155,6 +151,8 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         super()._init_weights(module)
         if isinstance(module, FedMoEPreTrainedModel):
             init.constant_(module.alpha_logit, math.log(self.config.initial_alpha / (1 - self.config.initial_alpha)))
+            if module.gate_bias_N is not None:
+                init.zeros_(module.gate_bias_N)
 
     def _gather_from_sub_models(self, sub_models: list[tuple[str, PreTrainedModel]]) -> None:
         # `post_init` gathers these from direct children only, and does not look into a ModuleList.
@@ -173,7 +171,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The parameters that training the gate changes, without alpha."""
-        own = list(self.gate.parameters())
+        own = [*self.gate.parameters(), *([] if self.gate_bias_N is None else [self.gate_bias_N])]
         if self.config.gate == "adapter":
             unused = set(adapter_submodule(self.base, self._head_name, "gate").parameters())
             own += [p for p in AdapterExpert(self.base, "gate").parameters() if p not in unused]
@@ -281,7 +279,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         features, head.kept_input = head.kept_input, None  # type: ignore[assignment]
         assert isinstance(features, Tensor)
         if features.dim() == 3:
-            features = _last_token(features, batch.get("input_ids"), self.config.pad_token_id)
+            features = last_token(features, batch.get("input_ids"), self.config.pad_token_id)
         return logits_BC, features
 
     def _main_features(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -332,13 +330,20 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         Returns:
             `torch.Tensor` of shape `(B, K)`: scores of the routed experts, in float32 at least.
         """
+        return self.gate_scores(features_BH, batch).logsumexp(-1)
+
+    def gate_scores(self, features_BH: Tensor | None, batch: dict[str, Any]) -> Tensor:
+        """Runs the gate as [`~FedMoEForSequenceClassification.gate_logits`]; its `gate_prototypes` scores apart."""
         if self.config.gate == "model":
-            scores_BK = self._run(self.gate, self._gate_names, batch)
+            scores_BN = self._run(self.gate, self._gate_names, batch)
         else:
             if self.config.gate == "adapter":
                 _, features_BH = self._with_features(lambda: self._run_adapter("gate", batch), batch)
-            scores_BK = self.gate(features_BH)
-        return at_least_float32(scores_BK).to(self.alpha_logit.device)
+            scores_BN = self.gate(features_BH)
+        scores_BN = at_least_float32(scores_BN).to(self.alpha_logit.device)
+        if self.gate_bias_N is not None:
+            scores_BN = scores_BN + self.gate_bias_N
+        return scores_BN.unflatten(1, (self.config.num_routed_experts, -1))
 
     def _dispatch(self, batch: dict[str, Any], size: int, experts_BL: Tensor) -> Tensor:
         """Logits `(B, L, C)` of the chosen experts, each run once, on its own examples only."""
@@ -378,6 +383,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         top_l: int | None,
         dense: bool | None,
         output_expert_logits: bool,
+        client_prior: Tensor | None,
     ) -> FedMoEOutput:
         config = self.config
         size = self._batch_size(batch)
@@ -393,7 +399,10 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
             expert_logits_BSC, features_BH = self.expert_outputs(batch)
         else:
             main, features_BH = self._main_outputs(batch)
-        gate_probs_BK = self.gate_logits(features_BH, batch).softmax(dim=-1)
+        gate_logits_BK = self.gate_logits(features_BH, batch)
+        if client_prior is not None:
+            gate_logits_BK = gate_logits_BK + client_prior.to(gate_logits_BK).log()
+        gate_probs_BK = gate_logits_BK.softmax(dim=-1)
 
         if dense:
             assert expert_logits_BSC is not None
@@ -448,6 +457,7 @@ class FedMoEForSequenceClassification(FedMoEPreTrainedModel):
         top_l: int | None = None,
         dense: bool | None = None,
         output_expert_logits: bool = False,
+        client_prior: Tensor | None = None,
         **inputs: Any,
     ) -> FedMoEOutput:
         """
@@ -466,6 +476,8 @@ class FedMoEForSequenceClassification(FedMoEPreTrainedModel):
                 `True` mixes all experts (Eq. 1), `False` sends each example to L routed experts only (Eq. 10).
             output_expert_logits (`bool`, *optional*, defaults to `False`):
                 Whether to run every expert on every example and return their logits.
+            client_prior (`torch.Tensor` of shape `(K,)` or `(B, K)`, *optional*):
+                How likely each routed expert is to suit who asks, see [`~models.client_prior`].
             inputs:
                 Further tensors for sub-models that name them.
 
@@ -480,4 +492,4 @@ class FedMoEForSequenceClassification(FedMoEPreTrainedModel):
             "inputs_embeds": inputs_embeds,
             **inputs,
         }
-        return self._forward(batch, labels, top_l, dense, output_expert_logits)
+        return self._forward(batch, labels, top_l, dense, output_expert_logits, client_prior)

@@ -96,10 +96,18 @@ def diagnose(
         statistics_size (`int`, *optional*, defaults to 64): d, the features, at most.
 
     Raises:
-        ValueError: When there are fewer than four clients, among which no groups can be told.
+        ValueError: When there are fewer than four clients, among which no groups can be told, or the model cannot
+            tell their classes.
     """
     if data.num_clients < 4:
         raise ValueError(f"`data` has {data.num_clients} clients: groups can be told of four or more.")
+    if statistics_size < 1:
+        raise ValueError(f"`statistics_size` is {statistics_size}: give at least 1.")
+    if model.config.num_labels != data.num_labels:
+        raise ValueError(
+            f"`model` has {model.config.num_labels} classes, `data` has {data.num_labels}: load it with "
+            f"num_labels={data.num_labels}."
+        )
     head, clients, training = head_of(model), map(data.client, range(data.num_clients)), model.training
     model.eval()
     try:

@@ -4,7 +4,7 @@ Statistics of clients' data in the features of a frozen model, and the groups of
 They are sums over rows, so that those of several clients together are those of their rows together, and a client's can
 be subtracted again.
 
-Shape suffixes: M clients, C classes, d features, N rows, B of a batch.
+Shape suffixes: M clients, K groups, C classes, d features, N rows or classes of groups, B rows of a batch.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,12 @@ from transformers import PreTrainedModel
 
 from ..federation import LocalTrainer
 from ..models import classification_head
+from ..models.classification_head import last_token
 from .narrowing import as_whole
+
+
+# The log likelihood of what does not occur: finite, also in half precision.
+NEVER = -1e4
 
 
 @dataclass
@@ -87,8 +92,8 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 @torch.no_grad()
 def head_features(model: nn.Module, head: nn.Linear, batch: dict[str, Tensor], size: int) -> Tensor:
     """
-    Returns what a model's classification head reads of a batch `[B, d]`: of texts the mean over tokens that are no
-    padding, of more than `size` features that many random projections, which are the same everywhere.
+    Returns what a model's classification head reads of a batch `[B, d]`, for a decoder at the last token that is no
+    padding; of more than `size` features that many random projections, which are the same everywhere.
     """
     read: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
@@ -96,18 +101,22 @@ def head_features(model: nn.Module, head: nn.Linear, batch: dict[str, Tensor], s
         model(**batch)
     finally:
         hook.remove()
+    if not read:
+        raise ValueError(
+            f"Statistics are of what the head of one classifier reads, which a {type(model).__name__} does not run by "
+            "itself: give the classifier that clients train."
+        )
     features = read[0].float()
     if features.dim() == 3:
-        mask_BT = batch.get("attention_mask", torch.ones(features.shape[:2], device=features.device))
-        features = (features * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
-    if features.shape[1] <= size:
-        return features
-    return features @ _projection(features.shape[1], size).to(features)
+        features = last_token(features, batch.get("input_ids"), as_whole(model).config.pad_token_id)
+    return features @ projection(features.shape[1], size).to(features)
 
 
 @cache
-def _projection(num_features: int, size: int) -> Tensor:
-    """Draws orthonormal directions `[H, d]`, the same everywhere."""
+def projection(num_features: int, size: int) -> Tensor:
+    """Draws orthonormal directions `[H, d]`, the same everywhere; of no more than `size` features gives all."""
+    if num_features <= size:
+        return torch.eye(num_features)
     generator = torch.Generator().manual_seed(size)
     return torch.linalg.qr(torch.randn(num_features, size, generator=generator)).Q
 
@@ -138,14 +147,7 @@ def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
     expected of chance. Around 0 for clients that differ in their proportions of classes only.
     """
     size = sum_MCd.shape[2]
-    # A little of each feature's own variance keeps directions in which nothing varies from counting without end.
-    variance_d = covariance_dd.diagonal()
-    if not 0 < variance_d.max() < torch.inf:
-        raise ValueError(
-            f"Features of the model vary by {variance_d.max().item():.3g} within classes, so that nothing can be told "
-            "of them: take a model whose features depend on its input, and are finite."
-        )
-    factor_dd = torch.linalg.cholesky(covariance_dd + (1e-3 * variance_d + 1e-9 * variance_d.max()).diag())
+    factor_dd = _factor(covariance_dd)
     means_MCd = sum_MCd / count_MC.clamp_min(1)[..., None]
     white_MCd = torch.linalg.solve_triangular(factor_dd, means_MCd.flatten(0, 1).T, upper=False).T.view_as(means_MCd)
     weight_MM, total_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(sum_MCd)
@@ -154,6 +156,40 @@ def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
         total_MM += known_MM * torch.cdist(white_Md, white_Md).square() - size * (known_MM > 0)
         weight_MM += known_MM
     return total_MM / weight_MM.clamp_min(1)
+
+
+def _factor(covariance_dd: Tensor) -> Tensor:
+    """Returns the Cholesky factor of a covariance; raises `ValueError` if nothing varies."""
+    # A little of each feature's own variance keeps directions in which nothing varies from counting without end.
+    variance_d = covariance_dd.diagonal()
+    if not 0 < variance_d.max() < torch.inf:
+        raise ValueError(
+            f"Features of the model vary by {variance_d.max().item():.3g} within classes, so that nothing can be told "
+            "of them: take a model whose features depend on its input, and are finite."
+        )
+    return torch.linalg.cholesky(covariance_dd + (1e-3 * variance_d + 1e-9 * variance_d.max()).diag())
+
+
+def prototype_scores(count_KC: Tensor, sum_KCd: Tensor, gram_dd: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Finds by linear discriminant analysis how likely features are to be of each class of each group.
+
+    Args:
+        count_KC (`Tensor` of shape `[K, C]`): Rows of each class in each group.
+        sum_KCd (`Tensor` of shape `[K, C, d]`): The sum of their features.
+        gram_dd (`Tensor` of shape `[d, d]`): The sum over all rows of features times features.
+
+    Returns:
+        Weights `[K * C, d]` and biases `[K * C]` of the log likelihoods, but for what all have in common. What no row
+        is of is not chosen.
+    """
+    count_N, sum_Nd = count_KC.flatten(), sum_KCd.flatten(0, 1)
+    factor_dd = _factor(ClientStatistics(count_N, sum_Nd, gram_dd).within_covariance())
+    mean_d = sum_Nd.sum(0) / count_N.sum()
+    away_Nd = (sum_Nd / count_N.clamp_min(1)[:, None] - mean_d) * (count_N > 0)[:, None]
+    weights_Nd = torch.cholesky_solve(away_Nd.T, factor_dd).T
+    bias_N = -weights_Nd @ mean_d - (weights_Nd * away_Nd).sum(1) / 2 + (count_N / count_N.sum()).log()
+    return weights_Nd, bias_N.clamp_min(NEVER)
 
 
 def groups_of(shift_MM: Tensor, num_groups: int) -> Tensor:

@@ -2,9 +2,10 @@
 Fed-MoE whose routed experts belong to groups of clients, which are found by statistics of their data.
 
 Shape suffixes: S experts (main ones first), K routed experts and groups, m participants, M clients, C classes,
-d features, P elements of a model's row.
+d features, R reserved examples, P elements of a model's row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,21 @@ from transformers import PreTrainedModel
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..weights import Payload, fuse_integers
-from .client_statistics import ClientStatistics, client_statistics, groups_of, head_of, shifts, with_old_names
+from .client_statistics import (
+    ClientStatistics,
+    client_statistics,
+    groups_of,
+    head_of,
+    projection,
+    prototype_scores,
+    shifts,
+    with_old_names,
+)
 from .fedrep import names_of_part
-from .gate_training import fit_gate
-from .narrowing import as_mixture, as_whole
-from .server_training import expert_outputs
+from .gate_training import calibrated
+from .narrowing import as_mixture, as_whole, reserved_of
+from .server_training import expert_outputs, fine_tune_experts, gate_probabilities
+from .setting_kinds import check_setting_kinds
 
 
 # Of a client whose group is unknown.
@@ -38,45 +49,53 @@ class FedMoEGroups(Strategy):
 
     A client trains the expert of its group. What is the group's `own` is averaged over its participants, all else, the
     trunk, over all of the round's: no expert gets less training than a single model would, but for its own part. A
-    client is served by its group's expert, a new one by that with the least loss on its examples; whoever does not say
-    who asks gets the mixture, whose gate is fitted on the reserved set.
+    client is served by its group's expert, a new one by that with the least loss on its examples. Who does not say who
+    asks gets the mixture: its gate, a frozen copy of the start, tells from the same statistics how likely an input is
+    to be of each class of each group (linear discriminant analysis). The reserved set decides how much the gate's word
+    counts, by one temperature and alpha.
 
     Args:
         own (`tuple[str]`, *optional*): Beginnings of the names of the tensors that each group has for itself;
             `("",)` for whole experts. By default all that lie outside of the backbone of a Hugging Face model.
         statistics_size (`int`, *optional*, defaults to 64): d, the features that statistics are of, at most.
-        gate_epochs (`int`, *optional*, defaults to 2): Passes of the gate over the reserved set, every round; 0 needs
-            no reserved set and leaves the gate as it starts.
-        gate_learning_rate (`float`, *optional*, defaults to 1e-3): Of AdamW on the gate and alpha.
-        gate_batch_size (`int`, *optional*, defaults to 32): Reserved examples per gate step.
+        calibrates (`bool`, *optional*, defaults to `True`): Whether temperature and alpha are those with which the
+            mixture is surest of the reserved labels, or 1 and what the model starts with, without a reserved set.
+        final_expert_epochs (`int`, *optional*, defaults to 5): Passes over the reserved set in which every expert is
+            fine-tuned once, after the last round: routed ones on the examples that are likely to be of their groups,
+            by the gate and by the label that each expert gives them.
+        expert_learning_rate (`float`, *optional*, defaults to 1e-4): Of AdamW on the experts.
+        expert_batch_size (`int`, *optional*, defaults to 32): Reserved examples per step of the experts.
     """
 
     own: tuple[str, ...] | None = None
-    statistics_size: int = 64
-    gate_epochs: int = 2
-    gate_learning_rate: float = 1e-3
-    gate_batch_size: int = 32
+    statistics_size: int = 256
+    calibrates: bool = True
+    final_expert_epochs: int = 5
+    expert_learning_rate: float = 1e-4
+    expert_batch_size: int = 32
     name = "fedmoe_groups"
-    trains = "mixture"
+    trains = "mixture_of_prototypes"
     needs = "fusion"
     compressible = True
     keeps_optimizer = True
 
     def __post_init__(self) -> None:
-        for name, lowest in (("statistics_size", 1), ("gate_epochs", 0), ("gate_batch_size", 1)):
+        check_setting_kinds(self)
+        for name, lowest in (("statistics_size", 1), ("final_expert_epochs", 0), ("expert_batch_size", 1)):
             if vars(self)[name] < lowest:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least {lowest}.")
-        if self.gate_learning_rate <= 0:
-            raise ValueError(f"`gate_learning_rate` is {self.gate_learning_rate}: give more than 0.")
+        if self.expert_learning_rate <= 0:
+            raise ValueError(f"`expert_learning_rate` is {self.expert_learning_rate}: give more than 0.")
 
     def needs_reserved_set(self) -> bool:
-        return self.gate_epochs > 0
+        return self.calibrates or self.final_expert_epochs > 0
 
     def server_models(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        remedy = "`FedMoEForSequenceClassification.from_expert(model, gate='prototypes', num_routed_experts=4)`."
         if not isinstance(model, FedMoEPreTrainedModel):
             raise ValueError(
                 f"Groups have the experts of a mixture, `model` is a {type(model).__name__}: build one around it with "
-                "`FedMoEForSequenceClassification.from_expert(model, gate='main_features', num_routed_experts=4)`."
+                f"{remedy}"
             )
         if model.config.num_main_experts != 1:
             raise ValueError(
@@ -86,6 +105,15 @@ class FedMoEGroups(Strategy):
         if isinstance(model.experts[0], AdapterExpert):
             raise ValueError("Experts of groups are whole models, `model` has adapters: leave `peft_config` out.")
         head_of(model.experts[0])  # or there is nothing to group by
+        config = model.config
+        if (config.gate, config.gate_prototypes) != ("model", config.num_labels) or type(model.gate) is not type(
+            model.experts[0]
+        ):
+            raise ValueError(
+                f"`gate` is {config.gate!r} with {config.gate_prototypes} prototypes of each expert, but the gate of "
+                f"groups is a copy of an expert with one for each of the {config.num_labels} classes: build the "
+                f"mixture with {remedy}"
+            )
         return model.experts
 
     def setup(self, server: Server, num_clients: int) -> None:
@@ -101,6 +129,10 @@ class FedMoEGroups(Strategy):
                 f"`own` is {self.own!r}, with which no tensor of a {type(server.worker).__name__} begins: name the "
                 "part that each group has for itself, for example own=('classifier',)."
             )
+        gate = as_whole(as_mixture(server.model).gate).state_dict()
+        for name, view in server.layout.views(server.bank_SP[0]).items():
+            if gate[name].shape == view.shape:  # not the head
+                gate[name].copy_(view)
         head = head_of(as_whole(server.worker))
         num_labels, d = head.out_features, min(self.statistics_size, head.in_features)
         server.tensors |= {
@@ -141,19 +173,14 @@ class FedMoEGroups(Strategy):
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         self._find_groups(server, uploads)
         report = self._fuse(server, uploads)
-        if self.gate_epochs:
-            report |= fit_gate(
-                step,
-                expert_outputs(step),
-                self.gate_epochs,
-                self.gate_learning_rate,
-                server.weight_decay,
-                self.gate_batch_size,
-                0.0,
-                0.0,
-                step.seed,
-            )
+        if (server.tensors["group_M"] != NOBODY).any():
+            report |= self._fit_gate(step)
         return report | {"alpha": as_mixture(server.model).alpha.item()}
+
+    def finish(self, server: Server, step: ServerStep) -> None:
+        if self.final_expert_epochs:
+            settings = self.final_expert_epochs, self.expert_learning_rate, self.expert_batch_size, step.seed
+            fine_tune_experts(step, [None, *_shares(step).T], *settings)
 
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         group_M, experts_KP = server.tensors["group_M"], server.bank_SP[1:]
@@ -178,6 +205,36 @@ class FedMoEGroups(Strategy):
         together = ClientStatistics(count_nC.sum(0), sum_nCd.sum(0), tensors["gram_dd"])
         group_n = groups_of(shifts(count_nC, sum_nCd, together.within_covariance()), num_groups)
         tensors["group_M"][known] = with_old_names(group_n, tensors["group_M"][known], num_groups)
+
+    @torch.no_grad()
+    def _fit_gate(self, step: ServerStep) -> dict[str, float]:
+        """Writes the gate as statistics tell it, and lets the reserved set choose its temperature and alpha."""
+        server, model = step.server, as_mixture(step.server.model)
+        tensors, num_groups = server.tensors, len(server.bank_SP) - 1
+        known = tensors["group_M"] != NOBODY
+        group_n = tensors["group_M"][known]
+        count_KC, sum_KCd = (
+            torch.zeros(num_groups, *each.shape[1:], dtype=each.dtype).index_add_(0, group_n, each[known])
+            for each in (tensors["count_MC"], tensors["sum_MCd"])
+        )
+        weights_Nd, bias_N = prototype_scores(count_KC, sum_KCd, tensors["gram_dd"])
+        head = head_of(as_whole(model.gate))
+        assert model.gate_bias_N is not None
+        weights_NH = weights_Nd @ projection(head.in_features, weights_Nd.shape[1]).T.to(weights_Nd)
+        head.weight.copy_(weights_NH)
+        model.gate_bias_N.copy_(bias_N)
+        if head.bias is not None:
+            head.bias.zero_()
+        if not self.calibrates:
+            return {}
+        reserved = reserved_of(step)
+        with reserved.autocast():
+            scores_RKC = torch.cat([model.gate_scores(None, inputs).float() for inputs in reserved.inputs])
+        temperature, alpha = calibrated(model, expert_outputs(step).logits_RSC, scores_RKC, reserved.labels_R)
+        head.weight.div_(temperature)
+        model.gate_bias_N.div_(temperature)
+        model.alpha_logit.fill_(math.log(alpha / (1 - alpha)))
+        return {"gate_temperature": temperature}
 
     def _fuse(self, server: Server, uploads: Uploads) -> dict[str, float]:
         """Averages the trunk over all participants, and each group's own part over its own."""
@@ -207,3 +264,17 @@ class FedMoEGroups(Strategy):
         """Tells whether a client of the federation has not sent its statistics yet."""
         count_MC = server.tensors["count_MC"]
         return client < len(count_MC) and not count_MC[client].any()
+
+
+@torch.no_grad()
+def _shares(step: ServerStep) -> Tensor:
+    """
+    Returns the share `[R, K]` that each group has of each reserved example, by the gate and by how likely its expert
+    finds the label; of mean 1, so that all experts take steps of the same length.
+    """
+    reserved, outputs = reserved_of(step), expert_outputs(step)
+    log_P_RKC = outputs.logits_RSC[:, 1:].log_softmax(-1)
+    labels_RK1 = reserved.labels_R[:, None, None].expand(-1, log_P_RKC.shape[1], 1)
+    Q_RK = gate_probabilities(as_mixture(step.server.model), outputs, reserved)
+    share_RK = (Q_RK.clamp_min(1e-9).log() + log_P_RKC.gather(2, labels_RK1)[..., 0]).softmax(-1)
+    return share_RK / share_RK.mean(0).clamp_min(1e-3)

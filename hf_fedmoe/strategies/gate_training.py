@@ -20,6 +20,9 @@ from .narrowing import as_mixture, reserved_of
 from .server_training import ExpertOutputs, adamw
 
 
+# Among which [`calibrated`] chooses.
+TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
+ALPHAS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.99)
 # Of [`train_gate`], from `epochs` to `seed`.
 GateSettings = tuple[int, float, float, int, float, float, int]
 
@@ -38,6 +41,25 @@ def fit_gate(step: ServerStep, cached: ExpertOutputs, *settings: *GateSettings) 
 def _fit_gate_together(step: ServerStep, tensors: dict[str, Tensor], settings: GateSettings) -> dict[str, float]:
     outputs = ExpertOutputs(tensors["logits_RSC"], None)
     return train_gate(step.gate_fit, outputs, reserved_of(step), *settings, step.track)
+
+
+@torch.no_grad()
+def calibrated(
+    model: FedMoEPreTrainedModel, logits_RSC: Tensor, scores_RKN: Tensor, labels_R: Tensor
+) -> tuple[float, float]:
+    """
+    Returns the temperature of a gate's scores, and alpha, of a few each, with which the dense mixture has the least
+    cross-entropy on the reserved set. Two numbers cannot fit it by heart, so experts must not have seen it either.
+    """
+    config = model.config
+    found = {}
+    for temperature in TEMPERATURES:
+        Q_RK = (scores_RKN / temperature).logsumexp(-1).softmax(-1)
+        for alpha in ALPHAS:
+            alpha_1 = torch.full_like(model.alpha, alpha)
+            log_P_RC = dense_mixture(logits_RSC, Q_RK, alpha_1, config.num_main_experts, config.mix)
+            found[temperature, alpha] = cross_entropy(log_P_RC, labels_R).item()
+    return min(found, key=lambda pair: found[pair])
 
 
 class GateFit:
@@ -161,7 +183,8 @@ class CapturedGateFit(GateFit):
         super().__init__(model)
         self._settings: tuple[float, float] | None = None
         self._trained = nn.ModuleDict({"gate": model.gate})
-        self._trained.register_parameter("alpha_logit", model.alpha_logit)
+        for name in ("alpha_logit", "gate_bias_N"):
+            self._trained.register_parameter(name, model._parameters[name])
 
     def begin(self, learning_rate: float, weight_decay: float) -> None:
         settings = (learning_rate, weight_decay)

@@ -20,8 +20,8 @@ def check_setting_kinds(settings: Any) -> None:
         settings: Its fields of `int`, `float` or `bool` are looked at, and those that may be `None` besides.
 
     Raises:
-        ValueError: When a number is none or has a fraction that it must not have, or a switch is a text, which would
-            be on whatever it says.
+        ValueError: When a number is none, a switch, or has a fraction that it must not have, or when a switch is a
+            text, which would be on whatever it says.
     """
     for name, (kind, optional) in _kinds(type(settings)).items():  # type: ignore[arg-type]  # a class has a hash
         value = vars(settings).get(name)
@@ -32,7 +32,7 @@ def check_setting_kinds(settings: Any) -> None:
         if kind is bool:
             if isinstance(value, str):
                 raise ValueError(f"`{name}` is {value!r}, a text: give {_called(kind)}.")
-        elif not isinstance(value, KINDS[kind][0]) or math.isnan(value):
+        elif isinstance(value, bool) or not isinstance(value, KINDS[kind][0]) or math.isnan(value):
             raise ValueError(f"`{name}` is {value!r}: give {_called(kind)}.")
 
 

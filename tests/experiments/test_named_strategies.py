@@ -5,7 +5,9 @@ from unittest import mock
 import pytest
 
 from hf_fedmoe.experiments import ImageExperiment, compare, make_trainer, method_names, parse_settings
+from hf_fedmoe.experiments.methods import check_method
 from hf_fedmoe.experiments.named_strategies import STRATEGIES, _load, load_plugin
+from hf_fedmoe.training import FedMoETrainingArguments
 from tests.experiments.test_run_comparison import SETTINGS, written
 
 
@@ -80,6 +82,19 @@ def test_methods_may_have_a_base_in_common_that_is_none(tmp_path):
     base = HALF.replace('    name = "half_average"\n', "")
     load_plugin(plugin(tmp_path, base + '\n\nclass Mine(HalfAverage):\n    name = "mine"\n'))
     assert "mine" in method_names()
+
+
+def test_a_plugin_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plugin(tmp_path, HALF.replace("half_average", "of_home"))
+    load_plugin("~/my_method.py")
+    assert "of_home" in method_names()
+
+
+def test_a_model_that_nobody_knows_is_told(tmp_path):
+    load_plugin(plugin(tmp_path, HALF.replace("    name =", '    trains = ["classifier"]\n    name =')))
+    with pytest.raises(ValueError, match=r"`trains` \['classifier'\]: write one of classifier, "):
+        check_method("half_average", ImageExperiment(["digits"], ["small_cnn"]), FedMoETrainingArguments("unused"))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,37 @@ def test_from_expert_copies_bit_equal(gate):
         assert not model.gate.bias.any()
 
 
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
+def test_prototypes_are_scores_of_classes_of_experts(tmp_path, make):
+    """The gate is a copy of the expert but for its head; an expert's score is the logsumexp of its prototypes'."""
+    expert = make_different(make(num_labels=3))
+    model = FedMoEForSequenceClassification.from_expert(expert, gate="prototypes", num_routed_experts=2)
+    assert (model.config.gate, model.config.gate_prototypes, model.config.gate_config.num_labels) == ("model", 3, 6)
+    copied, head = dict(model.gate.named_parameters()), {"classifier.weight", "classifier.bias", "score.weight"}
+    for name, value in expert.named_parameters():
+        assert name in head or torch.equal(copied[name], value)
+    assert not model.gate_bias_N.any() and any(model.gate_bias_N is each for each in model.gate_parameters())
+    model.gate_bias_N.data.copy_(torch.arange(6.0) / 3)
+    with torch.no_grad():
+        scores_BN = model.gate(**text_batch()).logits + model.gate_bias_N
+        found = model(**text_batch(), dense=True)
+    torch.testing.assert_close(found.gate_probs, scores_BN.view(-1, 2, 3).logsumexp(-1).softmax(-1))
+    model.save_pretrained(tmp_path)
+    loaded = FedMoEForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**text_batch(), dense=True).logits, found.logits)
+    assert torch.equal(loaded.gate_bias_N, model.gate_bias_N)
+
+
+def test_prototypes_of_features(tmp_path):
+    model = FedMoEForSequenceClassification.from_expert(tiny_bert(), gate_prototypes=4)
+    assert model.gate.out_features == 12 and model.gate_bias_N.shape == (12,)
+    assert model(**text_batch()).gate_probs.shape == (6, 3)
+    with pytest.raises(ValueError, match="`gate_prototypes` is 0"):
+        FedMoEForSequenceClassification.from_expert(tiny_bert(), gate_prototypes=0)
+    with pytest.raises(ValueError, match=r"3 routed experts with 2 prototypes each: load .*=6"):
+        FedMoEForSequenceClassification.from_expert(tiny_bert(), tiny_distilbert(3), gate_prototypes=2)
+
+
 def test_from_expert_by_name(tmp_path):
     tiny_bert(num_labels=3).save_pretrained(tmp_path / "expert")
     tiny_distilbert(num_labels=2).save_pretrained(tmp_path / "gate")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
+from torch.distributions import MultivariateNormal
 
 from hf_fedmoe.strategies.client_statistics import (
     ClientStatistics,
@@ -11,6 +12,7 @@ from hf_fedmoe.strategies.client_statistics import (
     groups_of,
     head_features,
     head_of,
+    prototype_scores,
     shifts,
     with_old_names,
 )
@@ -94,6 +96,24 @@ def test_proportions_of_classes_make_no_shift():
     assert shifts_of(apart)[0, 1] > 2
 
 
+def test_prototypes_are_the_likelihoods_of_normal_distributions():
+    clients = clients_of_groups(4, 4, 0.7, [0, 2])
+    count_KC, sum_KCd = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
+    gram_dd = sum(client.gram_dd for client in clients)
+    weights_Nd, bias_N = prototype_scores(count_KC, sum_KCd, gram_dd)
+    count_N, sum_Nd = count_KC.flatten(), sum_KCd.flatten(0, 1)
+    within_dd = ClientStatistics(count_N, sum_Nd, gram_dd).within_covariance()
+    within_dd += (1e-3 * within_dd.diagonal() + 1e-9 * within_dd.diagonal().max()).diag()
+    features_Nd = torch.randn(7, D, generator=torch.Generator().manual_seed(5)).double() * SCALES_d
+    found_BN = (features_Nd @ weights_Nd.T + bias_N).log_softmax(1)
+    there = count_N > 0
+    normal = MultivariateNormal(sum_Nd[there] / count_N[there, None], within_dd)
+    expected_BN = (normal.log_prob(features_Nd[:, None]) + (count_N[there] / count_N.sum()).log()).log_softmax(1)
+    torch.testing.assert_close(found_BN[:, there], expected_BN, rtol=0, atol=1e-9)
+    # Class 1 is in no group.
+    assert (~there).sum() == 4 and (found_BN[:, ~there] < -5000).all()
+
+
 @pytest.mark.parametrize("num_groups", [2, 4])
 def test_groups_are_found(num_groups):
     clients = clients_of_groups(16, num_groups, size=0.7, classes=[0, 1, 2])
@@ -110,7 +130,7 @@ def test_groups_keep_their_numbers():
 
 
 @pytest.mark.parametrize("make", [tiny_expert, tiny_decoder])
-def test_features_of_texts_are_means_over_their_tokens(tmp_path, make):
+def test_features_of_texts_are_what_their_head_decides_by(tmp_path, make):
     local = FederatedTrainer(make(), tiny_args(tmp_path), tiny_federation())._federation().local_trainer
     model = local.worker.eval()
     head = head_of(model)
@@ -119,6 +139,10 @@ def test_features_of_texts_are_means_over_their_tokens(tmp_path, make):
     found = head_features(model, head, long, 64)
     assert found.shape == (2, model.config.hidden_size) and not torch.allclose(found[0], found[1])
     torch.testing.assert_close(head_features(model, head, {n: t[:1] for n, t in long.items()}, 64), found[:1])
+    padded = {n: nn.functional.pad(t, (0, 2)) if t.dim() == 2 else t for n, t in long.items()}
+    padded["input_ids"][:, 3:] = model.config.pad_token_id
+    torch.testing.assert_close(head_features(model, head, padded, 64), found)
+    torch.testing.assert_close(model(**long).logits, head(found))
     small = head_features(model, head, long, 4)
     assert small.shape == (2, 4) and (small.norm(dim=1) <= found.norm(dim=1)).all()
     assert torch.equal(small, head_features(model, head, long, 4))

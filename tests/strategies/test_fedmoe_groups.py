@@ -9,8 +9,9 @@ from peft import LoraConfig
 
 from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from hf_fedmoe.strategies import FedAvg, FedMoEGroups, client_statistics
+from hf_fedmoe.strategies import FedAvg, FedMoEGroups, client_statistics, fedmoe_groups
 from hf_fedmoe.strategies.fedmoe_groups import NOBODY
+from hf_fedmoe.strategies.gate_training import ALPHAS, TEMPERATURES
 from hf_fedmoe.training import FederatedTrainer
 from tests.tiny_federation import (
     assert_equal_states,
@@ -38,10 +39,14 @@ def federation_of_groups() -> FederatedDataset:
     return FederatedDataset(rows, parts, reserved=np.arange(CLIENTS * SIZE, CLIENTS * SIZE + 30))
 
 
+def prototypes(num_groups: int = 2, **config) -> FedMoEForSequenceClassification:
+    return tiny_mixture(num_groups, gate="prototypes", **config)
+
+
 def make_trainer(tmp_path, strategy=None, data=None, model=None, **changes) -> FederatedTrainer:
     args = tiny_args(tmp_path, **{"clients_per_round": CLIENTS, "rounds": 2, "learning_rate": 1e-2} | changes)
     strategy = strategy or FedMoEGroups(statistics_size=16)
-    return FederatedTrainer(model or tiny_mixture(), args, data or federation_of_groups(), strategy)
+    return FederatedTrainer(model or prototypes(), args, data or federation_of_groups(), strategy)
 
 
 def trained(*args, **changes):
@@ -104,8 +109,8 @@ def test_statistics_travel_once(tmp_path):
 
 
 def test_one_group_is_fedavg(tmp_path):
-    model = FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=1)
-    run = trained(tmp_path / "groups", model=model, rounds=3, clients_per_round=3)
+    strategy = FedMoEGroups(final_expert_epochs=0)
+    run = trained(tmp_path / "groups", strategy, model=prototypes(1), rounds=3, clients_per_round=3)
     averaged = trained(tmp_path / "fedavg", FedAvg(), model=tiny_expert(), rounds=3, clients_per_round=3)
     for expert in run.model.experts:
         assert_equal_states(state(expert), state(averaged.model), atol=1e-6, rtol=0)
@@ -129,8 +134,7 @@ def test_clients_are_served_by_the_expert_of_their_group_and_a_new_one_by_the_be
 
 
 def test_one_group_of_one_known_client(tmp_path):
-    model = FedMoEForSequenceClassification.from_expert(tiny_expert(), num_routed_experts=1)
-    run = trained(tmp_path, model=model, rounds=1, clients_per_round=1)
+    run = trained(tmp_path, model=prototypes(1), rounds=1, clients_per_round=1)
     (client,) = run.rounds[0].clients
     assert run._left[0]["group_M"].tolist() == [0 if c == client else NOBODY for c in range(CLIENTS)]
 
@@ -170,7 +174,7 @@ def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):
     refused("`model` has adapters: leave `peft_config` out", model=tiny_mixture(peft_config=LoraConfig(r=2)))
     refused(
         "There are 4 clients for `num_routed_experts` = 5 groups",
-        model=tiny_mixture(5),
+        model=prototypes(5),
         data=tiny_federation(),
         clients_per_round=4,
     )
@@ -178,9 +182,101 @@ def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(client_statistics, "classification_head", lambda model: None)
         refused("BertForSequenceClassification has no linear layer with `num_labels` = 3 outputs: take a model")
-    for name, value in (("statistics_size", 0), ("gate_epochs", -1), ("gate_batch_size", 0)):
+    refused("`gate` is 'main_features' with 1 prototypes of each expert, but", model=tiny_mixture())
+    refused(
+        r"The names of the part are 'classifier': give a tuple, \('classifier',\)", strategy=FedMoEGroups("classifier")
+    )
+    for name, value in (("statistics_size", 0), ("final_expert_epochs", -1), ("expert_batch_size", 0)):
         with pytest.raises(ValueError, match=f"`{name}` is {value}: give at least"):
             FedMoEGroups(**{name: value})
-    with pytest.raises(ValueError, match="`gate_learning_rate` is 0: give more"):
-        FedMoEGroups(gate_learning_rate=0)
-    assert not FedMoEGroups(gate_epochs=0).needs_reserved_set() and FedMoEGroups().needs_reserved_set()
+    with pytest.raises(ValueError, match="`statistics_size` is True: give a whole number"):
+        FedMoEGroups(statistics_size=True)
+    with pytest.raises(ValueError, match="`expert_learning_rate` is 0: give more"):
+        FedMoEGroups(expert_learning_rate=0)
+    assert not FedMoEGroups(calibrates=False).needs_reserved_set() and FedMoEGroups().needs_reserved_set()
+    assert FedMoEGroups(calibrates=False, final_expert_epochs=1).needs_reserved_set()
+
+
+def test_the_gate_is_the_likelihood_of_groups_in_the_features_of_the_start(tmp_path):
+    """Whatever the experts learn: the gate reads what the start made of an input."""
+    start = prototypes()
+    run = trained(tmp_path, FedMoEGroups(statistics_size=16, calibrates=False), rounds=3)
+    tensors, model = run._left[0], run.model
+    for name, tensor in state(model.gate).items():
+        assert torch.equal(tensor, state(start.gate)[name]) == (name != "classifier.weight"), name
+    group_M, count_MC, sum_MCd = (tensors[name] for name in ("group_M", "count_MC", "sum_MCd"))
+    member_KM = torch.nn.functional.one_hot(group_M).T.double()
+    weights_Nd, bias_N = client_statistics.prototype_scores(
+        member_KM @ count_MC, torch.einsum("km,mcd->kcd", member_KM, sum_MCd), tensors["gram_dd"]
+    )
+    batch = {name: torch.tensor(federation_of_groups().reserved[:8][name]) for name in ("input_ids", "attention_mask")}
+    features_Bd = client_statistics.head_features(start.gate.eval(), client_statistics.head_of(start.gate), batch, 16)
+    expected_BK = (features_Bd.double() @ weights_Nd.T + bias_N).unflatten(1, (2, 3)).logsumexp(-1).softmax(-1)
+    with torch.no_grad():
+        found_BK = model.eval()(**batch).gate_probs
+    torch.testing.assert_close(found_BK.double(), expected_BK, rtol=0, atol=1e-4)
+    assert model.alpha.item() == pytest.approx(0.5) and expected_BK.std(0).min() > 1e-3
+
+
+def test_temperature_and_alpha_are_the_best_of_a_few(tmp_path):
+    run = trained(tmp_path, rounds=2, num_train_epochs=2)
+    temperature, alpha = (run.rounds[-1].metrics[name] for name in ("gate_temperature", "alpha"))
+    assert temperature in TEMPERATURES and any(alpha == pytest.approx(each) for each in ALPHAS)
+    reserved = run._federation_of_the_last_round().participants.reserved
+
+    def loss() -> float:
+        with torch.no_grad():
+            logits = [run.model(**inputs, dense=True).logits for inputs in reserved.inputs]
+        return torch.nn.functional.cross_entropy(torch.cat(logits), reserved.labels_R).item()
+
+    run.model.eval()
+    best = loss()
+    for other in ALPHAS:
+        run.model.alpha_logit.data.fill_(torch.tensor(other).logit())
+        assert loss() > best - 1e-6
+    run.model.alpha_logit.data.fill_(torch.tensor(alpha).logit())
+    head = client_statistics.head_of(run.model.gate)
+    weight, bias = head.weight.data.clone(), run.model.gate_bias_N.data.clone()
+    for other in TEMPERATURES:
+        head.weight.data.copy_(weight * temperature / other)
+        run.model.gate_bias_N.data.copy_(bias * temperature / other)
+        assert loss() > best - 1e-6
+
+
+def test_experts_learn_from_the_reserved_set_at_the_end(tmp_path):
+    plain = trained(tmp_path / "plain", FedMoEGroups(statistics_size=16, final_expert_epochs=0))
+    tuned = trained(tmp_path / "tuned", FedMoEGroups(statistics_size=16))
+    assert_equal_states(state(plain.model.gate), state(tuned.model.gate))
+    reserved = plain._federation_of_the_last_round().participants.reserved
+    for before, after in zip(plain.model.experts, tuned.model.experts, strict=True):
+        losses = []
+        for expert in (before, after):
+            with torch.no_grad():
+                logits = torch.cat([expert.eval()(**inputs).logits for inputs in reserved.inputs])
+            losses.append(torch.nn.functional.cross_entropy(logits, reserved.labels_R).item())
+        assert losses[1] < losses[0]
+
+
+def test_at_the_end_experts_learn_from_examples_of_their_groups(tmp_path, monkeypatch):
+    """By p(group | input) p(label | input, group): whose labels mean the same."""
+    weights = []
+
+    def keep(step, given, *settings):
+        weights.extend(given)
+        with torch.no_grad():
+            outputs = [
+                step.server.model(**inputs, dense=True, output_expert_logits=True) for inputs in step.reserved.inputs
+            ]
+        gate_RK = torch.cat([found.gate_probs for found in outputs])
+        P_RKC = torch.cat([found.expert_logits[:, 1:] for found in outputs]).softmax(-1)
+        likely_RK = gate_RK * P_RKC[torch.arange(len(P_RKC)), :, step.reserved.labels_R]
+        share_RK = likely_RK / likely_RK.sum(1, keepdim=True)
+        weights.append(share_RK / share_RK.mean(0))
+        return []
+
+    monkeypatch.setattr(fedmoe_groups, "fine_tune_experts", keep)
+    trained(tmp_path, num_train_epochs=3)
+    main, *routed, expected_RK = weights
+    assert main is None
+    torch.testing.assert_close(torch.stack(routed, 1), expected_RK, rtol=1e-4, atol=1e-5)
+    assert expected_RK.std(0).min() > 1e-3
