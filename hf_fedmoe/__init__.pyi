@@ -2,6 +2,7 @@
 
 from .data import AUGMENTATIONS as AUGMENTATIONS
 from .data import FederatedDataset as FederatedDataset
+from .data import FederatedTexts as FederatedTexts
 from .data import ImageCollator as ImageCollator
 from .data import decode_images as decode_images
 from .data import dirichlet as dirichlet
@@ -12,6 +13,7 @@ from .data import natural as natural
 from .data import pachinko as pachinko
 from .data import predominant as predominant
 from .data import shards as shards
+from .data import token_rows as token_rows
 from .experiments import compare as compare
 from .federation import Server as Server
 from .federation import ServerStep as ServerStep
@@ -52,6 +54,7 @@ from .strategies import FedRolex as FedRolex
 from .strategies import FedYogi as FedYogi
 from .strategies import HeteroFL as HeteroFL
 from .strategies import Local as Local
+from .strategies import Owners as Owners
 from .strategies import PFedMe as PFedMe
 from .strategies import PFedMM as PFedMM
 from .strategies import PFedMoE as PFedMoE

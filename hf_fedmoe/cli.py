@@ -68,14 +68,16 @@ def _add_expert_commands(commands: "argparse._SubParsersAction[_Parser]") -> Non
     )
     train.add_argument("--name", required=True, help="of the owner")
     train.add_argument("--base", required=True, help="a folder, or a name on the Hub; the same for all owners")
-    train.add_argument("--text", required=True, nargs="+", help="files, folders or .parquet files of text")
+    train.add_argument("--text", required=True, nargs="+", help="files, folders, .parquet or .jsonl of text")
     train.add_argument("--out", required=True, help="folder of the expert, a new one")
     train.add_argument("--licence", help="under which the expert is given away")
     train.add_argument("--lora_rank", type=int, default=32, help="the same for all owners (32)")
     train.add_argument("--lora_alpha", type=float, help="the same for all owners (twice the rank)")
     train.add_argument("--target_modules", nargs="+", help="layers, the same for all owners (the feed-forward ones)")
     train.add_argument("--sequence_length", type=int, default=128, help="tokens of a sequence (128)")
-    train.add_argument("--text_column", default="text", help="column of a .parquet (text)")
+    train.add_argument("--text_column", default="text", help="column of a .parquet or .jsonl (text)")
+    train.add_argument("--epsilon", type=float, help="of differential privacy of the sums (none)")
+    train.add_argument("--delta", type=float, default=1e-5, help="likewise (1e-5)")
     train.set_defaults(run=_train_expert, parser=train)
     merge = verbs.add_parser(
         "merge",
@@ -138,6 +140,8 @@ def _train_expert(parser: _Parser, options: argparse.Namespace, words: list[str]
             target_modules=options.target_modules,
             sequence_length=options.sequence_length,
             text_column=options.text_column,
+            epsilon=options.epsilon,
+            delta=options.delta,
             args=default_arguments(options.out, **told),
         )
         print(

@@ -112,7 +112,7 @@ def test_protocol_of_the_docs(newcomer):
 
 
 def test_language_models_of_the_docs(newcomer):
-    owner, mixture, later, out = blocks("docs/language_models.md")
+    owner, mixture, later, _, out = blocks("docs/language_models.md")
     assert ", 60  # any decoder" in owner
     names = run(owner.replace(", 60  # any decoder", ", 2  # any decoder"))
     run(mixture, names)
@@ -133,6 +133,19 @@ def test_language_models_of_the_docs(newcomer):
         again = PeftModel.from_pretrained(names["alone"].from_pretrained(names["BASE"]), "runs/owners/code-again")
         torch.testing.assert_close(again(**inputs).logits, model(**inputs, expert="code").logits)
         assert names["fewer"].config.expert_names == ["base", "plays"]
+
+
+def test_owners_in_rounds_of_the_docs(newcomer):
+    _, _, _, rounds, _ = blocks("docs/language_models.md")
+    # A few rows for each, in fewer rounds of theirs.
+    for large, small in (("[:20]", "[:1]"), ("[20:]", "[20:21]"), ("[:10]", "[:1]"), ("[-2:]", "[-1:]")):
+        assert large in rounds
+        rounds = rounds.replace(large, small)
+    names = run(rounds.replace("rounds=2", "rounds=1"))
+    model = FedMoEForCausalLM.from_pretrained("runs/owners-in-rounds/model")
+    assert model.config.router_names == ["base", "plays", "code"]
+    assert_equal_states(state(model), state(names["model"]))
+    assert names["trainer"].rounds[0].metrics == {"owner_0_clients": 2.0, "owner_1_clients": 1.0}
 
 
 def test_commands_of_language_models_in_the_docs(newcomer, capsys):

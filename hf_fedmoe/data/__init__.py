@@ -12,6 +12,7 @@ from .characters import (
 from .client_tests import hold_out_client_tests
 from .domains import DOMAIN_COLUMN, SHIFTS, domains, with_domains
 from .federated_dataset import FederatedDataset
+from .federated_texts import FederatedTexts
 from .fingerprint import rows_fingerprint
 from .images import (
     AUGMENTATIONS,
@@ -38,6 +39,7 @@ from .partitions import (
 from .reserved_set import ReservedSet
 from .sources import load_named_classes, load_rows, load_source
 from .synthetic_mixture import SyntheticMixture, synthetic_mixture
+from .token_rows import pack, token_rows
 
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "DOMAIN_COLUMN",
     "SHIFTS",
     "FederatedDataset",
+    "FederatedTexts",
     "ImageCollator",
     "Partitioner",
     "ReservedSet",
@@ -71,6 +74,7 @@ __all__ = [
     "natural_by_name",
     "next_character_windows",
     "pachinko",
+    "pack",
     "predominant",
     "random_crop",
     "random_flip",
@@ -79,5 +83,6 @@ __all__ = [
     "shards",
     "split_rows",
     "synthetic_mixture",
+    "token_rows",
     "with_domains",
 ]

@@ -9,7 +9,6 @@ from datasets import Dataset
 from .client_names import names_and_parts
 from .common_features import check_dataset
 from .label_maps import with_one_label_map
-from .labels import read_labels, resolve_classes
 from .server_splits import hold_out_splits
 from .split_checks import check_indices
 
@@ -28,6 +27,8 @@ def divide(
     num_labels: int | None,
     stratify: bool,
     reserved_share: float | None,
+    read_labels: Callable,
+    resolve_classes: Callable,
 ) -> dict[str, Any]:
     """
     Divides rows as [`FederatedDataset.split`] says.
@@ -36,6 +37,8 @@ def divide(
         dataset, partition, test, seed, label_column, num_labels, stratify, reserved_share: Those of
             [`FederatedDataset.split`].
         sizes (`Mapping[str, int | float]`): Of the reserved set and the validation set, by their names.
+        read_labels, resolve_classes (`Callable`): How rows of this kind tell their classes, see [`read_labels`] and
+            [`resolve_classes`] in `labels`.
 
     Returns:
         `dict[str, Any]`: Arguments of [`FederatedDataset`].

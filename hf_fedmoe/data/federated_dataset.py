@@ -72,6 +72,10 @@ class FederatedDataset:
             separate test set repeats rows of the pool.
     """
 
+    # Whether rows have classes, of which labels are the numbers, and what reads them; [`FederatedTexts`] has none.
+    has_classes = True
+    _read_labels, _resolve_classes = staticmethod(read_labels), staticmethod(resolve_classes)
+
     def __init__(
         self,
         pool: Dataset,
@@ -116,12 +120,12 @@ class FederatedDataset:
         self.given_client_names = names if have_names else None
         self.label_column = label_column
         self._test = labelled.get("test")
-        every = {name: read_labels(dataset, label_column, name) for name, dataset in labelled.items()}
+        every = {name: self._read_labels(dataset, label_column, name) for name, dataset in labelled.items()}
         self._labels, self._test_labels = every["pool"], every.get("test")
 
         feature = self.pool.features[label_column]
         self.has_label_names = isinstance(feature, ClassLabel)
-        self.num_labels, self.label_names = resolve_classes(feature, every, num_labels, label_column)
+        self.num_labels, self.label_names = self._resolve_classes(feature, every, num_labels, label_column)
         for name, labels in every.items():
             check_label_range(labels, self.num_labels, label_column, name)
         if self._test is not None:
@@ -170,11 +174,9 @@ class FederatedDataset:
         Returns:
             [`FederatedDataset`]: With `pool` the rows of `dataset` that somebody has, in their order there.
         """
-        sizes = {"reserved": reserved_size, "validation": validation_size}
-        return cls(
-            **divide(dataset, partition, sizes, test, seed, label_column, num_labels, stratify, reserved_share),
-            label_column=label_column,
-        )
+        sizes = dict(reserved=reserved_size, validation=validation_size)
+        settings = seed, label_column, num_labels, stratify, reserved_share, cls._read_labels, cls._resolve_classes
+        return cls(**divide(dataset, partition, sizes, test, *settings), label_column=label_column)
 
     @classmethod
     def from_clients(
@@ -433,9 +435,10 @@ class FederatedDataset:
             ValueError: When the function changes the number of rows or drops or changes the labels.
         """
         result = copy.copy(self)
-        result.pool = map_rows(self.pool, self._labels, self.label_column, "pool", function, kwargs)
+        settings = function, kwargs, self._read_labels
+        result.pool = map_rows(self.pool, self._labels, self.label_column, "pool", *settings)
         if self._test is not None and self._test_labels is not None:
-            result._test = map_rows(self._test, self._test_labels, self.label_column, "test", function, kwargs)
+            result._test = map_rows(self._test, self._test_labels, self.label_column, "test", *settings)
         return result
 
     def label_counts(self) -> np.ndarray:
@@ -452,10 +455,8 @@ class FederatedDataset:
         shown = [f"client {self.client_name(i)}" for i in range(min(self.num_clients, MAX_TABLE_CLIENTS))]
         table = clients_table(shown, self.label_counts(), self._labels_of_splits(), self.label_names)
         sizes = self.client_sizes
-        title = (
-            f"{self.num_clients} clients with {sizes.sum()} rows ({sizes.min()} to {sizes.max()} each), "
-            f"{self.num_labels} classes"
-        )
+        title = f"{self.num_clients} clients with {sizes.sum()} rows ({sizes.min()} to {sizes.max()} each), "
+        title += f"{self.num_labels} classes"
         if self.client_test_indices:
             title += f"; {sum(map(len, self.client_test_indices))} test rows of the clients' own"
         if self.unseen_indices:

@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .labels import read_labels
 from .split_checks import naming_missing_texts
 
 
 def map_rows(
-    dataset: Dataset, labels_N: np.ndarray, label_column: str, name: str, function: Callable, options: dict[str, Any]
+    dataset: Dataset,
+    labels_N: np.ndarray,
+    label_column: str,
+    name: str,
+    function: Callable,
+    options: dict[str, Any],
+    read_labels: Callable,
 ) -> Dataset:
     """
     Maps a dataset and checks that the result still fits its partition.
@@ -21,6 +26,7 @@ def map_rows(
         labels_N (`np.ndarray` of shape `[N]`), label_column (`str`): Their labels, and where they are.
         name (`str`): What they are called in messages.
         function (`Callable`), options (`dict`): Of `datasets.Dataset.map`.
+        read_labels (`Callable`): How rows of this kind tell their classes, see [`read_labels`] in `labels`.
 
     Raises:
         ValueError: When the function changes the number of rows, or labels.

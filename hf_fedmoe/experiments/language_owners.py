@@ -26,17 +26,21 @@ from ..reporting.markdown import table
 from .experiment import find_model
 from .folders import check_writable
 from .language_controls import train_fedavg, train_pooled
-from .language_scores import bits_per_byte, bytes_of, log_likelihoods, score_domain
+from .language_extraction import CONTINUATION, PREFIX, extraction_table
+from .language_layer_routers import NAMES as LAYER_ROUTERS
+from .language_layer_routers import layer_routers, using
+from .language_scores import PUBLIC_BIASES, bits_per_byte, bytes_of, log_likelihoods, score_domain
 from .recipe_help import presets
 from .settings import read_preset, read_words, settings_of, typed_settings
 
 
 # What is in the table, in its order, and what an owner's own expert is called in it.
-ROWS = (
-    *("base", "best single expert", "soup", "FedAvg of LoRA", "uniform ensemble", "pooled training of one LoRA"),
-    *("mixture, soft", "mixture, top-1", "likelihood router", "oracle by domain"),
-)
 CONTROLS = ("FedAvg of LoRA", "pooled training of one LoRA")
+ROWS = (
+    *("base", "best single expert", "soup", "uniform ensemble", *CONTROLS, "mixture, soft", "mixture, top-1"),
+    *(f"mixture, public bias {bias}" for bias in PUBLIC_BIASES),
+    *(*LAYER_ROUTERS, "mixture or base by likelihood", "likelihood router", "oracle by domain"),
+)
 PROMPT, NEW = 16, 32
 
 Scores = dict[str, dict[str, float]]
@@ -61,9 +65,15 @@ class LanguageExperiment:
     lora_rank: int = field(default=32, metadata={"help": "Of every adapter; alpha is twice as much."})
     learning_rate: float = field(default=1.5e-2, metadata={"help": "Of an owner."})
     fedavg_learning_rate: float = field(default=1.5e-2, metadata={"help": "Of FedAvg, in its first round."})
-    fedavg_rounds: int = field(default=4, metadata={"help": "Of FedAvg; they share the steps."})
+    fedavg_rounds: int = field(default=12, metadata={"help": "Of FedAvg; they share the steps."})
+    fedavg_fusion: str = field(
+        default="factors",
+        metadata={"help": "What it averages: A and B, or their products.", "choices": ("factors", "svd")},
+    )
     pooled_learning_rate: float = field(default=1.5e-2, metadata={"help": "Of pooled training."})
+    epsilon: float = field(default=0.0, metadata={"help": "Of differential privacy of the owners' sums; 0 for none."})
     test_sequences: int = field(default=60, metadata={"help": "Of each domain, at most."})
+    extracted: int = field(default=50, metadata={"help": "Sequences of an owner that extraction is tried on."})
     part: str = field(
         default="test", metadata={"help": "What is reported on; tune on 'reserved'.", "choices": ("test", "reserved")}
     )
@@ -71,7 +81,8 @@ class LanguageExperiment:
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lora_rank", "fedavg_rounds", "test_sequences", "sequence_length"):
+        sizes = ("steps", "batch_size", "lora_rank", "fedavg_rounds", "test_sequences", "sequence_length")
+        for name in (*sizes, "extracted"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give a whole number of at least 1.")
         if self.steps % self.fedavg_rounds:
@@ -149,7 +160,16 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     for name in experiment.owners:
         args = experiment.arguments(folder / name, seed, experiment.steps, experiment.learning_rate)
         source = folder / "texts" / f"{name}.parquet"
-        facts = train_expert(name, base, source, folder / name, lora_rank=rank, sequence_length=length, args=args)
+        facts = train_expert(
+            name,
+            base,
+            source,
+            folder / name,
+            lora_rank=rank,
+            sequence_length=length,
+            epsilon=experiment.epsilon or None,
+            args=args,
+        )
         print(f"  {name}: {experiment.steps} steps, loss {facts.loss:.3f}", flush=True)
     public = folder / "texts" / f"{experiment.public}.parquet"
     experts = [folder / name for name in experiment.owners]
@@ -159,8 +179,8 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     K, steps, rounds = len(experiment.owners), experiment.steps, experiment.fedavg_rounds
     start = new_adapter(load_base(base)[0], rank, 2 * rank, seed=seed)
     args = experiment.arguments(folder / "fedavg", seed, steps // rounds, experiment.fedavg_learning_rate)
-    fedavg = train_fedavg(start, packed, args, rounds)
-    print(f"  FedAvg of LoRA: {rounds} rounds", flush=True)
+    fedavg = train_fedavg(start, packed, args, rounds, experiment.fedavg_fusion)
+    print(f"  FedAvg of LoRA ({experiment.fedavg_fusion}): {rounds} rounds", flush=True)
     start = new_adapter(load_base(base)[0], rank, 2 * rank, seed=seed)
     args = experiment.arguments(folder / "pooled", seed, K * steps, experiment.pooled_learning_rate)
     pooled = train_pooled(start, packed, args)
@@ -169,13 +189,18 @@ def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str
     everything = mixture
     for name, control in zip(CONTROLS, (fedavg, pooled), strict=True):
         everything = everything.add_owner(control.cpu(), name=name)
-    put(everything, args.device)
+    for model in (mixture, everything):
+        put(model, args.device)
+    routers = layer_routers(mixture, {name: torch.tensor(rows) for name, rows in packed.items()})
     fewer = remove_owner(folder / "mixture", experiment.opt_out, folder / f"without-{experiment.opt_out}")
     put(fewer, args.device)
     scores: Scores = {}
     for domain, ids_NT in reported_sequences(experiment, texts, tokenizer).items():
         count = bytes_of(tokenizer, ids_NT)
         found = score_domain(everything, experiment.owners, list(CONTROLS), ids_NT, count)
+        for name, router in routers.items():
+            with using(mixture, router):
+                found[name] = bits_per_byte(log_likelihoods(mixture.base, ids_NT), count)
         found["without"] = bits_per_byte(log_likelihoods(fewer, ids_NT), count)
         for row, value in found.items():
             scores.setdefault(row, {})[domain] = value
@@ -265,6 +290,20 @@ def show(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]])
             print(f"  {name} ({said}): {' '.join(prompt.split())} | {' '.join(rest.split())}")
 
 
+def show_extraction(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]]) -> str:
+    """Returns, of the first seed, how much of the owners' training text comes out again."""
+    folder = Path(experiment.output_dir, f"seed-{experiment.seeds[0]}", "mixture")
+    tokenizer, length = AutoTokenizer.from_pretrained(folder), PREFIX + CONTINUATION
+    if experiment.sequence_length < length:
+        return f"Sequences are shorter than the {length} tokens by which extraction is tried."
+    trained = {name: pack(tokenizer, texts[name]["train"], experiment.sequence_length) for name in experiment.owners}
+    found = extraction_table(FedMoEForCausalLM.from_pretrained(folder), trained, experiment.extracted)
+    return (
+        f"Of each owner's training text, the share of sequences whose next {CONTINUATION} tokens come out right after "
+        f"{PREFIX} that are read, and how many do before the first wrong one:\n\n{found}"
+    )
+
+
 def owners_main(settings_file: Path) -> None:
     """Runs the recipe as `accelerate launch` calls it; a wrong setting ends it with one line and exit code 2."""
     try:
@@ -298,11 +337,10 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
     for seed in experiment.seeds:
         print(f"\nseed {seed}: {len(experiment.owners)} owners on {experiment.base}", flush=True)
         all_scores.append(run_seed(experiment, texts, seed))
-    text = tables(experiment, all_scores)
+        found = dict(zip(map(str, experiment.seeds), all_scores, strict=False))
+        (out / "results.json").write_text(json.dumps(found, indent=2))  # of what there is, should a later one fail
+    text = f"{tables(experiment, all_scores)}\n\n{show_extraction(experiment, texts)}"
     (out / "table.md").write_text(text + "\n")
-    (out / "results.json").write_text(
-        json.dumps(dict(zip(map(str, experiment.seeds), all_scores, strict=True)), indent=2)
-    )
     print(f"\n{text}")
     show(experiment, texts)
     print(f"\n{time.perf_counter() - began:.0f} seconds; experts, mixtures and tables are in {out}.")

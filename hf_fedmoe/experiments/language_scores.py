@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import FedMoEForCausalLM
 
 
 BATCH = 16
+# Besides that of the mixture: what staying with the base more or less would give.
+PUBLIC_BIASES = (0.0, 0.3)
 
 
 @torch.no_grad()
-def log_likelihoods(model: FedMoEForCausalLM, ids_NT: Tensor, **how: Any) -> Tensor:
+def log_likelihoods(model: PreTrainedModel, ids_NT: Tensor, **how: Any) -> Tensor:
     """
     Computes the logarithm of the probability of each token after the first one.
 
     Args:
-        model ([`FedMoEForCausalLM`]): The mixture.
+        model (`PreTrainedModel`): The mixture, or another causal language model.
         ids_NT (`torch.Tensor` of shape `(N, T)`): Token ids.
         how: For the model: `expert` for one expert, `expert_weights`, or nothing for the router.
 
@@ -81,7 +83,8 @@ def score_domain(
     Returns:
         `dict[str, float]`: Bits per byte by the name of an expert, and of a way to use all of them.
     """
-    names = ["base", *owners]
+    names, known = ["base", *owners], model.statistics_of(owners[0])
+    assert known is not None
     found_ENS = torch.stack([log_likelihoods(model, ids_NT, expert=name) for name in names])
     alone = {name: found_ENS[place] for place, name in enumerate(names)}
     alone |= {name: log_likelihoods(model, ids_NT, expert=name) for name in controls}
@@ -95,7 +98,17 @@ def score_domain(
         "mixture, soft": log_likelihoods(model, ids_NT),
         "likelihood router": likelihood_router(found_ENS),
     }
+    # Whichever of two has told the text so far: a bit above the better one in all, at the cost of two forwards.
+    together["mixture or base by likelihood"] = likelihood_router(
+        torch.stack([alone["base"], together["mixture, soft"]])
+    )
     model.config.top_l = 1
     together["mixture, top-1"] = log_likelihoods(model, ids_NT)
     model.config.top_l = None
+    own_bias = model.config.public_bias
+    for bias in (*PUBLIC_BIASES, own_bias):
+        model.config.public_bias = bias
+        model.set_statistics(owners[0], known)  # finds the router again
+        if bias != own_bias:
+            together[f"mixture, public bias {bias}"] = log_likelihoods(model, ids_NT)
     return {name: bits_per_byte(found_NS, count) for name, found_NS in {**alone, **together}.items()}

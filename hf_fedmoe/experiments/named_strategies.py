@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 from .. import strategies
-from ..strategies import FedAvgReserved, FedMoE, Strategy
+from ..strategies import FedAvgReserved, FedMoE, Owners, Strategy
 
 
-# A new one is here as soon as `hf_fedmoe.strategies` has it.
+# A new one is here as soon as `hf_fedmoe.strategies` has it, but for that of language models, which have no classes.
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in vars(strategies).values()
-    if isinstance(strategy, type) and issubclass(strategy, Strategy) and strategy not in (Strategy, FedMoE)
+    if isinstance(strategy, type) and issubclass(strategy, Strategy) and strategy not in (Strategy, FedMoE, Owners)
 }
 STRATEGIES["fedavg_tuned_at_end"] = FedAvgReserved
 PREFIX = "hf_fedmoe_plugin_"  # of modules that plugins become

@@ -20,7 +20,7 @@ from .adapters_fedmoe_causal import base_sha256, check_same_base, read_adapter, 
 from .configuration_checks import check_weights
 from .configuration_fedmoe_causal import BASE_NAME, FedMoECausalConfig, check_base_config, owners_as_dicts
 from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, TargetLayer, merge_expert, stack_of, target_layer
-from .router_fedmoe_causal import TextStatistics, packed_bits, ridge_router, unpacked_bits
+from .router_fedmoe_causal import UNKNOWN, TextStatistics, packed_bits, ridge_router, unpacked_bits
 
 
 class FedMoECausalBuilding(PreTrainedModel):
@@ -95,11 +95,10 @@ class FedMoECausalBuilding(PreTrainedModel):
             module._is_hf_initialized = True  # type: ignore[assignment]  # its weights are there
         model = cls(config, base)
         model.generation_config = copy.deepcopy(base.generation_config)
-        return model._follow_base().eval()
+        return model._follow_base(base.dtype).eval()
 
-    def _follow_base(self) -> Self:
-        """Brings experts and router to the devices, and the experts to the type, of the layers that they belong to."""
-        dtype = self.base.dtype
+    def _follow_base(self, dtype: torch.dtype | None = None) -> Self:
+        """Brings experts and router to the devices of the layers that they belong to, and the experts to a type."""
         for layer in self.expert_layers().values():
             stack_of(layer).to(layer.weight.device, dtype)
         device = self._embedding_weight().device
@@ -241,6 +240,8 @@ class FedMoECausalBuilding(PreTrainedModel):
                 "wide: take them with `model.get_input_embeddings()`."
             )
         check_same_base("statistics", statistics.base_sha256, self.config.base_sha256)
+        if fault := statistics.fault(self.get_input_embeddings()):
+            raise ValueError(f"`statistics` of {name!r} are none of a text: {fault}. Have them taken again.")
         self.sums_EP[expert] = packed_bits(statistics.gram_DD).to(self.sums_EP.device)
         names = {*(self.config.router_names or ()), name}
         self.config.router_names = [each for each in self.config.expert_names if each in names]
@@ -263,10 +264,12 @@ class FedMoECausalBuilding(PreTrainedModel):
         known = self.config.router_names or ()
         places = [place for place, name in enumerate(self.config.expert_names) if name in known]
         router_ED = torch.zeros(len(self.sums_EP), self.router_ED.shape[1])
-        router_ED[:, -1] = float("-inf")  # the score of an expert that the router does not know
+        router_ED[:, -1] = UNKNOWN  # the score of an expert that the router does not know
         if places:
             sums = [TextStatistics(unpacked_bits(self.sums_EP[place].cpu())) for place in places]
             router_ED[places] = ridge_router(sums, self.config.ridge).float()
+            if places[0] == 0:
+                router_ED[0, -1] += self.config.public_bias
         self.router_ED = router_ED.to(self.sums_EP.device)
 
     # Copies over one base

@@ -45,6 +45,10 @@ class FedMoECausalConfig(PreTrainedConfig):
             Penalty of the regression, in units of the mean diagonal of the Gram matrix.
         router_temperature (`float`, *optional*, defaults to 0.1):
             The weights are `softmax(scores / router_temperature)`.
+        public_bias (`float`, *optional*, defaults to 0.1):
+            Added to the base's score, where the router knows public text. Public text is of many kinds and lies
+            between the owners', where a linear score is seldom the highest; with more of it owners' text stays with
+            the base too.
         top_l (`int`, *optional*):
             Number L of experts, the base among them, that keep their weight at a position, renormalised. All of them
             if left out.
@@ -83,6 +87,7 @@ class FedMoECausalConfig(PreTrainedConfig):
     router: str = "ridge"
     ridge: float = 0.01
     router_temperature: float = 0.1
+    public_bias: float = 0.1
     top_l: int | None = None
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
@@ -159,6 +164,9 @@ class FedMoECausalConfig(PreTrainedConfig):
             check_number(field, value)
             if not 0 < value < float("inf"):
                 raise ValueError(f"`{field}` is {value!r}: pass a finite number above 0.")
+        check_number("public_bias", self.public_bias)
+        if not -1e6 < self.public_bias < 1e6:
+            raise ValueError(f"`public_bias` is {self.public_bias!r}: pass a finite number, around 0.1.")
         check_choice("router", self.router, ROUTERS)
         if self.target_modules == []:
             raise ValueError("`target_modules` is []: name linear layers, or leave it out for the feed-forward ones.")

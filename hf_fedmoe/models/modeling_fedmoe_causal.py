@@ -24,7 +24,7 @@ from .building_fedmoe_causal import FedMoECausalBuilding
 from .configuration_checks import built
 from .configuration_fedmoe_causal import FedMoECausalConfig
 from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, attach_experts, checkpointed_with, find_targets
-from .router_fedmoe_causal import expert_weights_of, running_means
+from .router_fedmoe_causal import UNKNOWN, expert_weights_of, running_means
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +65,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         attach_experts(targets, num_experts - 1, self.in_use, self.base.dtype)
         width = self._embedding_weight().shape[1] + 1
         router_ED = torch.zeros(num_experts, width, dtype=torch.float32)
-        router_ED[:, -1] = float("-inf")
+        router_ED[:, -1] = UNKNOWN
         self.register_buffer("router_ED", router_ED)
         sums_EP = torch.zeros(num_experts, width * (width + 1) // 2, dtype=torch.int64)
         self.register_buffer("sums_EP", sums_EP)
@@ -150,7 +150,8 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
             )
         if not self.config.owners:
             return embeds.new_ones(*embeds.shape[:2], 1, dtype=torch.float32)
-        if not self.config.router_names:
+        # Of several processes that train, only the main one writes names; all have the router.
+        if not self.config.router_names and not (self.router_ED[:, -1] > UNKNOWN).any():
             raise ValueError(
                 "`router_names` is []: the router has nobody's statistics. Set them with `set_statistics`, or say "
                 "which expert to use, `expert=...`."
@@ -185,7 +186,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
                 As in the base; labels of -100 do not count.
             expert (`int` or `str`, *optional*):
                 One expert to use alone: its index, 0 for the base, or its owner's name, `"base"` for the base. The
-                router is not asked.
+                router is not asked. Where one is trained so, `weight_decay` reaches the others too: leave it at 0.
             expert_weights (`torch.Tensor` of shape `(B, T, E)` or `(B, 1, E)`, *optional*):
                 Weights in the place of the router's, `(B, 1, E)` for all positions alike. Needed with a cache that
                 holds tokens, whose text is not seen here; `generate` does that by itself.
@@ -332,7 +333,10 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         ):
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **source)
         model._freeze_base()
-        return model._follow_base().eval()
+        # Experts may be more exact than their base, unless a type is asked for.
+        asked = for_base.get("dtype")
+        dtype = getattr(torch, asked) if isinstance(asked, str) and asked != "auto" else asked
+        return model._follow_base(dtype if isinstance(dtype, torch.dtype) else None).eval()
 
     @classmethod
     def _around_named(cls, config: FedMoECausalConfig, for_base: dict[str, Any]) -> Self:

@@ -2,8 +2,8 @@
 Statistics of an owner's text, and the router that follows from sums of them in closed form. Flat: the file travels to
 the Hub as it is.
 
-Shape suffixes: B batch, T tokens, H width of the embeddings, D = H + 1 (a column of ones is last), N features,
-E experts (the base first), P = D (D + 1) / 2.
+Shape suffixes: B batch, T tokens, V vocabulary, H width of the embeddings, D = H + 1 (a column of ones is last), N
+features, E experts (the base first), P = D (D + 1) / 2.
 """
 
 import os
@@ -21,6 +21,10 @@ from torch import Tensor
 PREFIXES = (4, 8, 16, 32, 64, 127)
 # Features that are multiplied at once.
 _BLOCK = 4096
+# The score of an expert that the router does not know: finite, as all that is saved, and without any weight.
+UNKNOWN = -1e30
+# Features that a text can have, what rounding may change, and how much longer an embedding was in another type.
+_MOST, _ROUNDING, _OTHER_TYPE = 2**53, 1e-6, 1.02
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,34 @@ class TextStatistics:
                 "the embeddings of one base."
             )
 
+    def fault(self, embed: torch.nn.Module) -> str | None:
+        """
+        Says why these cannot be sums over a text, `None` if they can. Whoever puts owners together asks: sums that no
+        text has would have the router send everything to one of them.
+
+        Args:
+            embed (`nn.Module`): The base's token embeddings, of which features are means and so no longer than the
+                longest.
+        """
+        embeddings_VH = all_embeddings(embed)
+        gram_DD, count = self.gram_DD, self.gram_DD[-1, -1].item()
+        if len(gram_DD) != embeddings_VH.shape[1] + 1:
+            return f"they are of embeddings {len(gram_DD) - 1} wide, the base's are {embeddings_VH.shape[1]} wide"
+        if not gram_DD.equal(gram_DD.T):
+            return "they are not symmetric"
+        if not 0.5 < count < _MOST:
+            return f"they are over {count:.3g} features"
+        longest = embeddings_VH.square().sum(1).max().item()
+        mean = gram_DD.diagonal()[:-1].sum().item() / count
+        if not mean <= longest * _OTHER_TYPE:
+            return (
+                f"the mean square of a feature is {mean:.3g}, and no embedding of the base has more than {longest:.3g}"
+            )
+        lowest, highest = torch.linalg.eigvalsh(gram_DD)[[0, -1]].tolist()
+        if lowest < -_ROUNDING * highest:
+            return f"they are no sum of squares, with the eigenvalue {lowest:.3g} beside {highest:.3g}"
+        return None
+
     def save(self, path: str | os.PathLike) -> None:
         """
         Writes the statistics as safetensors.
@@ -106,11 +138,20 @@ class TextStatistics:
 
 
 @torch.no_grad()
+def all_embeddings(embed: torch.nn.Module) -> Tensor:
+    """Computes the embedding of each token, `(V, H)` in float64: some bases scale what they store."""
+    weight = embed.weight
+    assert isinstance(weight, Tensor)
+    return embed(torch.arange(len(weight), device=weight.device)).double().cpu()
+
+
+@torch.no_grad()
 def text_statistics(
     embed: Callable[[Tensor], Tensor],
     sequences: Iterable[Sequence[int] | Tensor],
     prefixes: Sequence[int] = PREFIXES,
     base_sha256: str | None = None,
+    longest: float | None = None,
 ) -> TextStatistics:
     """
     Sums up an owner's text. A feature is the mean of the embeddings of the first 4, 8, 16, ... tokens of a sequence.
@@ -124,6 +165,8 @@ def text_statistics(
             Numbers of tokens; a sequence has as many features as it has prefixes of these lengths.
         base_sha256 (`str`, *optional*):
             From [`base_sha256`], to be compared where the statistics are used.
+        longest (`float`, *optional*):
+            Norm to which longer features are shortened. As long as they are if left out.
 
     Returns:
         [`TextStatistics`]
@@ -146,7 +189,10 @@ def text_statistics(
         if len(own_N) == 0:
             continue
         sums_TH = embed(ids_T).double().cumsum(0)
-        waiting.append(torch.nn.functional.pad(sums_TH[own_N - 1] / own_N[:, None], (0, 1), value=1.0))
+        features_NH = sums_TH[own_N - 1] / own_N[:, None]
+        if longest is not None:
+            features_NH = features_NH * (longest / features_NH.norm(dim=1, keepdim=True)).clamp_max(1)
+        waiting.append(torch.nn.functional.pad(features_NH, (0, 1), value=1.0))
         if len(waiting) * len(counts_N) >= _BLOCK:
             gram_DD, waiting = _add_gram(gram_DD, waiting), []
     if waiting:
@@ -243,7 +289,7 @@ def expert_weights_of(scores_BTE: Tensor, temperature: float, top_l: int | None 
 
     Args:
         scores_BTE (`torch.Tensor` of shape `(B, T, E)`):
-            Scores, minus infinity for experts without a weight.
+            Scores, [`UNKNOWN`] for experts without a weight.
         temperature (`float`):
             The weights are `softmax(scores / temperature)`.
         top_l (`int`, *optional*):

@@ -1,7 +1,9 @@
 """Owners of text who pool nothing: an expert each, trained alone, the mixture of them, and one without an owner."""
 
+from ..data import pack
 from .merge import merge_experts, remove_owner
-from .texts import pack, read_texts
+from .privacy import private_statistics
+from .texts import read_rows, read_texts
 from .train import ExpertFacts, default_arguments, fit_adapter, load_base, new_adapter, train_expert
 
 
@@ -13,6 +15,8 @@ __all__ = [
     "merge_experts",
     "new_adapter",
     "pack",
+    "private_statistics",
+    "read_rows",
     "read_texts",
     "remove_owner",
     "train_expert",

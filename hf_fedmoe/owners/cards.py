@@ -20,12 +20,17 @@ def expert_card(facts: dict[str, Any]) -> ModelCard:
         facts (`dict`): The fields of [`ExpertFacts`].
     """
     head = _head([facts["licence"]], library_name="peft", base_model=facts["base"], owner=_known(facts))
+    noise = (
+        f", with noise of differential privacy for each sequence (epsilon {facts['epsilon']}, delta {facts['delta']})"
+        if facts["epsilon"] is not None
+        else ""
+    )
     rows = [(name.replace("_", " "), value) for name, value in _known(facts).items()]
     return ModelCard(
         f"---\n{head.to_yaml()}\n---\n\n# An expert of {plain(facts['name'])}\n\n"
         f"A LoRA adapter of {code(facts['base'])}, trained by its owner alone, and `statistics.safetensors`: the sums "
         "that the router of a mixture is made of. No text is here, but an adapter can have learnt passages by heart, "
-        "and the sums say which tokens the texts begin with and go together with.\n\n"
+        f"and the sums say which tokens the texts begin with and go together with{noise}.\n\n"
         f"{table(rows, ['fact', 'value'])}\n\n"
         "Put it into a mixture with `hf-fedmoe expert merge BASE FOLDER ... --out MIXTURE`. The base must have the "
         "hash above.\n"
@@ -55,18 +60,21 @@ def owner_in_card(path: Path) -> dict[str, Any]:
     found = {}
     for name, kind in (("name", str), ("licence", str), ("tokens", int)):
         if name in owner:
-            if not isinstance(owner[name], kind):
+            if not isinstance(owner[name], kind) or isinstance(owner[name], bool):
                 raise ValueError(f"`owner.{name}` is {owner[name]!r} in {str(path)!r}: write a {kind.__name__}.")
+            if kind is int and owner[name] < 1:
+                raise ValueError(f"`owner.{name}` is {owner[name]} in {str(path)!r}: write how many there were.")
             found[name] = owner[name]
     return found
 
 
-def mixture_card(config: FedMoECausalConfig) -> ModelCard:
+def mixture_card(config: FedMoECausalConfig, training: str = "") -> ModelCard:
     """
     Makes the card of a mixture of owners.
 
     Args:
         config ([`FedMoECausalConfig`]): Of the mixture.
+        training (`str`, *optional*): How its experts were trained, in Markdown, where that is known of all.
     """
     owners, router_names = config.owners or [], config.router_names or []
     licences = [owner.get("licence") for owner in owners]
@@ -75,6 +83,7 @@ def mixture_card(config: FedMoECausalConfig) -> ModelCard:
     for owner in owners:
         in_router = "yes" if owner["name"] in router_names else "no, has no weight"
         rows.append((owner["name"], owner.get("licence", "not told"), owner.get("tokens", "not told"), in_router))
+    trained = f"\n## Training\n\n{training}\n" if training else ""
     public = (
         "The router knows public text, which goes to the base."
         if "base" in router_names
@@ -91,7 +100,7 @@ def mixture_card(config: FedMoECausalConfig) -> ModelCard:
         "in it.\n\n## An owner who opts out\n\n"
         "`hf-fedmoe expert remove MIXTURE OWNER --out FOLDER` writes a mixture that is, bit for bit, one that never "
         "had the owner. It does not undo copies of this one, nor what others have learnt from texts that this one "
-        "wrote.\n"
+        f"wrote.\n{trained}"
     )
 
 

@@ -1,5 +1,6 @@
 """Experts of several owners put together, and an owner taken out again: from folders to folders."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,17 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from yaml import YAMLError
 
+from ..data import pack
 from ..models import FedMoECausalConfig, FedMoEForCausalLM, TextStatistics
 from ..models.lora_fedmoe_causal import find_targets
+from ..models.router_fedmoe_causal import PREFIXES
 from .cards import mixture_card, owner_in_card
-from .texts import pack, read_texts
+from .texts import read_texts
 from .train import STATISTICS_FILE, check_length, check_new_folder, load_base, sums_of
+
+
+# A feature more takes as many tokens more, at least.
+FEWEST_TOKENS = PREFIXES[0]
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,12 @@ def merge_experts(
             raise ValueError(
                 f"`experts` has {str(expert.folder)!r} of a base with `base_sha256` {found!r}, but {str(base)!r} has "
                 f"{expected!r}: name the base that it was trained on, or have it trained on this one."
+            )
+        most = expert.owner.get("tokens", math.inf) // FEWEST_TOKENS
+        if expert.statistics.count > most:
+            raise ValueError(
+                f"`experts` has {str(expert.folder)!r} with sums over {expert.statistics.count} features, and its "
+                f"card tells of {expert.owner['tokens']} tokens, which have {most:.0f} at most: have it sent again."
             )
     for expert in read:
         try:

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -27,7 +28,8 @@ from ..models.lora_fedmoe_causal import find_targets
 from ..models.router_fedmoe_causal import PREFIXES
 from ..weights import all_finite
 from .cards import expert_card
-from .texts import pack, read_texts
+from .privacy import private_statistics
+from .texts import read_rows
 
 
 STATISTICS_FILE = "statistics.safetensors"
@@ -51,6 +53,7 @@ class ExpertFacts:
         learning_rate (`float`): Of training, at its highest.
         seed (`int`): Of the adapter's start and of the order of the sequences.
         loss (`float`): Mean over training.
+        epsilon (`float`, *optional*), delta (`float`, *optional*): Of the privacy of the statistics.
     """
 
     name: str
@@ -63,6 +66,8 @@ class ExpertFacts:
     learning_rate: float
     seed: int
     loss: float
+    epsilon: float | None = None
+    delta: float | None = None
 
     def about_the_owner(self) -> dict[str, Any]:
         """Returns what a mixture's configuration says of the owner."""
@@ -118,14 +123,20 @@ def new_adapter(
     return get_peft_model(base, config)
 
 
-def fit_adapter(model: PeftModel, sequences: Sequence[list[int]], args: TrainingArguments) -> float:
+def fit_adapter(
+    model: PeftModel,
+    rows: Sequence[dict[str, list[int]]],
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
     """
     Trains an adapter by the Trainer of transformers; on one CPU thread twice to the same bits.
 
     Args:
         model (`PeftModel`): From [`new_adapter`]; changed.
-        sequences (`Sequence[list[int]]`): Token ids, from [`pack`].
+        rows (`Sequence[dict[str, list[int]]]`): With `input_ids` and `labels`, from [`read_rows`].
         args (`TrainingArguments`): Of the Trainer.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Pads rows of different lengths, which then need one.
 
     Returns:
         `float`: The mean loss.
@@ -133,8 +144,8 @@ def fit_adapter(model: PeftModel, sequences: Sequence[list[int]], args: Training
     Raises:
         `ValueError`: If the loss is not finite.
     """
-    rows = [{"input_ids": row, "labels": row} for row in sequences]
-    trainer = Trainer(model, args, train_dataset=rows)
+    collate = None if tokenizer is None else DataCollatorForSeq2Seq(tokenizer)
+    trainer = Trainer(model, args, collate, train_dataset=rows)
     if args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)
     loss = trainer.train().training_loss
@@ -146,16 +157,22 @@ def fit_adapter(model: PeftModel, sequences: Sequence[list[int]], args: Training
     return loss
 
 
-def sums_of(base: PreTrainedModel, sequences: Sequence[list[int]]) -> TextStatistics:
+def sums_of(
+    base: PreTrainedModel, sequences: Sequence[list[int]], epsilon: float | None = None, delta: float = 1e-5
+) -> TextStatistics:
     """
     Sums up a text for the router, with the hash of the base.
 
     Args:
         base (`PreTrainedModel`): Without an adapter in it.
-        sequences (`Sequence[list[int]]`): Token ids, from [`pack`].
+        sequences (`Sequence[list[int]]`): Token ids.
+        epsilon (`float`, *optional*), delta (`float`, *optional*, defaults to 1e-5):
+            With an epsilon the sums are private for each sequence, see [`private_statistics`].
     """
     chosen = sequences[:: math.ceil(len(sequences) / STATISTICS_SEQUENCES)]
-    return text_statistics(base.get_input_embeddings(), chosen, base_sha256=base_sha256(base))
+    if epsilon is None:
+        return text_statistics(base.get_input_embeddings(), chosen, base_sha256=base_sha256(base))
+    return private_statistics(base, chosen, epsilon, delta, base_sha256(base))
 
 
 def load_base(name: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -166,9 +183,15 @@ def load_base(name: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedToken
         name (`str` or `os.PathLike`): A folder or a name on the Hub; safetensors only.
 
     Raises:
-        `OSError`: If there is no such base.
+        `OSError`: If there is no such base; names it.
     """
-    return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True), AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True), AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"`base` is {str(name)!r}, which cannot be loaded: name a folder with a model and its tokenizer, or a "
+            f"name on the Hub while there is a network. It says: {error}"
+        ) from error
 
 
 def check_length(base: PreTrainedModel, sequence_length: int) -> None:
@@ -199,6 +222,8 @@ def train_expert(
     target_modules: list[str] | None = None,
     sequence_length: int = 128,
     text_column: str = "text",
+    epsilon: float | None = None,
+    delta: float = 1e-5,
     args: TrainingArguments | None = None,
 ) -> ExpertFacts:
     """
@@ -212,7 +237,7 @@ def train_expert(
         base (`str` or `os.PathLike`):
             A causal language model: a folder or a name on the Hub.
         text (`str`, `os.PathLike`, or several):
-            Files and folders, as [`read_texts`] takes them.
+            Files and folders, as [`read_rows`] takes them.
         out (`str` or `os.PathLike`):
             The folder; new.
         licence (`str`, *optional*):
@@ -226,7 +251,9 @@ def train_expert(
         sequence_length (`int`, *optional*, defaults to 128):
             Tokens of a sequence.
         text_column (`str`, *optional*, defaults to `"text"`):
-            Column of a `.parquet`.
+            Column of a `.parquet` or `.jsonl`.
+        epsilon (`float`, *optional*), delta (`float`, *optional*, defaults to 1e-5):
+            With an epsilon the sums, not the adapter, are differentially private, see [`private_statistics`].
         args (`TrainingArguments`, *optional*):
             From [`default_arguments`]; its seed is the adapter's too.
 
@@ -240,22 +267,24 @@ def train_expert(
     folder = check_new_folder(out)
     args = default_arguments(folder) if args is None else args
     lora_alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
-    texts = read_texts(text, text_column)
     model, tokenizer = load_base(base)
     check_length(model, sequence_length)
-    sequences = pack(tokenizer, texts, sequence_length)
-    statistics = sums_of(model, sequences)
-    adapted = new_adapter(model, lora_rank, lora_alpha, target_modules, args.seed)
-    loss = fit_adapter(adapted, sequences, args)
+    rows = read_rows(text, tokenizer, sequence_length, text_column)
     a_step = args.train_batch_size * args.gradient_accumulation_steps
-    steps = (
-        args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(len(sequences) / a_step))
-    )
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(len(rows) / a_step))
+    if steps < 1:
+        raise ValueError(
+            f"`max_steps` is {args.max_steps} and `num_train_epochs` is {args.num_train_epochs}, with which nothing "
+            "is trained: give one of them above 0."
+        )
+    statistics = sums_of(model, [row["input_ids"] for row in rows], epsilon, delta)
+    adapted = new_adapter(model, lora_rank, lora_alpha, target_modules, args.seed)
+    loss = fit_adapter(adapted, rows, args, _padding(tokenizer, rows))
     assert statistics.base_sha256 is not None
     facts = ExpertFacts(
         name=name,
         licence=licence,
-        tokens=len(sequences) * sequence_length,
+        tokens=sum(len(row["input_ids"]) for row in rows),
         base=str(base),
         base_sha256=statistics.base_sha256,
         sequence_length=sequence_length,
@@ -263,9 +292,19 @@ def train_expert(
         learning_rate=args.learning_rate,
         seed=args.seed,
         loss=round(loss, 4),
+        epsilon=epsilon,
+        delta=None if epsilon is None else delta,
     )
     save_expert(folder, adapted, statistics, facts)
     return facts
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, list[int]]]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer where rows have different lengths; what it pads with is neither read nor learned."""
+    if len({len(row["input_ids"]) for row in rows}) == 1:
+        return None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
 
 
 def save_expert(folder: Path, model: PeftModel, statistics: TextStatistics, facts: ExpertFacts) -> None:

@@ -12,7 +12,7 @@ from .client_metrics import (
 from .comparison import RunResult, comparison_table, plot_learning_curves, write_comparison
 from .expert_analysis import ExpertAnalysis, analyse_experts, scores
 from .gate_heatmap import plot_gate
-from .model_card import RunFacts, write_model_card
+from .model_card import RunFacts, training_table, write_model_card
 
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "score_client",
     "scores",
     "summarise_clients",
+    "training_table",
     "write_client_table",
     "write_comparison",
     "write_model_card",

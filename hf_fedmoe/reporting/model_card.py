@@ -223,7 +223,7 @@ def write_model_card(
         dataset_text=plain(dataset or dataset_id or ""),
         labels=[plain(name) for name in label_names],
         mixture=table(_mixture_rows(mixture), ["", ""]) if mixture else "",
-        training=table(_training_rows(run), ["", ""]) if run else "",
+        training=training_table(run) if run else "",
         settings=table(list(run.settings.items()), ["setting", "value"]) if run and run.settings else "",
         results=_metrics_table({SPLITS.get(name, name): found for name, found in evaluations.items()}),
         comparison=_metrics_table(comparison or {}),
@@ -235,6 +235,11 @@ def write_model_card(
     )
     card.save(folder / "README.md")
     return card
+
+
+def training_table(run: RunFacts) -> str:
+    """Returns how a model was trained, as a table of Markdown."""
+    return table(_training_rows(run), ["", ""])
 
 
 def _kind(main_input_name: str, model_type: str) -> str:

@@ -31,6 +31,7 @@ from .fedrolex import FedRolex, HeteroFL
 from .gate_training import GateFit
 from .l2sgd import L2SGD
 from .local import Local
+from .owners import Owners
 from .pfedme import PFedMe
 from .pfedmm import PFedMM
 from .pfedmoe import PFedMoE, pfedmoe_cnns
@@ -69,6 +70,7 @@ __all__ = [
     "HeteroFL",
     "JointWork",
     "Local",
+    "Owners",
     "PFedMM",
     "PFedMe",
     "PFedMoE",

@@ -76,6 +76,42 @@ def check_classes(client_model: nn.Module) -> None:
         )
 
 
+def check_language_model(client_model: nn.Module) -> None:
+    """Raises `ValueError` when a client's model does not predict the next token, of rows that have no class."""
+    inner = client_model_of(client_model)
+    if not inner.can_generate():
+        raise ValueError(
+            f"`model` is a {type(inner).__name__}, and the rows of a `FederatedTexts` have a label for each token: "
+            "load it with `AutoModelForCausalLM.from_pretrained`, or give a `FederatedDataset` of labelled rows."
+        )
+
+
+def check_labels_and_padding(
+    model: PreTrainedModel,
+    data: FederatedDataset,
+    strategy: Strategy,
+    processing_class: PreTrainedTokenizerBase | BaseImageProcessor | None,
+) -> None:
+    """Raises `ValueError` when a classifier has too few classes, or cannot tell texts from their padding."""
+    num_labels = len(class_names(model.config))
+    if data.num_labels > num_labels:
+        raise ValueError(
+            f"The data has {data.num_labels} labels, the model {num_labels} (`num_labels`): load it with "
+            f"`num_labels={data.num_labels}`."
+        )
+    if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.pad_token is None:
+        raise ValueError(
+            "`processing_class` has no pad token, so that texts of different lengths make no batch: set "
+            "`tokenizer.pad_token = tokenizer.eos_token`, and `pad_token_id` in the model's configuration alike."
+        )
+    client_config = client_model_of(strategy.server_models(model)[0]).config
+    if model.main_input_name == "input_ids" and client_config.pad_token_id is None:
+        raise ValueError(
+            "The model's configuration has `pad_token_id` None, so that it cannot tell texts of a batch from their "
+            "padding: set `model.config.pad_token_id = tokenizer.pad_token_id`."
+        )
+
+
 def check_run(
     model: PreTrainedModel,
     args: FederatedTrainingArguments,
@@ -91,7 +127,11 @@ def check_run(
         )
     check_arguments(args)
     strategy.check_arguments(args)
-    check_classes(strategy.server_models(model)[0])
+    if data.has_classes:
+        check_classes(strategy.server_models(model)[0])
+        check_labels_and_padding(model, data, strategy, processing_class)
+    else:
+        check_language_model(strategy.server_models(model)[0])
     if not any(parameter.requires_grad for parameter in strategy.server_models(model)[0].parameters()):
         raise ValueError(
             f"Nothing of the {type(model).__name__} learns, all its parameters are frozen: set `requires_grad` of "
@@ -129,12 +169,6 @@ def check_run(
             '"clients". (One of your own that does not says so by `needs`.)'
         )
     engine_kind(args).refuse(strategy.server_models(model)[0], args, strategy)
-    num_labels = len(class_names(model.config))
-    if data.num_labels > num_labels:
-        raise ValueError(
-            f"The data has {data.num_labels} labels, the model {num_labels} (`num_labels`): load it with "
-            f"`num_labels={data.num_labels}`."
-        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and args.world_size == 1:
         raise ValueError(
@@ -150,17 +184,6 @@ def check_run(
         raise ValueError(
             f"`processing_class` is {str(processing_class)!r}: load it, `AutoTokenizer.from_pretrained(...)` or "
             "`AutoImageProcessor.from_pretrained(...)`."
-        )
-    if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.pad_token is None:
-        raise ValueError(
-            "`processing_class` has no pad token, so that texts of different lengths make no batch: set "
-            "`tokenizer.pad_token = tokenizer.eos_token`, and `pad_token_id` in the model's configuration alike."
-        )
-    client_config = client_model_of(strategy.server_models(model)[0]).config
-    if model.main_input_name == "input_ids" and client_config.pad_token_id is None:
-        raise ValueError(
-            "The model's configuration has `pad_token_id` None, so that it cannot tell texts of a batch from their "
-            "padding: set `model.config.pad_token_id = tokenizer.pad_token_id`."
         )
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")

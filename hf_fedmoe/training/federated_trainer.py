@@ -16,6 +16,7 @@ from peft import PeftConfig
 from torch.utils.data import Subset
 from transformers import (
     BaseImageProcessor,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,8 +41,9 @@ from ..federation import (
     load_federation,
     make_filters,
 )
-from ..models import guard_narrow_convolutions
-from ..reporting import write_model_card
+from ..models import FedMoEForCausalLM, guard_narrow_convolutions
+from ..owners.cards import mixture_card
+from ..reporting import training_table, write_model_card
 from ..strategies import FedAvg, Server, Strategy
 from ..weights import copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters
@@ -82,14 +84,15 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             What clients and server do.
         train_dataset ([`~data.FederatedDataset`]):
             Clients and reserved set, tokenised. Its `label_column` reaches collators as `label`; its names of classes
-            go into a `model` that has none, and must not contradict the model's.
+            go into a `model` that has none, and must not contradict the model's. A language model takes
+            [`~data.FederatedTexts`].
         strategy ([`~strategies.Strategy`], *optional*, defaults to [`~strategies.FedAvg`]):
             The federated method.
         eval_dataset (`datasets.Dataset`, *optional*):
             For `evaluate`; `train_dataset.validation` if left out.
         data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
-            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy, macro-F1 and AUC; with an
-            image processor `data_collator` defaults to [`~data.ImageCollator`].
+            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy, macro-F1 and AUC, of classes; with
+            an image processor `data_collator` defaults to [`~data.ImageCollator`].
         peft_config (`peft.PeftConfig`, *optional*):
             Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
         compute_loss_func, optimizer_cls_and_kwargs (*optional*):
@@ -138,13 +141,16 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         if isinstance(processing_class, BaseImageProcessor):
             data_collator = data_collator or ImageCollator(processing_class)
         elif data_collator is None:
-            data_collator = DataCollatorWithPadding(processing_class) if processing_class else default_data_collator
+            data_collator = default_collator(train_dataset, processing_class)
         self.train_data_collator = train_data_collator or data_collator
         if train_dataset is not None:
             train_in_float32(model, args.should_log)
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
-            settle_label_names(model, train_dataset)
+            if train_dataset.has_classes:
+                settle_label_names(model, train_dataset)
+            elif compute_metrics is classification_metrics:
+                compute_metrics = None  # of text there is the loss
             if eval_dataset is None:
                 eval_dataset = train_dataset.validation
         super().__init__(
@@ -409,8 +415,12 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
                 self.rounds,
                 self._contribution_SM,
             )
+        folder = Path(folder or self._output_dir)
+        if isinstance(self.model, FedMoEForCausalLM):
+            mixture_card(self.model.config, training_table(facts) if facts else "").save(folder / "README.md")
+            return
         write_model_card(
-            folder or self._output_dir,
+            folder,
             self.model,
             facts,
             model_name=model_name,
@@ -423,6 +433,17 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             dataset_id=_only_one("dataset_tags", dataset_tags),
             **found,
         )
+
+
+def default_collator(
+    data: FederatedDataset | None, processing_class: PreTrainedTokenizerBase | None
+) -> Callable[[list], dict]:
+    """Returns what makes batches of rows: it pads texts, and labels where each token has one."""
+    if processing_class is None:
+        return default_data_collator
+    if data is None or data.has_classes:
+        return DataCollatorWithPadding(processing_class)
+    return DataCollatorForSeq2Seq(processing_class)
 
 
 def _only_one(name: str, value: str | list[str] | None) -> str | None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ..models import FedMoEPreTrainedModel
+from ..models import FedMoEForCausalLM, FedMoEPreTrainedModel
 from ..strategies import FedMoE, FedMoESettings
 from .federated_trainer import FederatedTrainer
 from .fedmoe_arguments import FedMoETrainingArguments
@@ -24,6 +24,11 @@ class FedMoETrainer(FederatedTrainer):
             raise ValueError(
                 f"`strategy` is {kwargs['strategy']!r}, but a `FedMoETrainer` trains by Fed-MoE: leave it out, or "
                 "take a `FederatedTrainer`."
+            )
+        if isinstance(model, FedMoEForCausalLM):
+            raise ValueError(
+                "`model` is a FedMoEForCausalLM, whose router is found in closed form and not by Fed-MoE: take a "
+                "`FederatedTrainer(model, args, data, strategy=Owners.by_name(model, data))`."
             )
         if not isinstance(args, FedMoETrainingArguments):
             raise ValueError(

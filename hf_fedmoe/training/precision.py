@@ -6,6 +6,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..models import FedMoEForCausalLM
 from ..models.adapters_fedmoe import ids_of_adapters
 from ..models.precision_fedmoe import HALF_PRECISION, cast_where_types_meet, to_float32_
 
@@ -38,6 +39,9 @@ def _trained(model: nn.Module) -> Iterator[Tensor]:
     """All parameters and buffers but those of frozen bases under adapters."""
     bases: set[int] = set()
     for module in model.modules():
+        if isinstance(module, FedMoEForCausalLM):
+            tensors = [*module.base.named_parameters(), *module.base.named_buffers()]
+            bases |= {id(tensor) for name, tensor in tensors if "owners" not in name.split(".")}
         if isinstance(module, PeftModel):
             cast_where_types_meet(module)
             own = ids_of_adapters(module, list(module.peft_config))

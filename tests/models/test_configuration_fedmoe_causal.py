@@ -47,6 +47,7 @@ def test_defaults():
             "`base_config.num_hidden_layers` is 5000: pass at most 1024 layers",
         ),
         ({"base_config": Gemma3Config()}, "`base_config` is a Gemma3Config, whose model reads more than text"),
+        ({"public_bias": float("inf")}, "`public_bias` is inf"),
         ({"owners": "court"}, "`owners` is 'court': pass a list of names"),
         ({"owners": [{"licence": "CC0"}]}, r"`owners\[0\]` is {'licence': 'CC0'}: pass a name, or a `dict` with"),
         ({"owners": ["court", 3]}, r"`owners\[1\]` is 3: pass a name"),

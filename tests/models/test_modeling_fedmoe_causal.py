@@ -256,7 +256,7 @@ def test_gradients_of_the_stack_are_those_of_a_small_step(top_l):
             weight += step * direction
             losses.append(model(**batch, labels=batch["input_ids"]).loss)
     slope = (losses[0] - losses[1]) / 2e-3
-    assert (weight.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-3)  # of a loss in float32
+    assert (weight.grad * direction).sum().item() == pytest.approx(slope.item(), rel=2e-3)  # of a loss in float32
 
 
 @pytest.mark.parametrize("family", FEW)

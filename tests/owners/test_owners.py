@@ -1,6 +1,8 @@
 """Owners' experts from text to a mixture and out of it again, as folders."""
 
 import filecmp
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +17,15 @@ from transformers import AutoModelForCausalLM
 from hf_fedmoe import FedMoEForCausalLM, TextStatistics
 from hf_fedmoe.cli import main
 from hf_fedmoe.models import base_sha256, text_statistics
-from hf_fedmoe.owners import default_arguments, merge_experts, pack, read_texts, remove_owner, train_expert
+from hf_fedmoe.owners import (
+    default_arguments,
+    merge_experts,
+    pack,
+    read_rows,
+    read_texts,
+    remove_owner,
+    train_expert,
+)
 from tests.tiny_owners import save_base, text_of
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -159,6 +169,8 @@ def test_what_cannot_be_trained_is_refused_before(place, tmp_path):
         ({"lora_rank": 0}, "`lora_rank` is 0"),
         ({"target_modules": ["gate"]}, r"`target_modules` is \['gate'\]"),
         ({"sequence_length": 65}, "`sequence_length` is 65"),
+        ({"epsilon": 0.0}, "`epsilon` is 0.0: give a number above 0"),
+        ({"args": arguments(tmp_path / "out", max_steps=0, num_train_epochs=0)}, "with which nothing is trained"),
         ({"out": place / "court"}, "court', where something is already: name a new folder"),
     ):
         given = {
@@ -171,6 +183,72 @@ def test_what_cannot_be_trained_is_refused_before(place, tmp_path):
         with pytest.raises(ValueError, match=message):
             train_expert(**given | changed)
         assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    with pytest.raises(OSError, match=r"`base` is '.*nowhere', which cannot be loaded: name a folder"):
+        train_expert("court", tmp_path / "nowhere", place / "court.txt", tmp_path / "out")
+
+
+def test_answers_of_prompts_are_learned_and_files_may_be_of_both_kinds(place, tmp_path):
+    rows = [{"prompt": f"w3 w{k}", "completion": f"w{k} w{k + 1} w9 w10"} for k in range(4, 20)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_rows([tmp_path / "answers.jsonl", place / "press.txt"], tiny_tokenizer(), 16)
+    assert len(found) == 16 + 25 and found[0] == {
+        "input_ids": [3, 4, 4, 5, 9, 10],
+        "labels": [-100, -100, 4, 5, 9, 10],
+    }
+    assert found[-1]["labels"] == found[-1]["input_ids"]
+    facts = train_expert(
+        "answers",
+        place / "base",
+        [tmp_path / "answers.jsonl", place / "press.txt"],
+        tmp_path / "answers",
+        args=arguments(tmp_path / "answers"),
+        **PLAIN,
+    )
+    assert facts.tokens == 16 * 6 + 400 and math.isfinite(facts.loss)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": ')
+    with pytest.raises(ValueError, match=r"broken.jsonl', which is no whole file of a JSON object in each line"):
+        read_rows(tmp_path / "broken.jsonl", tiny_tokenizer(), 16)
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "w3"}]}) + "\n")
+    with pytest.raises(ValueError, match=r"`text` has '.*talk.jsonl': The tokenizer has no `chat_template`"):
+        read_rows(tmp_path / "talk.jsonl", tiny_tokenizer(), 16)
+
+
+def test_private_sums_are_told_on_the_card_and_make_a_mixture(place, tmp_path):
+    args = arguments(tmp_path / "private")
+    facts = train_expert(
+        "private", place / "base", place / "code.txt", tmp_path / "private", epsilon=4.0, args=args, **PLAIN
+    )
+    assert (facts.epsilon, facts.delta) == (4.0, 1e-5)
+    card = (tmp_path / "private" / "README.md").read_text()
+    assert "differential privacy for each sequence (epsilon 4.0, delta 1e-05)" in card
+    exact, noisy = (
+        TextStatistics.load(folder / "statistics.safetensors") for folder in (place / "code", tmp_path / "private")
+    )
+    assert not torch.equal(exact.gram_DD, noisy.gram_DD)
+    # The adapter is not private.
+    assert filecmp.cmp(
+        place / "code" / "adapter_model.safetensors", tmp_path / "private" / "adapter_model.safetensors", shallow=False
+    )
+    merge_experts(place / "base", [tmp_path / "private", place / "court"], tmp_path / "mixture")
+
+
+def test_sums_and_cards_that_cannot_be_are_refused(place, tmp_path):
+    shutil.copytree(place / "court", tmp_path / "court")
+    sums, card = tmp_path / "court" / "statistics.safetensors", tmp_path / "court" / "README.md"
+    honest, told = TextStatistics.load(sums), card.read_text()
+    capturing = honest.gram_DD.clone()
+    capturing[:-1, :-1] *= 1e6
+    TextStatistics(capturing, honest.base_sha256).save(sums)
+    with pytest.raises(ValueError, match=r"court': `statistics` of 'court' are none of a text: .*mean square"):
+        merge_experts(place / "base", [tmp_path / "court", place / "press"], tmp_path / "out")
+    TextStatistics(honest.gram_DD * 1000, honest.base_sha256).save(sums)
+    with pytest.raises(ValueError, match=r"over 75000 features, and its card tells of 400 tokens, which have 100"):
+        merge_experts(place / "base", [tmp_path / "court", place / "press"], tmp_path / "out")
+    honest.save(sums)
+    card.write_text(told.replace("tokens: 400", "tokens: -5"))
+    with pytest.raises(ValueError, match=r"`owner.tokens` is -5 in '.*README.md': write how many there were"):
+        merge_experts(place / "base", [tmp_path / "court", place / "press"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_of_files_folders_and_tables(tmp_path):

@@ -50,6 +50,11 @@ def test_the_recipe_from_texts_to_tables(place, monkeypatch, capsys):
     said = capsys.readouterr().out
     table = Path("runs/owners_lm/table.md").read_text()
     assert table in said and "| mixture, soft |" in table and " ± " in table
+    assert (
+        "| DUME, by token and layer |" in table
+        and "| mixture, public bias 0.3 |" in table
+        and "Sequences are shorter than the 64 tokens" in table
+    )
     assert said.count("press (") == 2 and "runs/owners_lm/seed-0/without-press goes on:" in said
     found = json.loads(Path("runs/owners_lm/results.json").read_text())["0"]
     mixture = FedMoEForCausalLM.from_pretrained("runs/owners_lm/seed-0/mixture")
@@ -108,7 +113,7 @@ def test_federated_averaging_is_the_mean_of_what_owners_train(tmp_path):
     alone = []
     for rows in texts.values():
         model = adapter()
-        fit_adapter(model, rows, args())
+        fit_adapter(model, [{"input_ids": row, "labels": row} for row in rows], args())
         alone.append(get_peft_model_state_dict(model))
     for name, value in found.items():
         torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)
