@@ -16,6 +16,7 @@ _ROOMS = {
     "FedMoEForImageClassification": "models",
     "FedMoEForSequenceClassification": "models",
     "SmallImageProcessor": "models",
+    "client_prior": "models",
     "TextStatistics": "models",
     "text_statistics": "models",
     "AUGMENTATIONS": "data",

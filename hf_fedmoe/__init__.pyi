@@ -24,6 +24,7 @@ from .models import FedMoEForImageClassification as FedMoEForImageClassification
 from .models import FedMoEForSequenceClassification as FedMoEForSequenceClassification
 from .models import SmallImageProcessor as SmallImageProcessor
 from .models import TextStatistics as TextStatistics
+from .models import client_prior as client_prior
 from .models import text_statistics as text_statistics
 from .reporting import diagnose as diagnose
 from .reporting import plot_clients as plot_clients

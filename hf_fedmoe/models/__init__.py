@@ -28,7 +28,7 @@ from .ensemble import (
 )
 from .image_processing_small_image import SmallImageProcessor
 from .linear import LinearConfig, LinearForClassification
-from .mixture_fedmoe import FedMoEOutput, dense_mixture, gating_entropy, load_imbalance, select_experts
+from .mixture_fedmoe import FedMoEOutput, client_prior, dense_mixture, gating_entropy, load_imbalance, select_experts
 from .modeling_adapted import AdaptedClassifier, AdaptedForImageClassification, AdaptedForSequenceClassification
 from .modeling_fedmoe import FedMoEForSequenceClassification, FedMoEPreTrainedModel
 from .modeling_fedmoe_causal import FedMoEForCausalLM
@@ -112,6 +112,7 @@ __all__ = [
     "as_expert",
     "base_sha256",
     "classification_head",
+    "client_prior",
     "dense_mixture",
     "gating_entropy",
     "guard_narrow_convolutions",

@@ -47,6 +47,34 @@ def _safe_log(probs: Tensor) -> Tensor:
     return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
 
 
+@torch.no_grad()
+def client_prior(output: FedMoEOutput, labels_B: Tensor, steps: int = 10) -> Tensor:
+    """
+    Finds which routed experts suit a client, from a few labelled rows of its own: the `client_prior` with which a
+    mixture then answers it. The weights of the experts' p(expert | input) p(label | input, expert) by expectation
+    maximisation, as FedEM finds a client's; one row's worth of doubt is left to each expert.
+
+    Args:
+        output ([`FedMoEOutput`]): The mixture's, of the client's rows, with `output_expert_logits=True`.
+        labels_B (`torch.Tensor` of shape `(B,)`): Their classes.
+        steps (`int`, *optional*, defaults to 10): Of expectation maximisation.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`: sums to 1.
+    """
+    if output.expert_logits is None or output.gate_probs is None:
+        raise ValueError("`output` has no `expert_logits`: call the mixture with `output_expert_logits=True`.")
+    size, K = output.gate_probs.shape
+    P_BKC = output.expert_logits[:, -K:].softmax(-1)
+    likely_BK = output.gate_probs * P_BKC[torch.arange(size), :, labels_B]
+    prior_K = likely_BK.new_full((K,), 1 / K)
+    for _ in range(steps):
+        share_BK = prior_K * likely_BK
+        share_BK /= share_BK.sum(1, keepdim=True).clamp_min(torch.finfo(share_BK.dtype).tiny)
+        prior_K = (share_BK.sum(0) + 1) / (size + K)
+    return prior_K / prior_K.sum()
+
+
 def dense_mixture(
     logits_BSC: Tensor,
     gate_probs_BK: Tensor,

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 
 from .adapters_fedmoe import AdapterExpert, activate, adapter_submodule, ids_of_adapters, with_adapters
 from .building_fedmoe import FedMoEBuilding
-from .classification_head import classification_head
+from .classification_head import classification_head, last_token
 from .configuration_fedmoe import FedMoEConfig
 from .mixture_fedmoe import (
     FedMoEOutput,
@@ -62,15 +62,6 @@ def _keep_input(head: nn.Module, args: tuple[Tensor]) -> None:
     # expert must not write into the original. Keeping only on request lets trained experts be deep-copied.
     if head.keeps_input:
         head.kept_input = args[0]
-
-
-def last_token(features_BTH: Tensor, input_ids_BT: Tensor | None, pad_token_id: int | None) -> Tensor:
-    """Features of the token that Hugging Face decoders classify: the last that is not padding."""
-    if input_ids_BT is None or pad_token_id is None:
-        return features_BTH[:, -1]
-    positions_T = torch.arange(input_ids_BT.shape[1], device=features_BTH.device)
-    last_B = (positions_T * (input_ids_BT != pad_token_id).to(features_BTH.device)).argmax(dim=-1)
-    return features_BTH[torch.arange(len(last_B), device=features_BTH.device), last_B]
 
 
 def _rows(batch: dict[str, Any], size: int, rows_N: Tensor) -> dict[str, Any]:
@@ -392,6 +383,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
         top_l: int | None,
         dense: bool | None,
         output_expert_logits: bool,
+        client_prior: Tensor | None,
     ) -> FedMoEOutput:
         config = self.config
         size = self._batch_size(batch)
@@ -407,7 +399,10 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
             expert_logits_BSC, features_BH = self.expert_outputs(batch)
         else:
             main, features_BH = self._main_outputs(batch)
-        gate_probs_BK = self.gate_logits(features_BH, batch).softmax(dim=-1)
+        gate_logits_BK = self.gate_logits(features_BH, batch)
+        if client_prior is not None:
+            gate_logits_BK = gate_logits_BK + client_prior.to(gate_logits_BK).log()
+        gate_probs_BK = gate_logits_BK.softmax(dim=-1)
 
         if dense:
             assert expert_logits_BSC is not None
@@ -462,6 +457,7 @@ class FedMoEForSequenceClassification(FedMoEPreTrainedModel):
         top_l: int | None = None,
         dense: bool | None = None,
         output_expert_logits: bool = False,
+        client_prior: Tensor | None = None,
         **inputs: Any,
     ) -> FedMoEOutput:
         """
@@ -480,6 +476,8 @@ class FedMoEForSequenceClassification(FedMoEPreTrainedModel):
                 `True` mixes all experts (Eq. 1), `False` sends each example to L routed experts only (Eq. 10).
             output_expert_logits (`bool`, *optional*, defaults to `False`):
                 Whether to run every expert on every example and return their logits.
+            client_prior (`torch.Tensor` of shape `(K,)` or `(B, K)`, *optional*):
+                How likely each routed expert is to suit who asks, see [`~models.client_prior`].
             inputs:
                 Further tensors for sub-models that name them.
 
@@ -494,4 +492,4 @@ class FedMoEForSequenceClassification(FedMoEPreTrainedModel):
             "inputs_embeds": inputs_embeds,
             **inputs,
         }
-        return self._forward(batch, labels, top_l, dense, output_expert_logits)
+        return self._forward(batch, labels, top_l, dense, output_expert_logits, client_prior)

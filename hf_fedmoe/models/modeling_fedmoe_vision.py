@@ -70,6 +70,7 @@ class FedMoEForImageClassification(FedMoEPreTrainedModel):
         top_l: int | None = None,
         dense: bool | None = None,
         output_expert_logits: bool = False,
+        client_prior: Tensor | None = None,
         **inputs: Any,
     ) -> FedMoEOutput:
         """
@@ -86,6 +87,8 @@ class FedMoEForImageClassification(FedMoEPreTrainedModel):
                 `True` mixes all experts (Eq. 1), `False` sends each example to L routed experts only (Eq. 10).
             output_expert_logits (`bool`, *optional*, defaults to `False`):
                 Whether to run every expert on every example and return their logits.
+            client_prior (`torch.Tensor` of shape `(K,)` or `(B, K)`, *optional*):
+                How likely each routed expert is to suit who asks, see [`~models.client_prior`].
             inputs:
                 Further tensors for sub-models that name them.
 
@@ -96,4 +99,5 @@ class FedMoEForImageClassification(FedMoEPreTrainedModel):
             `ValueError`: If the images do not have the experts' shape.
         """
         self._check_images(pixel_values)
-        return self._forward({"pixel_values": pixel_values, **inputs}, labels, top_l, dense, output_expert_logits)
+        batch = {"pixel_values": pixel_values, **inputs}
+        return self._forward(batch, labels, top_l, dense, output_expert_logits, client_prior)

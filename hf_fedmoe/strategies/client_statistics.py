@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..federation import LocalTrainer
 from ..models import classification_head
-from ..models.modeling_fedmoe import last_token
+from ..models.classification_head import last_token
 from .narrowing import as_whole
 
 

@@ -4,7 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_fedmoe.models import dense_mixture, gating_entropy, load_imbalance, select_experts
+from hf_fedmoe.models import (
+    FedMoEForSequenceClassification,
+    FedMoEOutput,
+    client_prior,
+    dense_mixture,
+    gating_entropy,
+    load_imbalance,
+    select_experts,
+)
+from tests.tiny_models import make_different, text_batch, tiny_bert
 
 
 VECTORS = Path(__file__).parents[1] / "data" / "mixture.json"
@@ -81,3 +90,38 @@ def test_entropy_and_imbalance_at_their_bounds():
     assert load_imbalance(uniform).item() == pytest.approx(0.0, abs=1e-6)
     assert load_imbalance(one).item() == pytest.approx(torch.tensor(5.0).log().item())
     assert load_imbalance(torch.eye(5)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_client_tells_by_its_rows_which_expert_suits_it():
+    """One step by hand, then its limit: rows that one expert alone finds likely leave the others a row's doubt."""
+    P_BKC = torch.tensor([[[0.9, 0.1], [0.5, 0.5]], [[0.2, 0.8], [0.6, 0.4]]], dtype=torch.float64)
+    gate_BK = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.float64)
+    mains_B1C = torch.zeros(2, 1, 2, dtype=torch.float64)
+    output = FedMoEOutput(gate_probs=gate_BK, expert_logits=torch.cat([mains_B1C, P_BKC.log()], 1))
+    found_K = client_prior(output, torch.tensor([0, 1]), steps=1)
+    share = [0.25 * 0.9 / (0.25 * 0.9 + 0.75 * 0.5), 0.8 / (0.8 + 0.4)]
+    assert found_K.tolist() == pytest.approx([(sum(share) + 1) / 4, (3 - sum(share)) / 4])
+    sure_BKC = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64).expand(8, 3, 2)
+    output = FedMoEOutput(gate_probs=torch.full((8, 3), 1 / 3).double(), expert_logits=sure_BKC.log())
+    found_K = client_prior(output, torch.zeros(8, dtype=torch.int64))
+    assert found_K.tolist() == pytest.approx([9 / 11, 1 / 11, 1 / 11])
+    with pytest.raises(ValueError, match="call the mixture with `output_expert_logits=True`"):
+        client_prior(FedMoEOutput(gate_probs=gate_BK), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_prior_weighs_what_the_gate_says(dense):
+    model = make_different(FedMoEForSequenceClassification.from_expert(tiny_bert()))
+    prior_K = torch.tensor([0.2, 0.0, 0.8])
+    with torch.no_grad():
+        plain = model(**text_batch(), dense=True).gate_probs
+        found = model(**text_batch(), dense=dense, client_prior=prior_K)
+    expected_BK = plain * prior_K / (plain * prior_K).sum(1, keepdim=True)
+    torch.testing.assert_close(found.gate_probs, expected_BK)
+    if not dense:
+        assert torch.equal(found.selected_experts[:, 0], expected_BK.argmax(1)) and (found.selected_experts != 1).all()
+    each_BK = prior_K.expand(len(plain), 3)
+    with torch.no_grad():
+        assert torch.equal(model(**text_batch(), dense=dense, client_prior=each_BK).logits, found.logits)
+        same = model(**text_batch(), dense=dense, client_prior=torch.full((3,), 1 / 3)).logits
+        torch.testing.assert_close(same, model(**text_batch(), dense=dense).logits)
