@@ -52,7 +52,7 @@ def client_prior(output: FedMoEOutput, labels_B: Tensor, steps: int = 10) -> Ten
     """
     Finds which routed experts suit a client, from a few labelled rows of its own: the `client_prior` with which a
     mixture then answers it. The weights of the experts' p(expert | input) p(label | input, expert) by expectation
-    maximisation, as FedEM finds a client's; one row's worth of doubt is left to each expert.
+    maximisation, as FedEM finds a client's; one row's worth of doubt is shared by all experts.
 
     Args:
         output ([`FedMoEOutput`]): The mixture's, of the client's rows, with `output_expert_logits=True`.
@@ -71,7 +71,7 @@ def client_prior(output: FedMoEOutput, labels_B: Tensor, steps: int = 10) -> Ten
     for _ in range(steps):
         share_BK = prior_K * likely_BK
         share_BK /= share_BK.sum(1, keepdim=True).clamp_min(torch.finfo(share_BK.dtype).tiny)
-        prior_K = (share_BK.sum(0) + 1) / (size + K)
+        prior_K = (share_BK.sum(0) + 1 / K) / (size + 1)
     return prior_K / prior_K.sum()
 
 

@@ -100,11 +100,11 @@ def test_a_client_tells_by_its_rows_which_expert_suits_it():
     output = FedMoEOutput(gate_probs=gate_BK, expert_logits=torch.cat([mains_B1C, P_BKC.log()], 1))
     found_K = client_prior(output, torch.tensor([0, 1]), steps=1)
     share = [0.25 * 0.9 / (0.25 * 0.9 + 0.75 * 0.5), 0.8 / (0.8 + 0.4)]
-    assert found_K.tolist() == pytest.approx([(sum(share) + 1) / 4, (3 - sum(share)) / 4])
+    assert found_K.tolist() == pytest.approx([(sum(share) + 0.5) / 3, (2.5 - sum(share)) / 3])
     sure_BKC = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64).expand(8, 3, 2)
     output = FedMoEOutput(gate_probs=torch.full((8, 3), 1 / 3).double(), expert_logits=sure_BKC.log())
     found_K = client_prior(output, torch.zeros(8, dtype=torch.int64))
-    assert found_K.tolist() == pytest.approx([9 / 11, 1 / 11, 1 / 11])
+    assert found_K.tolist() == pytest.approx([25 / 27, 1 / 27, 1 / 27])
     with pytest.raises(ValueError, match="call the mixture with `output_expert_logits=True`"):
         client_prior(FedMoEOutput(gate_probs=gate_BK), torch.tensor([0, 1]))
 
