@@ -85,11 +85,6 @@ class MessageEngine(EachItsOwn):
                 raise ValueError(f"{begin} `{name}` is {settings[name]!r}, which is not done there: leave it out.")
         if args.client_parallelism == "data":
             raise ValueError(f"{begin} `client_parallelism` is 'data': leave it out, nodes train their own client.")
-        if settings["client_ranks"] is not None and settings["max_update_norm"] is not None:
-            raise ValueError(
-                f"{begin} `client_ranks` and `max_update_norm` are given: nodes of smaller ranks do not know what the "
-                "server compares with, leave one of them out."
-            )
 
     # A round
 

@@ -202,8 +202,11 @@ class FederatedTrainingArguments(EngineArguments):
                 f"`client_ranks` is {self.client_ranks}, but `lora_fusion` is {self.lora_fusion!r}, which needs one "
                 "rank for all clients: take 'svd', or leave `client_ranks` out."
             )
-        if self.upload_compression != "none":
+        # An update is what is left of what was received, which a client of a smaller rank has not received whole.
+        for name, without in (("upload_compression", "none"), ("max_update_norm", None)):
+            if vars(self)[name] == without:
+                continue
             raise ValueError(
-                f"`client_ranks` is {self.client_ranks} and `upload_compression` is {self.upload_compression!r}: only "
-                "one of them at a time, leave the other out."
+                f"`client_ranks` is {self.client_ranks} and `{name}` is {vars(self)[name]!r}: only one of them at a "
+                "time, leave the other out."
             )

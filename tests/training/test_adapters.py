@@ -216,6 +216,7 @@ def test_bad_settings(tmp_path):
     refused(r"`client_ranks` is \[0\]: give ranks of at least 1", tiny_expert(), LORA, client_ranks=[0])
     refused(r"`client_ranks` is \[2\], but `lora_fusion` is 'ffa'", None, client_ranks=[2], lora_fusion="ffa")
     refused("only one of them at a time", None, client_ranks=[2], upload_compression="int8")
+    refused("`max_update_norm` is 1.0: only one of them at a time", None, client_ranks=[2], max_update_norm=1.0)
     refused("server's adapters have rank 4: build them with `LoraConfig.r=8.`", tiny_expert(), LORA, client_ranks=[8])
     refused("clients train whole models: pass `peft_config", tiny_expert(), client_ranks=[2])
     refused("clients train a whole mixture of adapters", tiny_mixture(peft_config=LORA), lora_fusion="ffa")
