@@ -9,8 +9,18 @@ import pytest
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-# Those that need a GPU, or two launched processes or peers that are not installed, or are no benchmark of their own.
-NOT_ALONE = {"machine", "on_gpu", "peer_bare", "peer_flower", "peer_ours", "peer_pfl", "peer_work", "yelp_round"}
+# Those that need a GPU, Flower, two launched processes or peers, which are not there, or are no benchmark of their own.
+NOT_ALONE = {
+    "machine",
+    "on_gpu",
+    "on_the_wire",
+    "peer_bare",
+    "peer_flower",
+    "peer_ours",
+    "peer_pfl",
+    "peer_work",
+    "yelp_round",
+}
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NOT_ALONE)
 
 

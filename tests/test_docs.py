@@ -105,10 +105,13 @@ def test_readme_is_short_and_has_its_commands():
 
 
 def test_protocol_of_the_docs(newcomer):
-    (block,) = blocks("docs/protocol.md")
-    found = run(block)["found"]
+    diagnosis, who_asks = blocks("docs/protocol.md")
+    found = run(diagnosis)["found"]
     # Reviews are the same everywhere: only the proportions of stars differ.
     assert found.num_groups == 1 and found.label_skew > 0.2 and "one model for all is right" in str(found)
+    prior = run(who_asks)["prior"]
+    # Experts that are still equal suit anybody as well as the gate says.
+    assert prior.shape == (4,) and prior.sum().item() == pytest.approx(1)
 
 
 def test_language_models_of_the_docs(newcomer):
