@@ -9,7 +9,7 @@ import pytest
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-# Those that need a GPU, Flower, two launched processes or peers, which are not there, or are no benchmark of their own.
+# Those that need a GPU, Flower, two launched processes or peers, or are no benchmark of their own.
 NOT_ALONE = {
     "machine",
     "on_gpu",
