@@ -183,8 +183,8 @@ class CapturedGateFit(GateFit):
         super().__init__(model)
         self._settings: tuple[float, float] | None = None
         self._trained = nn.ModuleDict({"gate": model.gate})
-        for name in ("alpha_logit", "gate_bias_N"):
-            self._trained.register_parameter(name, model._parameters[name])
+        self._trained.register_parameter("alpha_logit", model.alpha_logit)
+        self._trained.register_parameter("gate_bias_N", model.gate_bias_N)
 
     def begin(self, learning_rate: float, weight_decay: float) -> None:
         settings = (learning_rate, weight_decay)

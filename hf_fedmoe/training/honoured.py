@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
-from ..strategies import FedMoE
+from ..strategies import FedMoE, FedMoEGroups
 from .federated_arguments import FederatedTrainingArguments
 from .trainer_of_rounds import TrainerOfRounds
 
@@ -216,10 +216,11 @@ def _check_loss(trainer: TrainerOfRounds, begin: str) -> None:
             f"{begin} `client_parallelism` is 'data', and a loss of one's own may be no mean over the rows that "
             'processes share out: choose "clients".'
         )
-    if isinstance(strategy, FedMoE):
+    if isinstance(strategy, FedMoE | FedMoEGroups):
+        settings = vars(strategy.settings if isinstance(strategy, FedMoE) else strategy)
         for name in ("expert_epochs", "final_expert_epochs"):
-            if vars(strategy.settings)[name]:
+            if settings.get(name):
                 raise ValueError(
-                    f"{begin} with `{name}` = {vars(strategy.settings)[name]} the server fine-tunes experts on "
-                    "examples that it weighs one by one, which only the cross-entropy can: set it to 0."
+                    f"{begin} with `{name}` = {settings[name]} the server fine-tunes experts on examples that it "
+                    "weighs one by one, which only the cross-entropy can: set it to 0."
                 )

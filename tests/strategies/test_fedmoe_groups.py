@@ -193,8 +193,9 @@ def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):
         FedMoEGroups(statistics_size=True)
     with pytest.raises(ValueError, match="`expert_learning_rate` is 0: give more"):
         FedMoEGroups(expert_learning_rate=0)
-    assert not FedMoEGroups(calibrates=False).needs_reserved_set() and FedMoEGroups().needs_reserved_set()
-    assert FedMoEGroups(calibrates=False, final_expert_epochs=1).needs_reserved_set()
+    assert not FedMoEGroups(calibrates=False, final_expert_epochs=0).needs_reserved_set()
+    assert FedMoEGroups(final_expert_epochs=0).needs_reserved_set()
+    assert FedMoEGroups(calibrates=False).needs_reserved_set()
 
 
 def test_the_gate_is_the_likelihood_of_groups_in_the_features_of_the_start(tmp_path):

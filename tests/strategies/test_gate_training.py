@@ -27,7 +27,7 @@ class Thread:
     def __init__(self, index):
         self.index, self.count = index, COUNT
 
-    def sum_(self, tensor):
+    def all_reduce_(self, tensor):
         self.handed_in[self.index] = tensor.clone()
         self.barrier.wait()
         tensor.copy_(sum(self.handed_in))

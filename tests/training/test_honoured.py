@@ -11,7 +11,7 @@ from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArgume
 from transformers.training_args import OptimizerNames
 
 import tests.tiny_federation
-from hf_fedmoe.strategies import APFL, FedAvg, FedAvgReserved, FedMoE, FedMoESettings, FedProx, PFedMe
+from hf_fedmoe.strategies import APFL, FedAvg, FedAvgReserved, FedMoE, FedMoEGroups, FedMoESettings, FedProx, PFedMe
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer, FedMoETrainingArguments
 from hf_fedmoe.training.honoured import (
     HONOURED_ARGUMENTS,
@@ -186,6 +186,10 @@ def test_a_loss_of_ones_own_in_every_method(name, tmp_path):
     strategy = METHODS[name].strategy()
     if name == "fedmoe":
         strategy = FedMoE(FedMoESettings(final_expert_epochs=0))
+    if name == "fedmoe_groups":
+        with pytest.raises(ValueError, match="with `final_expert_epochs` = 5 the server fine-tunes experts"):
+            make_trainer(tmp_path, Weighted, strategy, METHODS[name].model).train()
+        strategy = FedMoEGroups(final_expert_epochs=0)
     Weighted.calls = 0
     run = make_trainer(tmp_path, Weighted, strategy, METHODS[name].model)
     if name in ("fedjets", "fedem", "pfedmm"):
