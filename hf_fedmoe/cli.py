@@ -1,7 +1,6 @@
 """The command line `hf-fedmoe`; commands on own data, saved models and clients elsewhere are in `commands`."""
 
 import argparse
-import signal
 import sys
 from typing import Any, NoReturn
 
@@ -9,6 +8,7 @@ from . import __version__
 from .commands import elsewhere, train, use
 from .commands.one_line import in_one_line as _in_one_line
 from .commands.one_line import refuse as _refuse
+from .commands.sigterm import ending_with_sigterm
 
 
 # `.experiments` is imported when it is needed: torch comes with it, and a mistyped word would take seconds.
@@ -107,11 +107,11 @@ def _add_expert_commands(commands: "argparse._SubParsersAction[_Parser]") -> Non
 def _compare(parser: _Parser, options: argparse.Namespace, words: list[str]) -> None:
     from .experiments import FailedRunsError, compare, read_words
 
-    # The runs' processes are stopped on the way out.
-    before = signal.signal(signal.SIGTERM, _exit)
     try:
         told: dict[str, Any] = read_words(words)
-        print("\n" + compare(options.file, options.out, options.size, options.seeds, options.rows, options.jobs, told))
+        with ending_with_sigterm():  # which stops the runs' processes
+            table = compare(options.file, options.out, options.size, options.seeds, options.rows, options.jobs, told)
+        print(f"\n{table}")
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"hf-fedmoe: {' '.join(str(error).split())}\n")
     except FailedRunsError as error:
@@ -119,8 +119,6 @@ def _compare(parser: _Parser, options: argparse.Namespace, words: list[str]) -> 
         sys.exit(1)
     except KeyboardInterrupt:
         parser.exit(130, "hf-fedmoe: stopped; the same command goes on from the last checkpoints.\n")
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _train_expert(parser: _Parser, options: argparse.Namespace, words: list[str]) -> None:
@@ -172,10 +170,6 @@ def _remove_owner(parser: _Parser, options: argparse.Namespace, words: list[str]
 
         fewer = remove_owner(options.mixture, options.names, options.out)
         print(f"{options.out}: a mixture of {', '.join(fewer.config.expert_names)}")
-
-
-def _exit(signum: int, frame: Any) -> NoReturn:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

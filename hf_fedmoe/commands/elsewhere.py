@@ -1,13 +1,12 @@
 """`hf-fedmoe server` and `hf-fedmoe client`: a federation whose clients are on other machines."""
 
 import argparse
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from .one_line import in_one_line, refuse
+from .sigterm import ending_with_sigterm
 
 
 def add(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -47,7 +46,7 @@ def _serve(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
     files = {name: vars(options)[f"ssl_{name}"] for name in ("certfile", "keyfile", "ca_certfile")}
     if any(files.values()) and not all(files.values()):
         parser.error("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile go together")
-    with in_one_line(parser), _ending_with_sigterm():
+    with in_one_line(parser), _failures_told(), ending_with_sigterm():
         from ..deployment.federation_file import read_federation
         from ..deployment.launching import check_flower, run_server
 
@@ -60,7 +59,7 @@ def _serve(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
 
 def _take_part(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     refuse(parser, words)
-    with in_one_line(parser), _ending_with_sigterm():
+    with in_one_line(parser), _failures_told(), ending_with_sigterm():
         from ..deployment.launching import check_flower, run_client
 
         check_flower()
@@ -69,16 +68,9 @@ def _take_part(parser: argparse.ArgumentParser, options: argparse.Namespace, wor
 
 
 @contextmanager
-def _ending_with_sigterm() -> Iterator[None]:
-    """Has processes that were started stopped on the way out; what Flower's say goes into one line too."""
-    before = signal.signal(signal.SIGTERM, _exit)
+def _failures_told() -> Iterator[None]:
+    """Has what Flower's processes say go into one line too."""
     try:
         yield
     except RuntimeError as error:
         raise OSError(str(error)) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _exit(signum: int, frame: Any) -> NoReturn:
-    sys.exit(128 + signum)
