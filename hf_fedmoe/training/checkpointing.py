@@ -270,18 +270,12 @@ class Checkpointing(ModelColumns, SeveralProcesses):
     @contextmanager
     def _breakable_by_sigterm(self, federation: Federation) -> Iterator[None]:
         """A round that SIGTERM breaks off while clients train: the server is then that of the last round still."""
-        try:
-            with self._sigterm.breakable(lambda: federation.settled):
-                yield
-        except BaseException:
-            if self._sigterm.received and federation.settled:
-                self._save_before_the_end()
-            raise
+        with self._sigterm.breakable(lambda: federation.settled):
+            yield
 
     def _end_on_sigterm(self) -> None:
         """Ends a run between two rounds if SIGTERM has come."""
         if self._sigterm.received:
-            self._save_before_the_end()
             raise TerminatedError
 
     def _save_before_the_end(self) -> None:

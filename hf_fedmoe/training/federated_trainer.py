@@ -233,6 +233,11 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             self._tell_who_was_never_accepted()
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
+        except BaseException:
+            # Not where the round is broken off: a signal may come while its block is entered.
+            if self._sigterm.received and federation.settled:
+                self._save_before_the_end()
+            raise
         finally:
             federation.local_trainer.close()
             self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
