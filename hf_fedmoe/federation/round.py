@@ -89,7 +89,8 @@ class Federation:
         self.collect = SHARDED[self.strategy.needs] if self.sharded else Rows
         self.memory = UploadMemory(self.server)
         self.captured: dict[nn.Module, CapturedPasses] | None = {} if self.local_trainer.captures else None
-        # Whether the server, and what clients keep, are those of a finished round.
+        # Whether the server, and what clients keep, are those of the last round that was counted: by whoever runs
+        # rounds, since a signal may come when one has ended and is not counted yet.
         self.settled = True
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
@@ -119,7 +120,7 @@ class Federation:
         started = time.perf_counter()
         self.synchronise(uploads, plan, retained)
         self.engine.settle(uploads.clients, round_index)
-        report.seconds["synchronise"], self.settled = time.perf_counter() - started, True
+        report.seconds["synchronise"] = time.perf_counter() - started
         return report
 
     def report(self, chosen: list[int], replies: list[Reply], round_index: int) -> RoundReport:

@@ -17,7 +17,6 @@ from transformers.utils import logging
 
 from ..federation import (
     ClientStore,
-    Federation,
     FolderLock,
     UnreadableManifestError,
     atomic_directory,
@@ -267,15 +266,10 @@ class Checkpointing(ModelColumns, SeveralProcesses):
 
     # When SIGTERM comes
 
-    @contextmanager
-    def _breakable_by_sigterm(self, federation: Federation) -> Iterator[None]:
-        """A round that SIGTERM breaks off while clients train: the server is then that of the last round still."""
-        with self._sigterm.breakable(lambda: federation.settled):
-            yield
-
     def _end_on_sigterm(self) -> None:
         """Ends a run between two rounds if SIGTERM has come."""
         if self._sigterm.received:
+            self._save_before_the_end()
             raise TerminatedError
 
     def _save_before_the_end(self) -> None:

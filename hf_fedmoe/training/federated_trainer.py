@@ -233,11 +233,6 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             self._tell_who_was_never_accepted()
             if "contribution_SM" in federation.server.tensors:
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
-        except BaseException:
-            # Not where the round is broken off: a signal may come while its block is entered.
-            if self._sigterm.received and federation.settled:
-                self._save_before_the_end()
-            raise
         finally:
             federation.local_trainer.close()
             self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
@@ -257,14 +252,21 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         args = self.args
         self.control = self.callback_handler.on_epoch_begin(args, self.state, self.control)
         self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-        with self._watch.clients(args.clients_per_round) as bar, self._breakable_by_sigterm(federation):
+        breakable = self._sigterm.breakable(lambda: federation.settled)
+        try:
+            with self._watch.clients(args.clients_per_round) as bar, breakable:
 
-            def on_client(client: int) -> None:
-                bar.update()
+                def on_client(client: int) -> None:
+                    bar.update()
 
-            report = federation.run_round(round_index, args.clients_per_round, on_client)
+                report = federation.run_round(round_index, args.clients_per_round, on_client)
+        except BaseException:
+            if self._sigterm.received and federation.settled:  # broken off while clients trained
+                self._save_before_the_end()
+            raise
         self.rounds.append(report)
         self.state.global_step = round_index + 1
+        federation.settled = True
         self.state.epoch = float(round_index + 1)
         self._tr_loss += report.loss
         self.control = self.callback_handler.on_step_end(args, self.state, self.control)

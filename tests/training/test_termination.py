@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_fedmoe.federation import LocalTrainer
+from hf_fedmoe.federation import Federation, LocalTrainer
 from hf_fedmoe.strategies import FedMoE
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.training.termination import SigtermWatch, TerminatedError
@@ -64,6 +64,23 @@ MOMENTS = {
 }
 
 
+def _ended_after_a_round(output_dir, number):
+    """Sends SIGTERM to this process when a round has ended, before it is counted."""
+    torch.set_num_threads(1)
+    run, original = trainer(METHOD, output_dir, **SETTINGS), Federation.run_round
+
+    def signalled(self, round_index, *arguments):
+        report = original(self, round_index, *arguments)
+        if round_index + 1 == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        return report
+
+    Federation.run_round = signalled
+    run.train()
+    os._exit(0)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     torch.set_num_threads(1)
@@ -83,6 +100,14 @@ def test_the_last_round_is_saved_and_resumed_with_the_same_bits(moment, whole, t
     resumed.train(resume_from_checkpoint=True)
     assert_equal_states(state(resumed.model), state(whole.model))
     assert timeless(resumed.state.log_history)[:-1] == timeless(whole.state.log_history)[:-1]
+
+
+def test_a_round_that_has_ended_counts(tmp_path, whole):
+    assert in_a_process(_ended_after_a_round, tmp_path, 3) == 143
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-3")
+    resumed = trainer(METHOD, tmp_path, **SETTINGS)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal_states(state(resumed.model), state(whole.model))
 
 
 @pytest.mark.parametrize(
