@@ -72,6 +72,7 @@ _ROOMS = {
     "FederatedTrainer": "training",
     "FedMoETrainingArguments": "training",
     "FederatedTrainingArguments": "training",
+    "evaluate_metrics": "training",
     "compare": "experiments",
 }
 

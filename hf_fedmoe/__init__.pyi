@@ -63,5 +63,6 @@ from .training import FederatedTrainer as FederatedTrainer
 from .training import FederatedTrainingArguments as FederatedTrainingArguments
 from .training import FedMoETrainer as FedMoETrainer
 from .training import FedMoETrainingArguments as FedMoETrainingArguments
+from .training import evaluate_metrics as evaluate_metrics
 
 __version__: str

@@ -4,6 +4,7 @@ from .federated_arguments import FederatedTrainingArguments
 from .federated_trainer import FederatedTrainer
 from .fedmoe_arguments import FedMoETrainingArguments
 from .fedmoe_trainer import FedMoETrainer
+from .hub_metrics import evaluate_metrics
 from .metrics import classification_metrics
 
 
@@ -13,4 +14,5 @@ __all__ = [
     "FederatedTrainer",
     "FederatedTrainingArguments",
     "classification_metrics",
+    "evaluate_metrics",
 ]

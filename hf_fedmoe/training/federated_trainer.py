@@ -91,8 +91,9 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         eval_dataset (`datasets.Dataset`, *optional*):
             For `evaluate`; `train_dataset.validation` if left out.
         data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
-            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy, macro-F1 and AUC, of classes; with
-            an image processor `data_collator` defaults to [`~data.ImageCollator`].
+            As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy, macro-F1 and AUC, of classes;
+            [`~training.evaluate_metrics`] makes one of metrics of `evaluate`. With an image processor
+            `data_collator` defaults to [`~data.ImageCollator`].
         peft_config (`peft.PeftConfig`, *optional*):
             Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
         compute_loss_func, optimizer_cls_and_kwargs (*optional*):

@@ -11,7 +11,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     `accuracy`, `macro_f1` (mean over all classes of the model, a class that is never right counting 0) and `auc` (mean
     area under the ROC curve of each class among the examples against the rest).
 
-    `evaluate.load("accuracy")` would need the Hub; scikit-learn gives the same figures without a network.
+    [`evaluate_metrics`] makes others, those of the Hub.
     """
     logits_BC = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return scores(torch.as_tensor(logits_BC).float().softmax(-1), torch.as_tensor(prediction.label_ids))
