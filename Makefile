@@ -1,5 +1,5 @@
 # In an environment with `pip install -e ".[test]"`.
-.PHONY: quality style test
+.PHONY: quality style test docs
 
 # What a change must pass, but for the tests.
 quality:
@@ -14,3 +14,9 @@ style:
 
 test:
 	OMP_NUM_THREADS=1 python -m pytest -n 2
+
+# The site in build/docs, notebooks executed. It makes its environment where there is none: one command in a clean clone.
+docs:
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -c "import furo, myst_nb" 2>/dev/null || .venv/bin/pip install --quiet -e ".[docs]"
+	HF_HUB_OFFLINE=1 .venv/bin/python -m sphinx -c docs/site -b html -W --keep-going . build/docs

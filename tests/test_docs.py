@@ -104,11 +104,15 @@ def test_readme_is_short_and_has_its_commands():
     assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
 
 
-def test_protocol_of_the_docs(newcomer):
-    diagnosis, who_asks = blocks("docs/protocol.md")
+def test_differences_of_clients_in_the_docs(newcomer):
+    (diagnosis,) = blocks("docs/which_method.md")
     found = run(diagnosis)["found"]
     # Reviews are the same everywhere: only the proportions of stars differ.
     assert found.num_groups == 1 and found.label_skew > 0.2 and "one model for all is right" in str(found)
+
+
+def test_protocol_of_the_docs(newcomer):
+    (who_asks,) = blocks("docs/protocol.md")
     prior = run(who_asks)["prior"]
     # Experts that are still equal suit anybody as well as the gate says.
     assert prior.shape == (4,) and prior.sum().item() == pytest.approx(1)
