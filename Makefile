@@ -19,4 +19,4 @@ test:
 docs:
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -c "import furo, myst_nb" 2>/dev/null || .venv/bin/pip install --quiet -e ".[docs]"
-	HF_HUB_OFFLINE=1 .venv/bin/python -m sphinx -c docs/site -b html -W --keep-going . build/docs
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m sphinx -c docs/site -b html -W --keep-going . build/docs

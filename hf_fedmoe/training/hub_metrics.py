@@ -33,7 +33,7 @@ class Metric(Protocol):
 
     name: str
 
-    def compute(self, **batch: Any) -> dict[str, Any]: ...
+    def compute(self, *, predictions: Any, references: Any, **settings: Any) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -68,8 +68,8 @@ class MetricWithSettings:
     def name(self) -> str:
         return self.metric.name
 
-    def compute(self, **batch: Any) -> dict[str, Any]:
-        return self.metric.compute(**batch, **self.settings)
+    def compute(self, *, predictions: Any, references: Any) -> dict[str, Any]:
+        return self.metric.compute(predictions=predictions, references=references, **self.settings)
 
 
 def load_metric(name: str) -> Metric:
