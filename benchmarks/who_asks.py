@@ -1,8 +1,8 @@
 """
-How much a mixture of groups gains from a few labelled rows of who asks it: the accuracy on the clients' own test rows
-of the downloaded model alone, with a [`~hf_fedmoe.client_prior`] from some of their rows, and of the expert with which
-the federation serves them: that of their group, or for clients that took part in no round that of least loss on all
-of their rows.
+Measures how much a mixture of groups gains from a few labelled rows of who asks it: the accuracy on the clients' own
+test rows of the downloaded model alone, with a [`~hf_fedmoe.client_prior`] from some of their rows, and of the expert
+with which the federation serves them: that of their group, or for clients that took part in no round that of least
+loss on all of their rows.
 
 `HF_FEDMOE_DATA=<folder> python benchmarks/who_asks.py recipes/groups/rotations.yaml` trains the YAML's Fed-MoE of
 groups first.

@@ -71,7 +71,7 @@ def said(capsys, *words: str) -> str:
 
 
 def refused(capsys, *words: str) -> str:
-    """What a command says that ends with exit code 2, in one line."""
+    """Returns the one line that a command says which ends with exit code 2."""
     with pytest.raises(SystemExit) as ended:
         main(list(map(str, words)))
     assert ended.value.code == 2
