@@ -235,7 +235,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
             federation.local_trainer.close()
-            self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
+            self._left = (federation.server.tensors, federation.server.integers, federation.store)
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
             for module in self.strategy.server_models(self.model):
                 release(module)
