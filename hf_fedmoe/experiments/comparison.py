@@ -97,7 +97,8 @@ def read_comparison(path: Path) -> Comparison:
     check_settings("`settings`", comparison.settings)
     sizes = [given for given in comparison.sizes.values() if isinstance(given, dict)]
     recipe = read_yaml(path.parent / comparison.recipe) if comparison.recipe else {}
-    presets = [preset for name, preset in recipe.items() if name in ("quick", *(s.get("recipe_preset") for s in sizes))]
+    taken = {"quick", *(str(given.get("recipe_preset")) for given in sizes)}
+    presets = [given for preset, given in recipe.items() if preset in taken]
     for chosen in (*presets, comparison.settings, *sizes):
         if isinstance(chosen, dict) and isinstance(plugin := chosen.get("plugin"), str):
             load_plugin(plugin)  # before rows name its methods
