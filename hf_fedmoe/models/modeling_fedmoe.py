@@ -247,7 +247,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
             if batch.get(name) is not None:
                 size, *rest = batch[name].shape
                 if 0 in rest:
-                    raise ValueError(f"`{name}` has the shape {(size, *rest)}, nothing to read: leave empty texts out.")
+                    raise ValueError(f"`{name}` has the shape {(size, *rest)}, nothing to read: leave empty text out.")
                 return size
         raise ValueError(f"`{self.main_input_name}` is missing from the inputs, got {sorted(batch)}: pass it.")
 
