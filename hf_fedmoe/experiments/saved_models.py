@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import torch
+from PIL import Image
 from transformers import Pipeline, pipeline
 
 from ..data.own_files import read_own_files, read_texts
@@ -73,6 +74,10 @@ def predict_saved(model: str, file: str, text_column: str = "text", out: str | N
     inputs = _images(Path(file)) or _texts(Path(file), text_column)
     if out is not None:
         _check_out(Path(out), Path(file))
+    for each in inputs:
+        if isinstance(each, Path):
+            with Image.open(each) as image:
+                _check_depth(image, str(each))
     classify = _load(model, isinstance(inputs[0], Path))
     # By their paths: images are opened one after the other.
     answers = [answer[0] for answer in _ask(classify, [str(each) for each in inputs], top_k=1)]
@@ -112,6 +117,12 @@ def _texts(path: Path, column: str) -> list[Any]:
     return found
 
 
+def _check_depth(image: Image.Image, name: str) -> None:
+    """Raises `ValueError` for an image that a pipeline would cut to 8 bits, and that training refuses."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{name!r} has the mode {image.mode!r}, more than 8 bits a channel: convert it to bytes.")
+
+
 def _check_out(out: Path, file: Path) -> None:
     """Raises `ValueError` where no answers can be written, or what they answer would be lost."""
     if out.exists() and out.samefile(file):
@@ -140,7 +151,11 @@ def _score(classify: Pipeline, rows: datasets.Dataset, names: list[str]) -> dict
     content = "image" if "image" in rows.column_names else "text"
     place = {name: label for label, name in enumerate(names)}
     probabilities_NC = torch.zeros(len(rows), len(names))
-    for row, answers in enumerate(_ask(classify, rows[content][:], top_k=len(names))):
+    asked = rows[content][:]
+    for row, each in enumerate(asked):
+        if content == "image":
+            _check_depth(each, rows.data.column(content)[row].as_py()["path"])
+    for row, answers in enumerate(_ask(classify, asked, top_k=len(names))):
         for answer in answers:
             probabilities_NC[row, place[answer["label"]]] = answer["score"]
     return scores(probabilities_NC, torch.tensor(rows["label"][:]))

@@ -226,6 +226,13 @@ def test_images_of_folders(capsys, monkeypatch, tmp_path):
     assert accuracy_of("b", said(capsys, "evaluate", "runs/shades", "a", "b")) == 100
     told = said(capsys, "predict", "runs/shades", "a/light").splitlines()
     assert len(told) == 20 and all(line.split()[0] == "light" for line in told)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter, as of a photograph
+    Image.new("RGB", (8, 8), "white").save("b/light/turned.png", exif=turned)
+    assert "100.0" in said(capsys, "evaluate", "runs/shades", "b")
+    Image.fromarray(np.full((8, 8), 60_000, dtype=np.uint16)).save("a/light/deep.png")
+    for words in (("evaluate", "runs/shades", "a"), ("predict", "runs/shades", "a/light")):
+        assert "deep.png' has the mode 'I;16', more than 8 bits a channel: convert it" in refused(capsys, *words)
 
 
 CLIENTS = ["--clients", "north.csv", "south.csv"]
