@@ -1,6 +1,6 @@
 """
-What it saves that [`ImageCollator`] makes batches with channels last in memory: local steps on such a batch and on the
-same with channels first, in turns.
+Measures what it saves that [`ImageCollator`] makes batches with channels last in memory: local steps on such a batch
+and on one with channels first, in turns.
 """
 
 import torch

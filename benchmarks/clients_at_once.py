@@ -39,7 +39,7 @@ BATCH = 10
 
 @dataclass
 class Kind:
-    """What a row of the table is about: a model, and from (clients, examples of each) to its data."""
+    """Says what a row of the table is about: a model, and from (clients, examples of each) to its data."""
 
     title: str
     model: Callable[[], nn.Module]
@@ -98,7 +98,7 @@ KINDS = {
 
 
 def with_unequal_clients(data: FederatedDataset) -> FederatedDataset:
-    """The same rows in clients of a tenth to nearly twice as many."""
+    """Divides the rows into clients of a tenth to nearly twice as many."""
     count = len(data.pool)
     shares = np.random.default_rng(1).uniform(0.1, 1.9, data.num_clients)
     ends = np.round(np.cumsum(shares) / shares.sum() * count).astype(int)

@@ -1,5 +1,5 @@
 """
-What `torch_compile=True` saves of a local step, and what it costs before: eager and compiled workers, in turns.
+Measures what `torch_compile=True` saves of a local step, and costs before: eager and compiled workers, in turns.
 
 Both are trained as a client is: forward, backward, clipping, AdamW. The worker is compiled in place, as local training
 does it.

@@ -116,7 +116,7 @@ def image_clients(num_clients: int, num_examples: int, processor: SmallImageProc
 
 
 def as_files(data: datasets.Dataset, collate: ImageCollator, processor: SmallImageProcessor) -> datasets.Dataset:
-    """The same images as PNG, decoded whenever they are read."""
+    """Stores the images as PNG, decoded whenever they are read."""
     pixels = np.frombuffer(b"".join(data["pixel_values"]), dtype=np.uint8).reshape(-1, *collate.shape)
     images = [image.squeeze() for image in pixels.transpose(0, 2, 3, 1)]
     features = datasets.Features({"image": datasets.Image(), "label": data.features["label"]})

@@ -71,7 +71,7 @@ def random_ids(shape: str, tokens: int) -> torch.Tensor:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Of distinct storages."""
+    """Counts the bytes of distinct storages."""
     storages = [parameter.untyped_storage() for parameter in model.parameters()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -1,4 +1,4 @@
-"""What benchmarks here share: threads, devices, alternating repetitions, launches, copy bandwidth, stages, tables."""
+"""Shared by benchmarks: threads, devices, alternating repetitions, launches, copy bandwidth, stages, tables."""
 
 import argparse
 import functools
@@ -35,7 +35,7 @@ def benchmark_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Of those benchmarks that can run on a GPU."""
+    """Adds the arguments of benchmarks that can run on a GPU."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Where models are.")
 
 
@@ -86,7 +86,7 @@ def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
 
 
 def launch(arguments: list[str], count: int, grouped: bool) -> list[subprocess.CompletedProcess[str]]:
-    """How each of `count` processes of a Python script ended; `grouped`, they know of each other as by `torchrun`."""
+    """Runs `count` processes of a Python script to their ends; `grouped`, they know of each other as by `torchrun`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}

@@ -1,5 +1,5 @@
 """
-Whether memory grows with the number of clients: peaks of runs over 100, 1,000 and 10,000 clients, each a process.
+Shows whether memory grows with the number of clients: peaks of runs over 100, 1,000 and 10,000 clients, in processes.
 
 Two methods at their extremes: FedAvg keeps nothing with clients, Local a whole model of each that took part, on disk.
 Runs have equally many participants; those of the last column have 1 % of the clients instead.

@@ -95,7 +95,7 @@ class Work:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What clients train and send."""
+    """Says what clients train and send."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -124,7 +124,7 @@ class Gate:
 
 
 def enter() -> tuple[Work, Gate]:
-    """What the command line names: the folder of the work, and the contestant."""
+    """Reads what the command line names: the folder of the work, and the contestant."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
     work = Work(folder)
     return work, Gate(folder, name, work.rounds, work.device)

@@ -141,7 +141,7 @@ class Seconds:
 
 @dataclass
 class Result:
-    """What was measured of a contestant, a list entry for each launch; of `rounds` one for each round that counts."""
+    """Measurements of a contestant, a list entry for each launch; of `rounds` one for each round that counts."""
 
     start_up: list[Seconds] = field(default_factory=list)
     first_round: list[Seconds] = field(default_factory=list)

@@ -1,5 +1,5 @@
 """
-What a federated round costs beyond its training: `FederatedTrainer` with FedAvg against a bare PyTorch loop.
+Measures what a federated round costs beyond its training: `FederatedTrainer` with FedAvg against a bare PyTorch loop.
 
 The bare loop is what a careful researcher writes: one model, one dataset and the same collator per client, the same
 optimizer class, schedule, clipping and batches, then a weighted mean in plain Python; it ends with the same weights,

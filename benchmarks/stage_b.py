@@ -1,5 +1,5 @@
 """
-What the server does with the clients' models (Stage B of Fed-MoE): fusing them, training the gate, and inference.
+Measures what the server does with clients' models (Stage B of Fed-MoE): fusing, training the gate, and inference.
 
 Every figure is a ratio to a reference that runs in turns with it: plain Python over state dicts for fusion, experts
 recomputed in every step for the gate, the dense mixture for inference.
@@ -67,7 +67,7 @@ class Fusion:
 
     @torch.no_grad()
     def as_state_dicts(self) -> None:
-        """What federated code usually does."""
+        """Fuses as federated code usually does."""
         for expert, weights_m, keep in zip(self.experts, self.weights_TSm[0].tolist(), self.keep_S, strict=True):
             state = expert.state_dict()
             fused = {}
@@ -78,7 +78,7 @@ class Fusion:
 
     @torch.no_grad()
     def as_state_dicts_in_place(self) -> None:
-        """The same loop by somebody who avoids temporary tensors."""
+        """Fuses by the loop of somebody who avoids temporary tensors."""
         for expert, weights_m, keep in zip(self.experts, self.weights_TSm[0].tolist(), self.keep_S, strict=True):
             for key, tensor in expert.state_dict().items():
                 tensor.mul_(keep)
@@ -144,7 +144,7 @@ def random_examples(count: int, tokens: int) -> datasets.Dataset:
 
 
 def gate_without_cache(server: Server, reserved: ReservedSet, epochs: int) -> None:
-    """The same steps with the frozen experts run again in each."""
+    """Takes the steps with the frozen experts run again in each."""
     model = server.model
     parameters = [*model.gate.parameters(), model.alpha_logit]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)

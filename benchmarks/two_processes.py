@@ -1,5 +1,5 @@
 """
-What a second process saves: rounds of Fed-MoE and FedAvg with one thread in one process and in two, run in turns.
+Measures what a second process saves: rounds of Fed-MoE and FedAvg with one thread in one process and in two, in turns.
 
 Every stage ends when the slowest process is through. Its processor time, without the time in which it waits for a core
 or for the others, is what the stage takes on a machine with a core for each, and what a busy machine can tell.
@@ -96,7 +96,7 @@ def run(method: str, folder: str, args: argparse.Namespace) -> dict[str, dict[st
 
 
 def found_by(method: str, count: int, *changes: str) -> list[dict[str, dict[str, float]]]:
-    """What each of `count` processes of a run found."""
+    """Returns what each of `count` processes of a run found."""
     with tempfile.TemporaryDirectory() as folder:
         ended = launch([__file__, "--child", method, folder, *sys.argv[1:], *changes], count, count > 1)
     for process in ended:

@@ -95,7 +95,7 @@ def run(models: str, stage: int, folder: str, args: argparse.Namespace) -> dict[
 
 
 def launched(models: str, stage: int, args: argparse.Namespace) -> dict[str, Any] | str:
-    """What the slowest and the largest process of a run found, or why there was none."""
+    """Returns what the slowest and the largest process of a run found, or why there was none."""
     with tempfile.TemporaryDirectory() as folder:
         child = ["--child", models, str(stage), folder]
         ended = launch([__file__, *sys.argv[1:], *child], args.processes, stage > 0 or args.processes > 1)

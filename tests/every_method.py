@@ -1,4 +1,4 @@
-"""How the tests run each strategy: one entry for each, and tests of whatever all of them must do."""
+"""Runs each strategy in tests: one entry for each, and tests of whatever all of them must do."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -68,7 +68,7 @@ from tests.tiny_models import tiny_bert
 @dataclass
 class Method:
     """
-    How the tests run a strategy.
+    Says how tests run a strategy.
 
     Args:
         strategy (`Callable`): Makes it.
@@ -111,7 +111,7 @@ class Method:
 
 
 def num_bytes(model: nn.Module, but: tuple[str, ...] = ()) -> int:
-    """Of parameters and saved buffers, except those whose names begin so."""
+    """Counts the bytes of parameters and saved buffers, except those whose names begin so."""
     return sum(t.numel() * t.element_size() for name, t in model.state_dict().items() if not name.startswith(but))
 
 
@@ -147,7 +147,7 @@ def sent_in_fedjets(trainer: FederatedTrainer, round_index: int, client: int) ->
 
 
 def sent_by_halves(*narrow_clients: int) -> Callable[[FederatedTrainer, int, int], int]:
-    """Of a model with half of the channels at these clients."""
+    """Counts the bytes of a model with half of the channels at these clients."""
 
     def sent(trainer: FederatedTrainer, round_index: int, client: int) -> int:
         if client not in narrow_clients:
@@ -366,6 +366,6 @@ def trained(output_dir: Any, name: str, data: Any = None, **changes: Any) -> Fed
 
 
 def image_model(name: str) -> PreTrainedModel:
-    """The same bits every time."""
+    """Equal bits every time."""
     torch.manual_seed(5)
     return METHODS[name].image_model()

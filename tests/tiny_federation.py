@@ -61,7 +61,7 @@ def with_padding(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def tiny_expert(**config):
-    """The same bits every time."""
+    """Makes equal bits every time."""
     torch.manual_seed(7)
     return tiny_bert(NUM_LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **config)
 
@@ -118,7 +118,7 @@ def tiny_args(output_dir: str | Path, **changes) -> FedMoETrainingArguments:
 
 
 def interrupted_and_resumed(make: Callable[[], FederatedTrainer], after: int = 2) -> FederatedTrainer:
-    """What `make` makes, stopped at the checkpoint of a round, and another that goes on from there: the latter."""
+    """Stops what `make` makes at the checkpoint of a round, and returns another that went on from there."""
 
     class Stop(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

@@ -3,11 +3,12 @@
 import argparse
 from typing import Any
 
+from .clients import add_clients, told_clients
 from .one_line import in_one_line, quietly
 
 
-# What the parser knows besides the settings that `train_own` is told.
-NOT_SETTINGS = {"command", "run", "parser", "images", "lora", "method", "control"}
+# Settings that the parser knows besides those of the clients.
+SETTINGS = ("reserved", "test", "validation", "rounds", "output_dir")
 
 
 def add(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -21,12 +22,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
         "beside the most frequent class and a control. Any training argument can follow: --learning_rate 1e-4 "
         "--num_train_epochs 2.",
     )
-    train.add_argument("--clients", nargs="+", metavar="FILE", help="a file of each client; NAME=FILE names one")
-    train.add_argument("--images", nargs="+", metavar="FOLDER", help="or a folder of each, a subfolder a class")
-    train.add_argument("--text_column", metavar="NAME", help="the files' column of texts")
-    train.add_argument("--label_column", metavar="NAME", help="the files' column of labels: words or whole numbers")
-    train.add_argument("--classes", nargs="+", metavar="NAME", help="all classes in order (those that occur)")
-    train.add_argument("--model", help="start: a folder, a Hub id, or a name (gpt2-reviews; for images small_cnn)")
+    add_clients(train)
     train.add_argument("--method", default="fedmoe", help="fedmoe, fedavg, fedprox, ... (fedmoe)")
     train.add_argument("--lora", action="store_true", help="clients train and send LoRA adapters only")
     train.add_argument("--reserved", metavar="FILE|SHARE", help="labelled rows of the server, or their share (0.1)")
@@ -40,16 +36,13 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     """Runs the command."""
-    if (options.clients is None) == (options.images is None):
-        parser.error("give either --clients, a file of each client, or --images, a folder of each")
+    told = told_clients(parser, options)
+    told |= {name: vars(options)[name] for name in SETTINGS if vars(options)[name] is not None}
+    if options.lora:
+        told["peft"] = "lora"
     print("Loading PyTorch and transformers ...", flush=True)
     with in_one_line(parser, "stopped; the same command goes on from the last checkpoint"):
         from ..experiments import read_words, train_own
 
-        told = {name: value for name, value in vars(options).items() if value is not None and name not in NOT_SETTINGS}
-        if options.images is not None:
-            told["clients"] = options.images
-        if options.lora:
-            told["peft"] = "lora"
         with quietly():
             train_own(told | read_words(words), options.images is not None, options.method, options.control)

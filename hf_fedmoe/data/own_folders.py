@@ -55,7 +55,7 @@ def _table(images: list[tuple[str, Path]], kind: ClassLabel) -> Dataset:
 
 def _list(folder: OwnPath) -> list[tuple[str, Path]]:
     """The class and the path of each image, sorted."""
-    endings = Pillow.registered_extensions()  # also fills the table of them
+    endings = image_endings()
     images: list[tuple[str, Path]] = []
     subfolders = [path for path in sorted(Path(folder).expanduser().iterdir()) if _is_shown(path) and path.is_dir()]
     for subfolder in subfolders:
@@ -78,6 +78,12 @@ def _list(folder: OwnPath) -> list[tuple[str, Path]]:
             f"{folder}/dog/1.png."
         )
     return images
+
+
+def image_endings() -> set[str]:
+    """Returns the endings of files that Pillow reads; some, as .pdf, it only writes."""
+    endings = Pillow.registered_extensions()  # also fills the table of readers
+    return {ending for ending, kind in endings.items() if kind in Pillow.OPEN}
 
 
 def _is_shown(path: Path) -> bool:

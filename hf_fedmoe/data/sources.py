@@ -1,5 +1,6 @@
 """Sources of data: the shipped reviews, scikit-learn's digits, a file, a folder of parquet files, the Hub."""
 
+import csv
 import glob
 import io
 import os
@@ -22,6 +23,8 @@ DATA_FOLDER_VARIABLE = "HF_FEDMOE_DATA"
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 # Splits of each; the class of a character of Shakespeare is yet to be made, see `next_character_windows`.
 SHIPPED = {"reviews": ("train", "test"), "shakespeare": ("train",)}
+# What `datasets` calls the first values of rows that have more than there are names.
+UNNAMED = "__index_level_0__"
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -212,9 +215,26 @@ def read_files(file_format: str, files: dict[str, Path], name: str, **options: A
     try:
         # Escaped: brackets and stars in a file's name would be a pattern, which may also fit other files.
         escaped = {split: glob.escape(str(path.expanduser())) for split, path in files.items()}
-        return dict(load_dataset(file_format, data_files=escaped, **options))
+        found = dict(load_dataset(file_format, data_files=escaped, **options))
     except Exception as error:
         raise _unreadable(name, file_format, error) from error
+    if file_format == "csv":
+        for split, path in files.items():
+            _check_width(path, found[split], name)
+    return found
+
+
+def _check_width(path: Path, rows: Dataset, name: str) -> None:
+    """Raises `ValueError` where a .csv has more values in a row than names of columns: all would be of others."""
+    if UNNAMED not in rows.column_names:  # which pandas makes an index of what is too much
+        return
+    with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
+        names = next(filter(None, csv.reader(file)))
+    if UNNAMED not in names:
+        raise ValueError(
+            f"{str(name)!r} has more values in each row than names in its first line, {','.join(names)!r}: put texts "
+            "with commas into quotes, and give each column a name."
+        )
 
 
 def _unreadable(name: str, file_format: str, error: BaseException) -> ValueError:

@@ -73,7 +73,7 @@ def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | N
             read_upload_(codec, layout, out_P, task.received_P, sent, asked.names)
         except (RuntimeError, IndexError) as error:  # places beyond the row
             raise MessageError(f"its encoded update cannot be read: {error}") from error
-    integers = {name: known.clone() for name, known in server.integers[0].items() if name not in asked.names}
+    integers = {name: known.clone() for name, known in server.integers[0].items()}  # of one that is not sent, too
     integers |= part(message.tensors, INTEGERS)
     num_examples, metrics = _numbers(facts)
     beside = {name: tensor.to(out_P.device) for name, tensor in part(message.tensors, BESIDE).items()}

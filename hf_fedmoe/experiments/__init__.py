@@ -13,6 +13,7 @@ _MODULES = {
     "ImageExperiment": "images",
     "TextExperiment": "texts",
     "compare": "run_comparison",
+    "diagnose_own": "own_differences",
     "evaluate_saved": "saved_models",
     "find_model": "experiment",
     "main": "recipe",

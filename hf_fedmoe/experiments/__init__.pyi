@@ -7,6 +7,7 @@ from .images import ImageExperiment as ImageExperiment
 from .language_owners import owners_main as owners_main
 from .methods import make_trainer as make_trainer
 from .named_strategies import method_names as method_names
+from .own_differences import diagnose_own as diagnose_own
 from .own_run import train_own as train_own
 from .recipe import main as main
 from .recipe import parse as parse

@@ -95,7 +95,11 @@ def read_comparison(path: Path) -> Comparison:
         raise ValueError("`columns` is []: give at least one metric, [accuracy].")
     check_seeds(comparison.seeds)
     check_settings("`settings`", comparison.settings)
-    for chosen in (comparison.settings, *filter(None, comparison.sizes.values())):
+    sizes = [given for given in comparison.sizes.values() if isinstance(given, dict)]
+    recipe = read_yaml(path.parent / comparison.recipe) if comparison.recipe else {}
+    taken = {"quick", *(str(given.get("recipe_preset")) for given in sizes)}
+    presets = [given for preset, given in recipe.items() if preset in taken]
+    for chosen in (*presets, comparison.settings, *sizes):
         if isinstance(chosen, dict) and isinstance(plugin := chosen.get("plugin"), str):
             load_plugin(plugin)  # before rows name its methods
     comparison.methods = {row: _method(row, given) for row, given in comparison.methods.items()}

@@ -152,6 +152,8 @@ def parse_own(told: dict[str, Any], images: bool) -> tuple[OwnData, FedMoETraini
             raise ValueError(f"`{name}` is a setting of simulated clients, and yours are who they are: leave it out.")
     if "label_names" in told:
         raise ValueError("`label_names` names columns of a batch: the classes in their order are `classes`.")
+    if images and "peft" in told:
+        raise ValueError("`--lora` is for models of texts: with `--images` clients train whole models, leave it out.")
     experiment_class: type[OwnData] = OwnImages if images else OwnTexts
     model = str(told.get("model") or (SMALL_MODEL if images else SHIPPED_MODEL))
     settings = {"model": model, "dataset": "own", "validation_size": 0, **_defaults(find_model([model]), images)}

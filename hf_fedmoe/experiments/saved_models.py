@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import Pipeline, pipeline
 
 from ..data.own_files import read_own_files, read_texts
-from ..data.own_folders import read_own_folders
+from ..data.own_folders import image_endings, read_own_folders
+from ..data.own_paths import check_paths
 from ..models.configuration_checks import class_names
 from ..reporting import scores
 from .own_run import result_table
@@ -71,9 +72,15 @@ def predict_saved(model: str, file: str, text_column: str = "text", out: str | N
         ValueError: When the model or the file cannot be read.
     """
     inputs = _images(Path(file)) or _texts(Path(file), text_column)
+    if out is not None:
+        _check_out(Path(out), Path(file))
+    for each in inputs:
+        if isinstance(each, Path):
+            with Image.open(each) as image:
+                _check_depth(image, str(each))
     classify = _load(model, isinstance(inputs[0], Path))
-    asked = [Image.open(each) if isinstance(each, Path) else each for each in inputs]
-    answers = [answer[0] for answer in _ask(classify, asked, top_k=1)]
+    # By their paths: images are opened one after the other.
+    answers = [answer[0] for answer in _ask(classify, [str(each) for each in inputs], top_k=1)]
     if out is None:
         return "\n".join(
             f"{answer['label']:>12s}  {answer['score']:.2f}  {' '.join(str(each).split())[:WIDTH]}"
@@ -89,7 +96,7 @@ def predict_saved(model: str, file: str, text_column: str = "text", out: str | N
 
 def _images(path: Path) -> list[Any]:
     """The images at a path, none for a file of texts."""
-    endings = Image.registered_extensions()
+    endings = image_endings()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [each for each in files if each.is_file() and each.suffix.lower() in endings]
     if path.is_dir() and not found:
@@ -100,10 +107,28 @@ def _images(path: Path) -> list[Any]:
 def _texts(path: Path, column: str) -> list[Any]:
     if path.suffix.lower() != ".txt":
         return read_texts(path, column)
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    check_paths({"texts": path}, (".txt",), "file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 ({error}). Save the file as UTF-8.") from error
     if not (found := [line for line in lines if line.strip()]):
         raise ValueError(f"{str(path)!r} has no texts: write one in each line.")
     return found
+
+
+def _check_depth(image: Image.Image, name: str) -> None:
+    """Raises `ValueError` for an image that a pipeline would cut to 8 bits, and that training refuses."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{name!r} has the mode {image.mode!r}, more than 8 bits a channel: convert it to bytes.")
+
+
+def _check_out(out: Path, file: Path) -> None:
+    """Raises `ValueError` where no answers can be written, or what they answer would be lost."""
+    if out.exists() and out.samefile(file):
+        raise ValueError(f"`out` is {str(out)!r}, the file that is read, which would be lost: give another name.")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"`out` is {str(out)!r}, where no file can be written: give one in a folder that is there.")
 
 
 def _load(model: str, images: bool) -> Pipeline:
@@ -113,9 +138,8 @@ def _load(model: str, images: bool) -> Pipeline:
         return pipeline("image-classification" if images else "text-classification", model=place)
     except (OSError, ValueError, KeyError) as error:
         what = "images" if images else "texts"
-        raise ValueError(
-            f"{model!r} cannot be loaded as a classifier of {what}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).partition("See the original errors")[0].split())
+        raise ValueError(f"{model!r} cannot be loaded as a classifier of {what}: {reason[:300]}") from error
 
 
 def _ask(classify: Pipeline, inputs: list[Any], top_k: int) -> list[list[dict[str, Any]]]:
@@ -127,7 +151,11 @@ def _score(classify: Pipeline, rows: datasets.Dataset, names: list[str]) -> dict
     content = "image" if "image" in rows.column_names else "text"
     place = {name: label for label, name in enumerate(names)}
     probabilities_NC = torch.zeros(len(rows), len(names))
-    for row, answers in enumerate(_ask(classify, rows[content][:], top_k=len(names))):
+    asked = rows[content][:]
+    for row, each in enumerate(asked):
+        if content == "image":
+            _check_depth(each, rows.data.column(content)[row].as_py()["path"])
+    for row, answers in enumerate(_ask(classify, asked, top_k=len(names))):
         for answer in answers:
             probabilities_NC[row, place[answer["label"]]] = answer["score"]
     return scores(probabilities_NC, torch.tensor(rows["label"][:]))

@@ -80,6 +80,10 @@ class ClientStore:
         if self.named is not None and replaced:
             self._behind.add_last(self._delete_replaced, replaced)
 
+    def go_on_from(self, ended: "ClientStore") -> None:
+        """Takes the current versions of a store of the same folder, and those that it could not write."""
+        self.manifest, self._unwritten = ended.manifest, ended._unwritten
+
     def finish_writing(self) -> None:
         """Waits until all versions are on disk, where other processes can read them."""
         self._behind.finish()

@@ -317,6 +317,11 @@ class LocalTrainer:
                 total += self.objective(model, batch) * len(next(iter(batch.values())))
         return (total / len(dataset)).item()
 
+    def least_loss(self, dataset: Subset, rows_KP: Tensor, integers: dict[str, Tensor], seed: int) -> int:
+        """Tells which of some models has the least [`mean_loss`] over a client's examples."""
+        losses = [self.mean_loss(dataset, row_P, integers, seed) for row_P in rows_KP]
+        return losses.index(min(losses))
+
     def in_order(self, dataset: Subset, seed: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a client's examples in their order; `seed` is that of augmentation."""
         self._seed(seed)

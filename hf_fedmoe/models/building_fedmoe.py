@@ -260,11 +260,8 @@ class FedMoEBuilding(PreTrainedModel):
         config = copy.deepcopy(expert.config)
         config.num_labels = num_labels
         found = cls.expert_auto_class.from_config(config, dtype=expert.dtype)
-        fitting = {
-            name: tensor
-            for name, tensor in expert.state_dict().items()
-            if found.state_dict()[name].shape == tensor.shape
-        }
+        shapes = {name: tensor.shape for name, tensor in found.state_dict().items()}
+        fitting = {name: tensor for name, tensor in expert.state_dict().items() if tensor.shape == shapes[name]}
         found.load_state_dict(fitting, strict=False)
         return found.to(expert.device)
 

@@ -1,6 +1,5 @@
 """
-A mixture of owners of text comes about and changes: owners are added and taken out again. Flat: the file travels
-to the Hub as it is.
+Builds mixtures of owners of text, adds owners and takes them out again. Flat: the file travels to the Hub as it is.
 
 Shape suffixes: E experts (the base first), D width of the embeddings + 1, P = D (D + 1) / 2, r rank, I and O widths of
 a layer's input and output.

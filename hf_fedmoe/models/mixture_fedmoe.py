@@ -61,11 +61,24 @@ def client_prior(output: FedMoEOutput, labels_B: Tensor, steps: int = 10) -> Ten
 
     Returns:
         `torch.Tensor` of shape `(K,)`: sums to 1.
+
+    Raises:
+        ValueError: If there are no logits of experts, or labels are not one class of each row.
     """
     if output.expert_logits is None or output.gate_probs is None:
         raise ValueError("`output` has no `expert_logits`: call the mixture with `output_expert_logits=True`.")
     size, K = output.gate_probs.shape
     P_BKC = output.expert_logits[:, -K:].softmax(-1)
+    labels_B = torch.as_tensor(labels_B, device=P_BKC.device)
+    if labels_B.shape != (size,) or labels_B.is_floating_point():
+        raise ValueError(
+            f"`labels_B` has the shape {tuple(labels_B.shape)} and the type {labels_B.dtype}: give one class, a whole "
+            f"number, for each of the {size} rows."
+        )
+    if size and not 0 <= labels_B.min() <= labels_B.max() < P_BKC.shape[2]:
+        raise ValueError(
+            f"`labels_B` goes from {labels_B.min()} to {labels_B.max()}: classes are 0 to {P_BKC.shape[2] - 1}."
+        )
     likely_BK = output.gate_probs * P_BKC[torch.arange(size), :, labels_B]
     prior_K = likely_BK.new_full((K,), 1 / K)
     for _ in range(steps):
@@ -73,6 +86,29 @@ def client_prior(output: FedMoEOutput, labels_B: Tensor, steps: int = 10) -> Ten
         share_BK /= share_BK.sum(1, keepdim=True).clamp_min(torch.finfo(share_BK.dtype).tiny)
         prior_K = (share_BK.sum(0) + 1 / K) / (size + 1)
     return prior_K / prior_K.sum()
+
+
+def log_prior(client_prior: Tensor, gate_logits_BK: Tensor) -> Tensor:
+    """
+    Returns the logarithm of a prior over routed experts, to be added to the gate's logits.
+
+    Args:
+        client_prior (`torch.Tensor` of shape `(K,)` or `(B, K)`): None below 0, one above it in each row.
+        gate_logits_BK (`torch.Tensor` of shape `(B, K)`): The gate's logits.
+
+    Raises:
+        ValueError: If it is no such tensor.
+    """
+    size, K = gate_logits_BK.shape
+    prior = torch.as_tensor(client_prior).to(gate_logits_BK)
+    if prior.shape not in ((K,), (size, K)):
+        raise ValueError(
+            f"`client_prior` has the shape {tuple(prior.shape)}: give a weight for each of the {K} routed experts, "
+            f"({K},), or ({size}, {K}) for each row."
+        )
+    if not ((prior >= 0).all() and prior.isfinite().all() and (prior.sum(-1) > 0).all()):
+        raise ValueError(f"`client_prior` is {prior.tolist()}: give finite weights of 0 or more that are not all 0.")
+    return prior.log()
 
 
 def dense_mixture(

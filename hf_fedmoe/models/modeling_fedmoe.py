@@ -26,6 +26,7 @@ from .mixture_fedmoe import (
     dense_mixture,
     gating_entropy,
     load_imbalance,
+    log_prior,
     select_experts,
 )
 from .precision_fedmoe import cast_inputs_of, to_float32_
@@ -244,7 +245,10 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
     def _batch_size(self, batch: dict[str, Any]) -> int:
         for name in (self.main_input_name, "inputs_embeds"):
             if batch.get(name) is not None:
-                return batch[name].shape[0]
+                size, *rest = batch[name].shape
+                if 0 in rest:
+                    raise ValueError(f"`{name}` has the shape {(size, *rest)}, nothing to read: leave empty text out.")
+                return size
         raise ValueError(f"`{self.main_input_name}` is missing from the inputs, got {sorted(batch)}: pass it.")
 
     def gate_features(self, batch: dict[str, Any]) -> Tensor | None:
@@ -401,7 +405,7 @@ class FedMoEPreTrainedModel(FedMoEBuilding):
             main, features_BH = self._main_outputs(batch)
         gate_logits_BK = self.gate_logits(features_BH, batch)
         if client_prior is not None:
-            gate_logits_BK = gate_logits_BK + client_prior.to(gate_logits_BK).log()
+            gate_logits_BK = gate_logits_BK + log_prior(client_prior, gate_logits_BK)
         gate_probs_BK = gate_logits_BK.softmax(dim=-1)
 
         if dense:

@@ -5,6 +5,7 @@ same at all of them.
 Shape suffixes: M clients, C classes, d features.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from sklearn.metrics import silhouette_score
 from transformers import PreTrainedModel
 
 from ..data import FederatedDataset
+from ..data.labels import labels_for_collators
 from ..strategies.client_statistics import groups_of, head_of, shifts, statistics_of
 from .markdown import table
 
@@ -25,6 +27,8 @@ CLEAR_GROUPS = 0.4
 # Proportions of classes that differ by more are worth a method that minds them.
 SKEWED = 0.2
 MOST_GROUPS = 8
+# Clients of whom two groups of two can be made.
+FEWEST = 4
 # Rows of a client that are looked at: means need no more.
 MOST_ROWS = 500
 
@@ -55,6 +59,12 @@ class ClientDifferences:
     @property
     def advice(self) -> str:
         """Says in a sentence what that suggests."""
+        if len(self.groups) < FEWEST:
+            proportions = "differ" if self.label_skew > SKEWED else "are alike"
+            return (
+                f"Proportions of classes {proportions}; whether classes look different in groups cannot be told of "
+                f"fewer than {FEWEST} clients. Take FedAvg, tuned on the reserved set, and FedAvg+ beside it."
+            )
         if self.num_groups > 1:
             return (
                 f"Classes look different in {self.num_groups} groups of clients: no single compact model serves all. "
@@ -92,15 +102,14 @@ def diagnose(
         data ([`~data.FederatedDataset`]): Its clients, prepared as for training.
         model ([`~transformers.PreTrainedModel`]): A classifier with a linear head, of whose features statistics are;
             random weights tell groups too.
-        data_collator (`Callable`): Makes batches of rows.
+        data_collator (`Callable`): Makes batches of rows, of which it is given the columns that the model takes.
         statistics_size (`int`, *optional*, defaults to 64): d, the features, at most.
 
     Raises:
-        ValueError: When there are fewer than four clients, among which no groups can be told, or the model cannot
-            tell their classes.
+        ValueError: When there is one client, which differs from nobody, or the model cannot tell the classes.
     """
-    if data.num_clients < 4:
-        raise ValueError(f"`data` has {data.num_clients} clients: groups can be told of four or more.")
+    if data.num_clients < 2:
+        raise ValueError(f"`data` has {data.num_clients} client, which differs from nobody: give two or more.")
     if statistics_size < 1:
         raise ValueError(f"`statistics_size` is {statistics_size}: give at least 1.")
     if model.config.num_labels != data.num_labels:
@@ -108,7 +117,11 @@ def diagnose(
             f"`model` has {model.config.num_labels} classes, `data` has {data.num_labels}: load it with "
             f"num_labels={data.num_labels}."
         )
-    head, clients, training = head_of(model), map(data.client, range(data.num_clients)), model.training
+    taken = {*inspect.signature(model.forward).parameters, "label", "label_ids"}
+    pool = labels_for_collators(data.pool, data.label_column)
+    pool = pool.select_columns([name for name in pool.column_names if name in taken])
+    clients = (pool.select(rows) for rows in data.client_indices)
+    head, training = head_of(model), model.training
     model.eval()
     try:
         found = [statistics_of(model, head, _batches(rows, model, data_collator), statistics_size) for rows in clients]

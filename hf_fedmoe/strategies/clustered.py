@@ -73,8 +73,8 @@ class ClusteredFL(Strategy):
         clusters_KP, cluster_M = server.tensors["clusters_KP"], server.tensors["cluster_M"]
         if task.client < len(cluster_M):
             return local.load(clusters_KP[cluster_M[task.client]], task.integers)
-        losses = [local.mean_loss(task.dataset, row_P, task.integers, task.seed) for row_P in clusters_KP]
-        return local.load(clusters_KP[losses.index(min(losses))], task.integers)
+        found = local.least_loss(task.dataset, clusters_KP, task.integers, task.seed)
+        return local.load(clusters_KP[found], task.integers)
 
     def _splits_off(self, server: Server, uploads: Uploads, cluster: int, places: list[int]) -> list[int]:
         """The participants, by their places, that leave the cluster; none if it stays whole."""

@@ -186,8 +186,7 @@ class FedMoEGroups(Strategy):
         group_M, experts_KP = server.tensors["group_M"], server.bank_SP[1:]
         group = int(group_M[task.client]) if task.client < len(group_M) else NOBODY
         if group == NOBODY:
-            losses = [local.mean_loss(task.dataset, row_P, task.integers, task.seed) for row_P in experts_KP]
-            group = losses.index(min(losses))
+            group = local.least_loss(task.dataset, experts_KP, task.integers, task.seed)
         return local.load(experts_KP[group], server.integers[1 + group])
 
     def _find_groups(self, server: Server, uploads: Uploads) -> None:

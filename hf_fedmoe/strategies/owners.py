@@ -139,8 +139,8 @@ class Owners(Strategy):
         owner_M = server.tensors["owner_M"]
         if task.client < len(owner_M):
             return local.load(server.bank_SP[owner_M[task.client]], task.integers)
-        losses = [local.mean_loss(task.dataset, row_P, task.integers, task.seed) for row_P in server.bank_SP]
-        return local.load(server.bank_SP[losses.index(min(losses))], task.integers)
+        found = local.least_loss(task.dataset, server.bank_SP, task.integers, task.seed)
+        return local.load(server.bank_SP[found], task.integers)
 
     def _is_new(self, server: Server, client: int) -> bool:
         """Tells whether a client of the federation has not sent its statistics yet."""

@@ -91,8 +91,8 @@ class Checkpointing(ModelColumns, SeveralProcesses):
         if self._lock is None or (self.args.load_best_model_at_end and not self.args.save_only_model):
             return False
         assert self._left is not None  # a run has ended
-        _, _, clients = self._left
-        return not self._named_by_checkpoints().issuperset(clients.values())
+        _, _, store = self._left
+        return not self._named_by_checkpoints().issuperset(store.manifest.values())
 
     # What to go on from
 

@@ -1,6 +1,7 @@
 """Everything that can be known to be wrong before a run starts."""
 
 import os
+from collections.abc import Collection
 
 from accelerate.utils import is_compiled_module
 from peft import PeftModel
@@ -187,9 +188,32 @@ def check_run(
         )
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"`learning_rate` is {args.learning_rate}: give a number of 0 or more.")
+    if args.label_names is not None and "labels" not in [*args.label_names]:
+        raise ValueError(
+            f"`label_names` is {args.label_names!r}, but batches have their classes as 'labels', whatever the column "
+            "is called: leave it out, or no evaluation would have a metric. (The columns' name is `label_column` of "
+            "the data.)"
+        )
     if args.should_save:
         assert args.output_dir is not None  # transformers has filled it in
         make_folder(args.output_dir)
+
+
+def check_best_metric(args: FederatedTrainingArguments, metrics: Collection[str], datasets: Collection[str]) -> None:
+    """
+    Raises `ValueError` when `metric_for_best_model` is none of those of an evaluation.
+
+    Args:
+        args ([`FederatedTrainingArguments`]): Of the run.
+        metrics (`Collection[str]`): What an evaluation gives, without `eval_`.
+        datasets (`Collection[str]`): Names of several datasets that are evaluated, if they are.
+    """
+    chosen = args.metric_for_best_model
+    if chosen is None or args.eval_strategy == "no":
+        return
+    known = [f"{name}_{metric}" for name in datasets for metric in metrics] or list(metrics)
+    if chosen.removeprefix("eval_") not in known:
+        raise ValueError(f"`metric_for_best_model` is {chosen!r}: an evaluation has {', '.join(known)}, choose one.")
 
 
 def make_folder(folder: str | os.PathLike) -> None:

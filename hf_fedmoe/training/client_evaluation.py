@@ -136,7 +136,8 @@ class ClientEvaluation(ModelColumns, SeveralProcesses):
         if best and not self.args.save_only_model:
             load_federation(Path(best), server, store)
         elif self._left is not None:
-            server.tensors, server.integers, store.manifest = self._left
+            server.tensors, server.integers, ended = self._left
+            store.go_on_from(ended)
         else:
             self.strategy.setup(server, federation.num_clients)
         return federation

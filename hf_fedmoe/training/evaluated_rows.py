@@ -9,6 +9,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import FederatedDataset
 from ..models.configuration_checks import class_names
+from .checks import check_best_metric
 from .columns import ModelColumns
 from .readers import Part, Reader, scan_readers
 from .trainer_of_rounds import client_model_of
@@ -39,6 +40,11 @@ class EvaluatedRows(ModelColumns):
             if isinstance(dataset, datasets.Dataset) and (fault := self._fault(dataset)):
                 raise ValueError(f"{fault} It says: {type(error).__name__}: {error}") from error
             raise
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As in [`~transformers.Trainer`], with `ValueError` for a metric that the caller's own do not have."""
+        check_best_metric(self.args, [name.removeprefix("eval_") for name in metrics], ())
+        return super()._determine_best_metric(metrics, trial)
 
     def _fault(self, dataset: datasets.Dataset) -> str | None:
         """Says what is wrong with the rows, `None` if nothing is known to be."""

@@ -48,7 +48,7 @@ from ..strategies import FedAvg, Server, Strategy
 from ..weights import copy_module, make_codec, release
 from .adapters import add_adapter, check_adapters
 from .checkpointing import Checkpointing
-from .checks import check_parts, check_run
+from .checks import check_best_metric, check_parts, check_run
 from .client_evaluation import ClientEvaluation
 from .client_training import ClientTraining
 from .columns import ModelColumns, check_batch_has_labels
@@ -58,7 +58,7 @@ from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
 from .known_rows import trial_on_known_rows
 from .label_names import settle_label_names
-from .metrics import classification_metrics
+from .metrics import OF_CLASSES, OF_EVALUATION, classification_metrics
 from .precision import train_in_float32
 from .progress import Watch, one_line_a_round, without_bars_of_files
 from .resuming import CLIENTS_FOLDER
@@ -185,6 +185,10 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         if self.federated_dataset is None:
             raise ValueError("`train_dataset` is None: give the trainer a `FederatedDataset` to train on.")
         check_hooks(self, FederatedTrainer)
+        if type(self).evaluate is FederatedTrainer.evaluate and self.compute_metrics in (None, classification_metrics):
+            of_classes = () if self.compute_metrics is None or self.args.prediction_loss_only else OF_CLASSES
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+            check_best_metric(self.args, [*OF_EVALUATION, *of_classes], named)
         logger.info(self._where_clients_are)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -236,7 +240,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
                 self._contribution_SM = federation.server.tensors["contribution_SM"].cpu().numpy()
         finally:
             federation.local_trainer.close()
-            self._left = (federation.server.tensors, federation.server.integers, federation.store.manifest)
+            self._left = (federation.server.tensors, federation.server.integers, federation.store)
             # Afterwards the model is an ordinary one again, whose tensors own their memory.
             for module in self.strategy.server_models(self.model):
                 release(module)

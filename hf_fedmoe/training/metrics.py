@@ -6,6 +6,11 @@ from transformers import EvalPrediction
 from ..reporting import scores
 
 
+# What an evaluation has of any model, and of one of classes.
+OF_EVALUATION = ("loss", "runtime", "samples_per_second", "steps_per_second")
+OF_CLASSES = ("accuracy", "macro_f1", "auc")
+
+
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """
     `accuracy`, `macro_f1` (mean over all classes of the model, a class that is never right counting 0) and `auc` (mean

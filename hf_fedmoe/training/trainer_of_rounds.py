@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..data import FederatedDataset
-from ..federation import Federation, RoundReport
+from ..federation import ClientStore, Federation, RoundReport
 from ..models import AdapterExpert
 from ..reporting import ClientScore
 from ..strategies import Strategy
@@ -27,8 +27,8 @@ class TrainerOfRounds(Trainer):
     train_data_collator: Callable
     _signature_columns: list[str] | None  # type: ignore[assignment]  # transformers declares what it is at first
     _active_federation: Federation | None
-    # Of the last round: the strategy's tensors, the integer buffers, the manifest of the client store.
-    _left: tuple[dict[str, Tensor], list[dict[str, Tensor]], dict[int, str]] | None
+    # Of the last round: the strategy's tensors, the integer buffers, the client store.
+    _left: tuple[dict[str, Tensor], list[dict[str, Tensor]], ClientStore] | None
 
     @property
     def _data(self) -> FederatedDataset:

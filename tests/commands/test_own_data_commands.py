@@ -71,7 +71,7 @@ def said(capsys, *words: str) -> str:
 
 
 def refused(capsys, *words: str) -> str:
-    """What a command says that ends with exit code 2, in one line."""
+    """Returns the one line that a command says which ends with exit code 2."""
     with pytest.raises(SystemExit) as ended:
         main(list(map(str, words)))
     assert ended.value.code == 2
@@ -226,6 +226,13 @@ def test_images_of_folders(capsys, monkeypatch, tmp_path):
     assert accuracy_of("b", said(capsys, "evaluate", "runs/shades", "a", "b")) == 100
     told = said(capsys, "predict", "runs/shades", "a/light").splitlines()
     assert len(told) == 20 and all(line.split()[0] == "light" for line in told)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter, as of a photograph
+    Image.new("RGB", (8, 8), "white").save("b/light/turned.png", exif=turned)
+    assert "100.0" in said(capsys, "evaluate", "runs/shades", "b")
+    Image.fromarray(np.full((8, 8), 60_000, dtype=np.uint16)).save("a/light/deep.png")
+    for words in (("evaluate", "runs/shades", "a"), ("predict", "runs/shades", "a/light")):
+        assert "deep.png' has the mode 'I;16', more than 8 bits a channel: convert it" in refused(capsys, *words)
 
 
 CLIENTS = ["--clients", "north.csv", "south.csv"]
@@ -236,6 +243,10 @@ COLUMNS = ["--text_column", "review", "--label_column", "mood"]
     ("words", "message"),
     [
         (COLUMNS, "hf-fedmoe train: give either --clients, a file of each client, or --images, a folder of each"),
+        (
+            ["--images", "a", "b", "--lora"],
+            "`--lora` is for models of texts: with `--images` clients train whole",
+        ),
         (CLIENTS, "hf-fedmoe train: `text_column` is missing: name the column of the files, --text_column NAME."),
         ([*CLIENTS, *COLUMNS, "--learnin_rate", "1"], "There is no setting 'learnin_rate': is it learning_rate"),
         ([*CLIENTS, *COLUMNS, "--rounds", "many"], "`rounds` is 'many': give a whole number."),
@@ -263,6 +274,14 @@ def test_mistakes_with_saved_models(trained, place, capsys, monkeypatch):
         capsys, "predict", "runs/mien", "test.csv", "--text_column", "review"
     )
     assert "no column 'text' for text" in refused(capsys, "predict", "runs/mine", "test.csv")
+    before = Path("test.csv").read_bytes()
+    for out, message in (("./test.csv", "the file that is read, which would be lost"), ("no/a.csv", "no file can be")):
+        told = refused(capsys, "predict", "runs/mine", "test.csv", "--text_column", "review", "--out", out)
+        assert message in told
+    assert Path("test.csv").read_bytes() == before
+    Path("latin.txt").write_bytes(b"caf\xe9\n")
+    assert "'latin.txt' is not UTF-8" in refused(capsys, "predict", "runs/mine", "latin.txt")
+    assert "There is no file 'tset.txt' of 'texts'" in refused(capsys, "predict", "runs/mine", "tset.txt")
     Path("other.csv").write_text("review,mood\nw3,bad\nw4,goood\n")
     told = refused(capsys, "evaluate", "runs/mine", "other.csv", *COLUMNS)
     assert "is 'goood' in row 2, which classes has not: is it 'good'?" in told

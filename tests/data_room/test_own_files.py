@@ -154,6 +154,7 @@ def test_what_is_asked_for_wrongly_is_said(files, changes, said):
         ("", "south.csv' has no rows"),
         ("review,stars\n", "south.csv' has no rows"),
         ("review;stars\ngood;1\n", r"has one column, 'review;stars', with ';' in its name: columns of a .csv are sep"),
+        ("review,stars\nfine, but late,1\ndull, and long,2\n", r"more values in each row than names in its first"),
         ('review,stars\nfine,1\n"  ",2\n', r"`review` of '.*south.csv' is empty in 1 of 2 rows, row 2 first"),
         ("review,stars\nfine,1\nbad,\n", r"`stars` of '.*south.csv' is empty in 1 of 2 rows, row 2 first"),
         ("review,stars\nfine,1\nbad,2.5\n", r"is 2.5 in row 2: numbers that are not whole are no classes"),

@@ -48,9 +48,9 @@ def test_what_is_wrong_with_a_folder_is_said(folders, tmp_path):
 
 
 def test_files_that_are_no_images_are_named_and_hidden_ones_are_not(folders, tmp_path):
-    (tmp_path / "south" / "cow" / "notes.txt").touch()
+    (tmp_path / "south" / "cow" / "notes.pdf").touch()  # an image that Pillow writes only
     (tmp_path / "south" / "cow" / ".DS_Store").touch()
     (tmp_path / "south" / "cow" / "Thumbs.db").touch()
-    with pytest.warns(UserWarning, match=r"1 file of '.*cow' have the ending of no .* out: notes.txt") as told:
+    with pytest.warns(UserWarning, match=r"1 file of '.*cow' have the ending of no .* out: notes.pdf") as told:
         assert FederatedDataset.from_folders(folders).client_sizes.tolist() == [6, 4]
     assert len(told) == 1

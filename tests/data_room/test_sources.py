@@ -225,6 +225,8 @@ def test_errors(tmp_path, columns, arguments, message):
             "test_size is 0.2, which holds out none of its 1 rows. Give a larger test_size",
         ),
         ("d.csv", b"text;label\na;b\n", "has one column, 'text;label', whose name holds ';'.* separated by commas"),
+        ("d.csv", b"text,label\nfine, but late,a\ndull, and long,b\n", "more values in each row than .*'text,label'"),
+        ("d.csv", b"text,label\nfine,a,\ndull,b,\n", "d.csv' has more values in each row than names in its first"),
         ("d.csv", b"text,label\n1,a\n2,b\n", r"has no texts in 'text' but Value\('int64'\)"),
     ],
 )
@@ -233,6 +235,11 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_source(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_csv_may_have_a_column_that_is_called_as_an_index(tmp_path):
+    write(tmp_path / "d.csv", text=["x", "y"] * 5, label=["a", "b"] * 5, __index_level_0__=list(range(10)))
+    assert sorted(load_source(str(tmp_path / "d.csv"))["train"]["__index_level_0__"])[-1] == 9
 
 
 def test_a_name_is_no_pattern(tmp_path):

@@ -75,7 +75,7 @@ def test_one_seed_decides_all_and_sizes_nothing_else():
 
 
 def test_a_linear_classifier_learns_it_in_rounds(tmp_path):
-    """Of one component FedAvg finds the direction; clients of three cannot agree on one."""
+    """FedAvg finds the direction of one component; clients of three cannot agree on one."""
     accuracies = {}
     for num_components in (1, 3):
         mixture = synthetic_mixture(8, 10, num_components, test_size=100, seed=1)

@@ -1,4 +1,4 @@
-"""What Flower's processes are given; the processes themselves are tested by test_flower_link.py."""
+"""The arguments and settings of Flower's processes; the processes themselves are tested by test_flower_link.py."""
 
 import ast
 import socket

@@ -1,11 +1,13 @@
 """Forged uploads are refused by name, and nothing of them reaches the server."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hf_fedmoe.deployment import Message
+from hf_fedmoe.deployment.reading_uploads import read_upload
 from hf_fedmoe.federation import Processes
 from hf_fedmoe.federation.participants import Reply
 from hf_fedmoe.federation.uploads import Rows, UploadMemory
@@ -76,6 +78,16 @@ def receive(asked_and_answer, message):
 def test_a_sound_upload_is_taken(asked_and_answer):
     fault, rows = receive(asked_and_answer, asked_and_answer[2])
     assert fault is None and 0 in rows.tensors
+
+
+def test_a_count_that_is_left_out_is_the_servers(asked_and_answer, monkeypatch):
+    engine, asked, answer = asked_and_answer
+    asked = replace(asked, names=asked.names | {"count"})
+    monkeypatch.setattr(engine.server, "integers", [{"count": torch.tensor(3)}])
+    for sent, count in (({}, 3), ({"integers/count": torch.tensor(5)}, 5)):
+        message = replace(answer, tensors=answer.tensors | sent)
+        payload = read_upload(message, asked, engine.server, None, torch.empty_like(engine.server.bank_SP[0]))
+        assert payload.integers == {"count": torch.tensor(count)}
 
 
 @pytest.mark.parametrize("name", FORGERIES)

@@ -1,4 +1,4 @@
-"""What of a training text comes out again."""
+"""Training text that comes out again."""
 
 import torch
 

@@ -3,8 +3,10 @@
 from unittest import mock
 
 import pytest
+import yaml
 
 from hf_fedmoe.experiments import ImageExperiment, compare, make_trainer, method_names, parse_settings
+from hf_fedmoe.experiments.comparison import read_comparison
 from hf_fedmoe.experiments.methods import check_method
 from hf_fedmoe.experiments.named_strategies import STRATEGIES, _load, load_plugin
 from hf_fedmoe.training import FedMoETrainingArguments
@@ -76,6 +78,13 @@ def test_a_comparison_has_it_in_a_row(tmp_path, warm_processes):
         del STRATEGIES["half_average"]
         compare(other, tmp_path / "other")
     assert compare(other, tmp_path / "other", rows=["none"], overrides={"plugin": file}).splitlines()[2].count("|") > 3
+
+
+def test_a_comparison_finds_the_one_that_its_recipe_names(tmp_path):
+    presets = {"quick": SETTINGS | {"plugin": plugin(tmp_path)}, "other": SETTINGS | {"plugin": "is_not_there.py"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(presets))
+    path = written(tmp_path, methods={"Half": "half_average"}, recipe="recipe.yaml")
+    assert read_comparison(path).methods == {"Half": {"method": "half_average"}}
 
 
 def test_methods_may_have_a_base_in_common_that_is_none(tmp_path):

@@ -240,7 +240,7 @@ def test_workers_end_with_the_process_that_started_them(reader):
 
 
 def running(pid):
-    """Whether a process is there, and not only as one that its parent has not heard of."""
+    """Tells whether a process is there, and not only as one that its parent has not heard of."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"

@@ -1,4 +1,4 @@
-"""What processes do by themselves; tests/invariants/test_two_processes.py starts two."""
+"""Processes by themselves; tests/invariants/test_two_processes.py starts two."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -50,7 +50,7 @@ def half_a_row(self, local, task):
 
 
 def probes(*shapes):
-    """What is found of one upload after another."""
+    """Lists the faults of one upload after another."""
     left = [torch.zeros(shape) for shape in shapes]
     return lambda self, server, row_P, reserved: left.pop(0)
 

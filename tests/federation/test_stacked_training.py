@@ -105,7 +105,7 @@ UNEQUAL_STEPS = {
 
 @pytest.fixture
 def sizes_of_groups(monkeypatch):
-    """How many clients were trained at once, each time."""
+    """Lists how many clients were trained at once, each time."""
     sizes = []
     train = StackedTraining.train
 
@@ -230,7 +230,7 @@ def test_a_client_that_fails_does_not_harm_those_beside_it(tmp_path, sizes_of_gr
 
 @pytest.mark.parametrize("at_once", [1, AT_ONCE])
 def test_nothing_is_left_of_a_step_that_failed(at_once, tmp_path):
-    """Whether reading fails before the first or the second of its batches, the next clients find the same."""
+    """The next clients find the same, whether reading fails before the first or the second of its batches."""
 
     def run(failing):
         run = make_trainer(tmp_path, at_once, gradient_accumulation_steps=3, optim="sgd", learning_rate=0.1)

@@ -55,7 +55,7 @@ EVERY = [pytest.param(12, id="some"), pytest.param(1, id="all", marks=pytest.mar
 
 @pytest.fixture(scope="module", params=EVERY)
 def killed(request, tmp_path_factory):
-    """What is on disk after a save that was killed before its n-th operation, for each n; and the whole run."""
+    """Lists what is on disk after a save that was killed before its n-th operation, for each n; and the whole run."""
     folder = tmp_path_factory.mktemp("killed")
     operations = []
 

@@ -270,7 +270,7 @@ def test_what_top_k_holds_back_means_the_same_a_round_later(tmp_path):
 
 
 def meant(layout: StateLayout, row_P: Tensor, residual_U: Tensor) -> Tensor:
-    """What a residual would change of each product B A of a row, a row for each."""
+    """Returns what a residual would change of each product B A of a row, a row for each."""
     moved_P = row_P.clone()
     views = layout.views(moved_P)
     for view, part in zip(views.values(), residual_U.split([view.numel() for view in views.values()]), strict=True):

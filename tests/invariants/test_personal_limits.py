@@ -68,7 +68,7 @@ def run(output_dir, strategy, data=None, **changes):
 
 
 def kept(trainer) -> list[dict[str, torch.Tensor]]:
-    """What stays with each client after the run."""
+    """Returns what stays with each client after the run."""
     store = trainer._federation_of_the_last_round().store
     return [store.get(client) for client in range(trainer.federated_dataset.num_clients)]
 

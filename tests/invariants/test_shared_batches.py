@@ -220,7 +220,7 @@ def assert_equal_gate_reports(*paths):
 
 
 def assert_like_one_process(name, folder, alone):
-    """What both processes recorded beside `folder` is the same, and that of one process but for rounding."""
+    """Both processes recorded the same beside `folder`, and what one process does but for rounding."""
     assert_same(*(f"{folder}-{index}" for index in range(PROCESSES)))
     found, expected = (load_file(f"{path}.safetensors") for path in (f"{folder}-0", alone))
     on_server = {tensor for tensor in found if name == "fedmoe" and tensor.startswith(("alpha_logit", "gate."))}

@@ -221,7 +221,7 @@ def resumed(output_dir):
 
 
 def forwards(output_dir):
-    """How often this process runs experts and clients in a round and at the end, to train them or not."""
+    """Counts how often this process runs experts and clients in a round and at the end, to train them or not."""
     model, counts = tiny_mixture(), Counter()
     experts = list(model.experts)
 

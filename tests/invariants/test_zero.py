@@ -153,7 +153,7 @@ def bf16_adapters(name, output_dir, **changes):
 
 
 def held(stage):
-    """What a process holds of an adapter at the end of a round, beside the record."""
+    """Returns what a process holds of an adapter at the end of a round, beside the record."""
 
     def run(output_dir):
         run = adapters("fedavg", LoraConfig(r=4), output_dir, rounds=1, **engine(stage))

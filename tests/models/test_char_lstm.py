@@ -117,7 +117,7 @@ def test_round_trip_is_bit_equal(tmp_path, num_labels):
 
 @torch.no_grad()
 def test_a_row_of_a_bank_is_the_model():
-    """What an LSTM keeps of its weights besides the parameters must follow them."""
+    """Copies that an LSTM keeps of its weights follow the parameters."""
     model, other = make_different(tiny_char_lstm()), make_different(tiny_char_lstm(), seed=1)
     layout = StateLayout.of(model)
     assert (layout.batchnorm, layout.integers, layout.num_elements) == ((), (), model.num_parameters())

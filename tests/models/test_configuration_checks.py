@@ -1,4 +1,4 @@
-"""What no `config.json` may ask for, of any model; for mixtures see test_configuration_fedmoe.py."""
+"""Values that no `config.json` may have, of any model; for mixtures see test_configuration_fedmoe.py."""
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError

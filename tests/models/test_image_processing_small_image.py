@@ -77,7 +77,7 @@ def test_modes_are_read_as_a_pipeline_reads_them(mode, num_channels):
 
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_batches_equal_single_images(num_channels):
-    """Of one shape, which takes one step, and of mixed shapes and types."""
+    """Images of one shape, which takes one step, and of mixed shapes and types."""
     small, large = random_pixels(5, 8, 8), random_pixels(12, 10, 3)
     mixed = [small[0], large, Image.fromarray(large), torch.from_numpy(small[1]), small[2][None]]
     make = processor(num_channels)

@@ -13,6 +13,7 @@ from hf_fedmoe.models import (
     load_imbalance,
     select_experts,
 )
+from hf_fedmoe.models.mixture_fedmoe import log_prior
 from tests.tiny_models import make_different, text_batch, tiny_bert
 
 
@@ -125,3 +126,30 @@ def test_a_prior_weighs_what_the_gate_says(dense):
         assert torch.equal(model(**text_batch(), dense=dense, client_prior=each_BK).logits, found.logits)
         same = model(**text_batch(), dense=dense, client_prior=torch.full((3,), 1 / 3)).logits
         torch.testing.assert_close(same, model(**text_batch(), dense=dense).logits)
+
+
+def test_a_text_of_no_tokens_is_refused():
+    model = FedMoEForSequenceClassification.from_expert(tiny_bert(), num_routed_experts=2)
+    with pytest.raises(ValueError, match=r"`input_ids` has the shape \(1, 0\), nothing to read: leave empty"):
+        model(input_ids=torch.zeros(1, 0, dtype=torch.int64))
+
+
+def test_priors_and_labels_that_are_none_are_refused():
+    output = FedMoEOutput(gate_probs=torch.full((2, 3), 1 / 3), expert_logits=torch.zeros(2, 4, 5))
+    for labels, message in (
+        ([0, 5], "goes from 0 to 5: classes are 0 to 4"),
+        ([0, -1], "goes from -1 to 0: classes are 0 to 4"),
+        ([0], r"has the shape \(1,\) and the type torch.int64: give one class, a whole number, for each of the 2"),
+        ([[0, 1]], r"has the shape \(1, 2\)"),
+        ([0.0, 1.0], r"has the shape \(2,\) and the type torch.float32: give one class, a whole number"),
+    ):
+        with pytest.raises(ValueError, match=f"`labels_B` {message}"):
+            client_prior(output, torch.tensor(labels))
+    logits_BK = torch.zeros(2, 3)
+    for prior in ([1.0], [[0.5, 0.5]], [[1.0, 1.0, 1.0]] * 3, 1.0):
+        with pytest.raises(ValueError, match=r"`client_prior` has the shape .* for each of the 3 routed experts"):
+            log_prior(torch.tensor(prior), logits_BK)
+    for prior in ([0.0, 0.0, 0.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0], [1.0, float("inf"), 1.0]):
+        with pytest.raises(ValueError, match=r"`client_prior` is .*: give finite weights of 0 or more"):
+            log_prior(torch.tensor(prior), logits_BK)
+    assert (logits_BK + log_prior(torch.tensor([0, 0, 2]), logits_BK)).softmax(-1).tolist() == [[0, 0, 1]] * 2

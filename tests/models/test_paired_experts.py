@@ -59,7 +59,7 @@ def pair_of(name):
 
 
 def features(extractor, head, make, batch):
-    """What the last layer of the whole classifier of such an extractor reads."""
+    """Returns what the last layer of the whole classifier of such an extractor reads."""
     classifier = make()
     classifier.config.pad_token_id = 1
     classifier.load_state_dict(extractor.state_dict(), strict=False)

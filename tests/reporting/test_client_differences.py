@@ -60,6 +60,15 @@ def test_features_that_do_not_vary_are_refused():
         diagnose(federation_of_groups(), model, lambda rows: with_padding(list(rows)))
 
 
-def test_few_clients_are_refused():
-    with pytest.raises(ValueError, match=r"`data` has 3 clients: groups can be told of four or more"):
-        of(FederatedDataset(tiny_rows(60), iid(60, 3)))
+def test_of_few_clients_no_groups_can_be_told():
+    found = of(FederatedDataset(tiny_rows(60), iid(60, 3)))
+    assert found.num_groups == 1 and "cannot be told of fewer than 4 clients" in found.advice
+    with pytest.raises(ValueError, match=r"`data` has 1 client, which differs from nobody"):
+        of(FederatedDataset(tiny_rows(60), iid(60, 1)))
+
+
+def test_the_model_s_columns_are_chosen():
+    data = federation_of_groups()
+    wider = data.map(lambda row: {"kind": row["label"], "text": "words", "label_ids": 0})
+    wider.label_column = "kind"
+    assert np.array_equal(of(wider).shift_MM, of(data).shift_MM)

@@ -323,7 +323,7 @@ NASTY = [
 
 
 def shown(text: str) -> str:
-    """What a reader sees of a piece of the card: numbers of characters as these."""
+    """Returns what a reader sees of a piece of the card: numbers of characters as these."""
     return html.unescape(text).strip()
 
 
@@ -333,7 +333,7 @@ def one_line(name: str) -> str:
 
 @pytest.mark.parametrize("name", NASTY)
 def test_names_of_any_kind_stay_text(tmp_path, name):
-    """Of labels, methods, settings, data sets and models; and the metadata comes back as it was."""
+    """Markdown of labels, methods, settings, data sets and models; and the metadata comes back as it was."""
     labels = {0: name, 1: "plain", 2: f"{name} again"}
     model = tiny_mixture(num_routed_experts=2, id2label=labels)
     write_model_card(

@@ -1,4 +1,4 @@
-"""What every strategy must do; tests/every_method.py says how each is run."""
+"""Tests of every strategy; tests/every_method.py says how each is run."""
 
 import csv
 import importlib

@@ -74,7 +74,7 @@ def test_one_expert_is_fedavg(tmp_path):
 
 
 def disagreement(model) -> float:
-    """How much of their probability the two routed experts give to other classes."""
+    """Returns how much of their probability the two routed experts give to other classes."""
     rows = tiny_rows(100, seed=1)
     with torch.no_grad():
         logits_BSC = model(input_ids=torch.tensor(rows["input_ids"]), output_expert_logits=True).expert_logits

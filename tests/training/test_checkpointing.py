@@ -1,4 +1,4 @@
-"""What a run writes, keeps and deletes in its `output_dir`."""
+"""Files that a run writes, keeps and deletes in its `output_dir`."""
 
 import json
 import shutil

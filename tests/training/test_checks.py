@@ -84,6 +84,31 @@ def test_more_clients_per_round_than_clients(tmp_path):
         FederatedTrainer(tiny_expert(), tiny_args(tmp_path, clients_per_round=9), tiny_federation())
 
 
+@pytest.mark.parametrize("names", [[], ["stars"]])
+def test_labels_by_another_name_than_batches_have(tmp_path, names):
+    with pytest.raises(ValueError, match=r"`label_names` is \[.*but batches have their classes as 'labels', whatever"):
+        FederatedTrainer(tiny_expert(), tiny_args(tmp_path, label_names=names), tiny_federation())
+
+
+def test_a_best_metric_that_no_evaluation_has(tmp_path):
+    settings = {"eval_strategy": "steps", "save_strategy": "best", "metric_for_best_model": "acuracy", "rounds": 1}
+
+    def run(metric, **parts):
+        args = tiny_args(tmp_path, **settings | {"metric_for_best_model": metric})
+        return FederatedTrainer(tiny_expert(), args, tiny_federation(), **parts)
+
+    rows = tiny_rows(6)
+    with pytest.raises(ValueError, match=r"`metric_for_best_model` is 'acuracy': an evaluation has loss, .*accuracy"):
+        run("acuracy", eval_dataset=rows).train()
+    with pytest.raises(ValueError, match=r"is 'accuracy': an evaluation has a_loss, .*b_accuracy"):
+        run("accuracy", eval_dataset={"a": rows, "b": rows}).train()
+    with pytest.raises(ValueError, match=r"`metric_for_best_model` is 'accuracy': an evaluation has loss, .* mine"):
+        run("accuracy", eval_dataset=rows, compute_metrics=lambda prediction: {"mine": 1.0}).train()
+    trainer = run("eval_macro_f1", eval_dataset=rows)
+    trainer.train()
+    assert trainer.state.best_metric == pytest.approx(trainer.evaluate()["eval_macro_f1"])
+
+
 def test_fed_moe_without_reserved_set(tmp_path):
     rows = tiny_rows(20)
     with pytest.raises(ValueError, match=r"`train_dataset.reserved` is None.*reserved_size=500"):

@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
+from hf_fedmoe.federation import client_store
 from hf_fedmoe.models import (
     EnsembleForSequenceClassification,
 )
@@ -78,6 +79,24 @@ def test_personal_models_learn_what_one_global_model_cannot(tmp_path, strategy, 
     if strategy.name == "clustered":
         found = trainer._federation_of_the_last_round().server.tensors["cluster_M"]
         assert found.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_clients_are_evaluated_after_a_file_of_one_could_not_be_written(tmp_path, monkeypatch):
+    whole = run_of_two_kinds(tmp_path / "whole", Local())
+    calls, write = [], client_store.save_file
+
+    def last_fails(*arguments):
+        calls.append(1)
+        if len(calls) == 5 * 6:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(client_store, "save_file", last_fails)
+    settings = dict(rounds=5, clients_per_round=6, per_device_train_batch_size=7, num_train_epochs=2)
+    run = FederatedTrainer(tiny_expert(), tiny_args(tmp_path / "full", **settings), two_kinds(), strategy=Local())
+    with pytest.raises(OSError, match="No space left"):
+        run.train()
+    assert run.evaluate_clients()["clients_accuracy"] == whole.evaluate_clients()["clients_accuracy"]
 
 
 def test_fedem_finds_which_client_has_which_labels(tmp_path):

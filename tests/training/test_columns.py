@@ -27,7 +27,7 @@ INPUTS = ("input_ids", "attention_mask")
 
 
 def under(column, rows, decoys=()):
-    """The same rows with the labels in another column, and further columns that could be taken for them."""
+    """Returns the rows with the labels in another column, and further columns that could be taken for them."""
     rows = rows.rename_column("label", column) if column != "label" else rows
     for place, decoy in enumerate(decoys):
         rows = rows.add_column(decoy, [place] * len(rows))

@@ -1,4 +1,4 @@
-"""What rounds honour of `Trainer` they call or read, and whatever else a user sets or overrides is refused by name."""
+"""Rounds call or read what they honour of `Trainer`, and whatever else a user sets or overrides is refused by name."""
 
 import collections
 import inspect

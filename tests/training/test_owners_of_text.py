@@ -111,7 +111,7 @@ def test_one_owner_alone_is_federated_averaging_of_its_clients(tmp_path):
 
 
 def test_an_owner_who_does_not_take_part_keeps_its_expert(tmp_path):
-    """Of clients 0 and 1 each round, the press is never drawn."""
+    """Draws clients 0 and 1 each round, never the press."""
 
     class Courts(Owners):
         needs, compressible, keeps_optimizer = "fusion", True, True

@@ -1,4 +1,4 @@
-"""What a person sees of a run."""
+"""The bar and the lines that a person sees of a run."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What travels to the Hub, and back; the Hub is played by a server on 127.0.0.1."""
+"""Models travel to the Hub, and back; the Hub is played by a server on 127.0.0.1."""
 
 import json
 import os

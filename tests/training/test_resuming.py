@@ -1,4 +1,4 @@
-"""What `train(resume_from_checkpoint=...)` takes, and what it says about everything else."""
+"""`train(resume_from_checkpoint=...)`: what it takes, and what it says about everything else."""
 
 import json
 import shutil

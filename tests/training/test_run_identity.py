@@ -1,4 +1,4 @@
-"""What two runs must have in common for one to resume the other: everything but a short list."""
+"""Two runs must have everything but a short list in common for one to resume the other."""
 
 import dataclasses
 import enum

@@ -16,7 +16,7 @@ from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, t
 
 
 def deep_resnet(num_labels=4):
-    """Of 8x8 images its last layers see one pixel."""
+    """Its last layers see one pixel of 8x8 images."""
     torch.manual_seed(5)
     sizes = dict(embedding_size=4, hidden_sizes=[4, 6, 6], depths=[1, 1, 1])
     return ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", num_labels=num_labels)).eval()

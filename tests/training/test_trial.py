@@ -1,4 +1,4 @@
-"""What cannot work is refused before the first round, by row, value and remedy; the trial leaves no trace."""
+"""Whatever cannot work is refused before the first round, by row, value and remedy; the trial leaves no trace."""
 
 import random
 
@@ -253,7 +253,7 @@ class Noisy:
 
 @pytest.mark.parametrize("model", [lambda: tiny_bert(3), lambda: image_model("fedavg")], ids=["dropout", "batchnorm"])
 def test_the_trial_leaves_no_trace(tmp_path, monkeypatch, model):
-    """The same bits with and without it: weights, running statistics, generators, optimizer."""
+    """Equal bits with and without it: weights, running statistics, generators, optimizer."""
     images = model().main_input_name == "pixel_values"
     states, drawn = [], []
 

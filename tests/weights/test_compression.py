@@ -1,4 +1,4 @@
-"""What the server reads of a compressed upload, and how many bytes it took."""
+"""The server's reading of a compressed upload, and how many bytes it took."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ def payload(layout, **changes):
 
 
 def fault(layout, **changes):
-    """Of a client that is registered with 12 examples."""
+    """Makes an upload of a client that is registered with 12 examples."""
     known = Payload(torch.zeros(layout.size), {COUNT: torch.tensor(0)}, 12)
     return payload_fault(payload(layout, **changes), layout, known)
 
