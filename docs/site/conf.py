@@ -43,6 +43,7 @@ nb_execution_show_tb = True
 nb_execution_in_temp = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # which has tables
 nb_output_stderr = "remove"  # bars of progress; what fails is raised
 
 # Types stand in the docstrings.
