@@ -31,9 +31,6 @@ def parameter_rows(server: Server, rows_mP: Tensor) -> Tensor:
 
 
 def fault_of_reports(payload: Payload, *names: str) -> str | None:
-    """Says which of these numbers of 0 or more an upload does not report, `None` if it reports them all."""
-    for name in names:
-        value = payload.metrics.get(name)
-        if value is None or not value >= 0:
-            return f"it reports {name} = {value}, where a number of 0 or more is due"
-    return None
+    """Says which of these numbers an upload does not report, `None` if it reports them all."""
+    missing = next((name for name in names if name not in payload.metrics), None)
+    return None if missing is None else f"it reports no {missing}, by which it would be weighed"

@@ -55,6 +55,9 @@ def squared_distances(block: Block, layout: StateLayout, names: Collection[str] 
         names (`Collection[str]`, *optional*): The tensors that count; all if left out.
     """
     found = [_squared_distances(block, layout, kind) for kind in kinds_of(layout, names)]
+    if not found:  # nothing travels
+        m = len(block(slice(0, 0)))
+        return torch.zeros(m, m, dtype=torch.float64)
     if len(found) == 1:
         return found[0]
     return torch.stack([square_mm / _typical(square_mm) for square_mm in found]).sum(0)

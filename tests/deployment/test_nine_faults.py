@@ -13,7 +13,7 @@ from hf_fedmoe.deployment import Message, Node, NodeTrainer, ServerDataset, Serv
 from hf_fedmoe.federation import Processes
 from hf_fedmoe.federation.participants import Reply
 from hf_fedmoe.federation.uploads import Rows, UploadMemory
-from hf_fedmoe.strategies import AFL, FedAvg
+from hf_fedmoe.strategies import AFL, QFFL, FedAvg
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import image_model
 from tests.message_link import MessageLink, answering
@@ -205,13 +205,14 @@ def test_reports_that_are_no_numbers_of_a_computer_are_refused(deployment):
     assert reply.fault == "it reports a number of 1329 bits as steps"
 
 
-@pytest.mark.parametrize("value", [None, -1.0])
-def test_a_report_by_which_clients_are_weighed_must_be_there(value, simulation):
+def test_a_report_by_which_clients_are_weighed_must_be_there(simulation):
     participants, _, payload = simulation
     payload = copy.deepcopy(payload)
-    payload.metrics |= {} if value is None else {"start_loss": value}
-    fault = AFL().upload_fault(participants.server, payload)
-    assert fault == f"it reports start_loss = {value}, where a number of 0 or more is due"
+    missing = "it reports no start_loss, by which it would be weighed"
+    assert AFL().upload_fault(participants.server, payload) == missing
+    payload.metrics["start_loss"] = -1.0  # a loss of one's own may be
+    assert AFL().upload_fault(participants.server, payload) is None
+    assert QFFL().upload_fault(participants.server, payload) == missing.replace("start_loss", "learning_rate")
 
 
 def test_uploads_of_which_none_weighs_anything_end_the_run_with_the_reason(tmp_path):

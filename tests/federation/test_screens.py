@@ -83,6 +83,12 @@ def test_krum_with_nobody_hostile_keeps_all():
     assert Krum(0.0)(updates(1.0)).dropped == {}
 
 
+def test_where_nothing_travels_nothing_is_far():
+    found = updates(1.0, 2.0, 300.0, names={"another"})
+    assert sorted(Krum(0.0, many=False)(found).dropped) == [1, 2]
+    assert NormRatio(1.0)(found).told == {"shortened_updates": 0.0}
+
+
 def test_krum_with_too_few_uploads_reckons_with_fewer_and_says_so(caplog):
     with caplog.at_level("WARNING", logger="hf_fedmoe"):
         dropped = Krum(0.4)(updates(1.0, 1.1, 1.2, 1.3, 9.0)).dropped
