@@ -320,6 +320,16 @@ RUNS = METHODS | {
     ),
     "fedmoe_expert_epochs": with_settings("fedmoe", strategy=fedmoe(expert_epochs=1)),
     "fedmoe_download_epochs": with_settings("fedmoe", strategy=fedmoe(download_epochs=1)),
+    # Of four uploads three are dropped.
+    "fedavg_krum": with_settings(
+        "fedavg",
+        {"clients_per_round": 4, "robust_fusion": "krum", "expected_attackers": 0.0, "keep_client_optimizer": True},
+    ),
+    "fedmoe_median": with_settings(
+        "fedmoe",
+        {"clients_per_round": 4, "robust_fusion": "median", "max_update_norm_ratio": 1.0},
+        strategy=fedmoe(reserved_floor=0.5, max_expert_share=0.4, server_iterations=2),
+    ),
 }
 PERSONAL_RUNS = tuple(name for name, method in RUNS.items() if method.personal)
 

@@ -182,6 +182,14 @@ def test_commands_of_language_models_in_the_docs(newcomer, capsys):
         assert model.route(**inputs)[0, -1].argmax() == owner
 
 
+def test_words_that_an_upload_gives_away(newcomer, capsys):
+    (curious,) = blocks("docs/trust.md")
+    names = run(curious)
+    assert names["found"] == {}  # of adapters
+    assert "\n419 tokens, 419 of them found, 0 others found\n" in "\n" + capsys.readouterr().out
+    assert "`419 tokens, 419 of them found, 0 others found`" in (REPOSITORY / "docs/trust.md").read_text()
+
+
 def test_method_of_the_docs(newcomer, tmp_path):
     method, use, weights, feddyn, by_client, own = blocks("docs/strategies.md")
     names = run(method)

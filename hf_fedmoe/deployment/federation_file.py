@@ -22,6 +22,7 @@ from ..strategies import FedMoE, FedMoESettings, Strategy
 from ..training import FedMoETrainingArguments
 from .link import Link
 from .node_trainer import NodeTrainer
+from .roster import MAX_EXAMPLES
 from .server_dataset import ServerDataset
 from .server_trainer import ServerTrainer
 
@@ -35,6 +36,7 @@ OWN_SETTINGS = {
     "test": Setting(str),
     "min_clients": Setting(int),
     "round_timeout": Setting(float),
+    "max_client_examples": Setting(int),
 }
 # Settings of recipes that say nothing here: who holds what is as it is, and code does not travel.
 NOT_HERE = (
@@ -87,7 +89,8 @@ def read_federation(file: str | Path, told: dict[str, Any] | None = None) -> tup
             own[name] = str(Path(file).parent / own[name])
     # From where the command is given it would be another folder than from where Flower runs its app.
     given["output_dir"] = str(Path(file).resolve().parent / given.get("output_dir", f"runs/{Path(file).stem}"))
-    return {"method": "fedmoe", "min_clients": 1, "round_timeout": 600.0, **own}, given
+    limits = {"min_clients": 1, "round_timeout": 600.0, "max_client_examples": MAX_EXAMPLES}
+    return {"method": "fedmoe", **limits, **own}, given
 
 
 def check_settings(given: dict[str, Any]) -> None:
@@ -121,6 +124,7 @@ def make_server_trainer(file: str | Path, link: Link, told: dict[str, Any] | Non
         settings={"method": own["method"], "settings": sent, "label_names": names},
         min_clients=own["min_clients"],
         round_timeout=own["round_timeout"],
+        max_client_examples=own["max_client_examples"],
         strategy=parts.strategy,
         **parts.others,
     )

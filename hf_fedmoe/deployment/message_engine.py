@@ -23,7 +23,7 @@ from ..federation import (
     soundness,
 )
 from ..federation.engines import Plan
-from ..federation.filters import Compress, Ranks
+from ..federation.filters import Clip, Compress, Ranks
 from ..federation.participants import Reply
 from ..federation.uploads import Rows
 from ..weights import Payload, keep_private_
@@ -39,6 +39,8 @@ logger = logging.get_logger(__name__)
 
 # In `server.tensors`, and so in checkpoints: the round of each client's last accepted upload, -1 for none.
 ACCEPTED = "deployment.accepted_M"
+# As much longer than `max_update_norm` may an update come.
+ROUNDING = 1e-3
 
 
 class MessageEngine(EachItsOwn):
@@ -70,6 +72,9 @@ class MessageEngine(EachItsOwn):
         self.ranks = next((filter for filter in participants.filters if isinstance(filter, Ranks)), None)
         compress = next((filter for filter in participants.filters if isinstance(filter, Compress)), None)
         self.codec = None if compress is None else compress.codec
+        clip = next((filter for filter in participants.filters if isinstance(filter, Clip)), None)
+        # A node has shortened its update itself, unless it is hostile; but for rounding it stays as it came.
+        self.clip = None if clip is None else Clip(clip.layout, clip.max_norm * (1 + ROUNDING))
 
     @classmethod
     def refuse(cls, client_model: nn.Module, args: EngineArguments, strategy: Strategy) -> None:
@@ -246,6 +251,9 @@ class MessageEngine(EachItsOwn):
                 self.ranks.upload(payload, asked.task)
             known = Payload(self.server.bank_SP[0], self.server.integers[0])
             keep_private_(payload, known, self.server.layout, asked.names)
+            if self.clip is not None:
+                payload.weigh(self.server.layout, asked.names)
+                self.clip.upload(payload, asked.task)
             size = int(self.roster.sizes_M[asked.task.client])
             reply.fault = soundness.upload_fault(self.strategy, self.server, asked.task, payload, size)
         except MessageError as error:

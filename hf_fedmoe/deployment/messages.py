@@ -50,7 +50,7 @@ class Message:
             facts = json.loads(header["__metadata__"][FACTS])
             kind, protocol = str(facts.pop("kind")), facts.pop("protocol")
             tensors = load(packed)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MessageError(f"{len(packed)} bytes are no message: {type(error).__name__}: {error}") from error
         if protocol != PROTOCOL:
             raise MessageError(

@@ -10,8 +10,16 @@ from torch import Tensor
 from ..federation import ClientTask, Server
 from ..federation.participants import Reply
 from ..weights import Codec, Payload, encoded_names, read_upload_
+from ..weights.payload import MOST_BATCHES
 from .messages import Message, MessageError
-from .travel import BESIDE, ENCODED, INTEGERS, ROW, part, shapes_due, write_row_
+from .travel import BESIDE, ENCODED, INTEGERS, part, shapes_due, write_row_
+
+
+# Types of tensors by their kinds; numbers may come in another type of the kind.
+KINDS = (
+    (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 @dataclass
@@ -59,41 +67,54 @@ def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | N
         if facts.get(name) != wanted:
             raise MessageError(f"it sends an upload of {name} {facts.get(name)!r}, where that of {wanted} is due")
     encoded = set() if codec is None else set(encoded_names(layout, asked.names))
-    _check_tensors(message.tensors, asked, server, encoded)
+    tensors = as_agreed(message.tensors, asked, server, encoded)
     views = layout.views(out_P)
     out_P.zero_()
     for name, known in layout.views(server.bank_SP[0]).items():
         if name not in asked.names:
             views[name].copy_(known)
-    write_row_(out_P, message.tensors, layout, asked.rank)
+    write_row_(out_P, tensors, layout, asked.rank)
     if codec is not None and encoded:
-        sent = {name: tensor.to(out_P.device) for name, tensor in part(message.tensors, ENCODED).items()}
+        sent = {name: tensor.to(out_P.device) for name, tensor in part(tensors, ENCODED).items()}
         _check_code(sent, codec, sum(views[name].numel() for name in encoded))
         try:
             read_upload_(codec, layout, out_P, task.received_P, sent, asked.names)
         except (RuntimeError, IndexError) as error:  # places beyond the row
             raise MessageError(f"its encoded update cannot be read: {error}") from error
-    integers = {name: known.clone() for name, known in server.integers[0].items()}  # of one that is not sent, too
-    integers |= part(message.tensors, INTEGERS)
+    integers = {name: known.clone() for name, known in server.integers[0].items() if name not in asked.names}
+    integers |= part(tensors, INTEGERS)
     num_examples, metrics = _numbers(facts)
-    beside = {name: tensor.to(out_P.device) for name, tensor in part(message.tensors, BESIDE).items()}
+    beside = {name: tensor.to(out_P.device) for name, tensor in part(tensors, BESIDE).items()}
     return Payload(out_P, integers, num_examples, metrics, beside)
 
 
-def _check_tensors(tensors: dict[str, Tensor], asked: Asked, server: Server, encoded: set[str]) -> None:
-    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(ROW)}
-    wanted = shapes_due(server.layout, asked.names - encoded, asked.rank)
-    _check_alike(found, wanted, "of its model")
-    for name in found:
-        if tensors[name].dtype != server.layout.dtype:
-            raise MessageError(f"`{name}` is of {tensors[name].dtype}, where {server.layout.dtype} is due")
-    due = {f"{BESIDE}{name}": (like.shape, like.dtype) for name, like in asked.due.items()}
-    beside = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items() if name.startswith(BESIDE)}
-    _check_alike(beside, due, "beside its model")
-    known = {f"{INTEGERS}{name}" for name in server.integers[0]}
-    for name in tensors.keys() - found.keys() - beside.keys():
-        if name not in known and not (encoded and name.startswith(ENCODED)):
-            raise MessageError(f"it sends `{name}`, which nobody asked for")
+def as_agreed(tensors: dict[str, Tensor], asked: Asked, server: Server, encoded: set[str]) -> dict[str, Tensor]:
+    """
+    Returns the tensors of an upload in the types that were agreed on; raises [`MessageError`] unless they are those
+    that were asked for. No shape is broadcast, and a number is taken in another type only where both hold the same.
+    """
+    layout = server.layout
+    row = shapes_due(layout, asked.names - encoded, asked.rank)
+    due = {name: (shape, layout.dtype) for name, shape in row.items()}
+    due |= {f"{INTEGERS}{name}": (t.shape, t.dtype) for name, t in server.integers[0].items() if name in asked.names}
+    due |= {f"{BESIDE}{name}": (like.shape, like.dtype) for name, like in asked.due.items()}
+    code = {name: tensor for name, tensor in tensors.items() if encoded and name.startswith(ENCODED)}
+    found = {name: tensor for name, tensor in tensors.items() if name not in code}
+    _check_alike(
+        {name: tensor.shape for name, tensor in found.items()}, {name: shape for name, (shape, _) in due.items()}
+    )
+    return code | {name: _in_type(name, tensor, due[name][1]) for name, tensor in found.items()}
+
+
+def _in_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a tensor in another type of its kind; raises [`MessageError`] where that holds other numbers."""
+    if tensor.dtype == dtype:
+        return tensor
+    if any(tensor.dtype in kind and dtype in kind for kind in KINDS):
+        converted = tensor.to(dtype)
+        if torch.equal(converted.to(tensor.dtype).nan_to_num(), tensor.nan_to_num()):
+            return converted
+    raise MessageError(f"`{name}` is of {tensor.dtype}, and {dtype}, which is due, does not hold the same numbers")
 
 
 def _check_code(sent: dict[str, Tensor], codec: Codec, num_elements: int) -> None:
@@ -102,22 +123,21 @@ def _check_code(sent: dict[str, Tensor], codec: Codec, num_elements: int) -> Non
     due, found = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} for tensors in (likes, sent)
     )
-    _check_alike(found, due, "of its encoded update")
+    _check_alike(found, due)
 
 
-def _check_alike(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+def _check_alike(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises [`MessageError`] for the first difference."""
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            raise MessageError(
-                f"it sends {_words(found.get(name))} as `{name}` {what}, where {_words(wanted.get(name))} is due"
-            )
+            sent, due = _words(found.get(name)), _words(wanted.get(name))
+            raise MessageError(f"it sends {sent} as `{name}`, where {due} is due")
 
 
 def _words(found: Any) -> str:
     if found is None:
         return "nothing"
-    shape, dtype = found if isinstance(found, tuple) and isinstance(found[-1], torch.dtype) else (found, None)
+    shape, dtype = (found, None) if isinstance(found, torch.Size) else found
     return f"{tuple(shape)}" + (f" of {dtype}" if dtype else "")
 
 
@@ -127,6 +147,9 @@ def _numbers(facts: dict[str, Any]) -> tuple[int, dict[str, float]]:
         raise MessageError(f"it reports num_examples = {num_examples!r}, where a number is due")
     if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
         raise MessageError(f"it reports the metrics {metrics!r}, where numbers by their names are due")
+    for name, value in metrics.items():
+        if isinstance(value, int) and abs(value) > MOST_BATCHES:  # of which there may be no float
+            raise MessageError(f"it reports a number of {value.bit_length()} bits as {name}")
     if "loss" not in metrics:
         raise MessageError(f"it reports the metrics {sorted(metrics)}, without a `loss`")
     return num_examples, metrics

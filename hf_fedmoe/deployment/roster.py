@@ -17,6 +17,8 @@ from .node_store import read_json, write_json
 logger = logging.get_logger(__name__)
 
 TABLE_NAME = "clients.json"
+# Of a client that registers, unless the server says otherwise: by its examples it weighs.
+MAX_EXAMPLES = 1_000_000
 
 
 @dataclass
@@ -46,10 +48,13 @@ class Roster:
         folder (`Path`): The server's, `output_dir`.
         sizes_M (`np.ndarray` of shape `[M]`): Changed in place: rows of each client.
         settings (`dict`): Sent to each node, by which it makes its client.
+        max_examples (`int`): As many may a node say that it has.
     """
 
-    def __init__(self, link: Link, folder: Path, sizes_M: np.ndarray, settings: dict[str, Any]):
-        self.link, self.sizes_M, self.settings = link, sizes_M, settings
+    def __init__(
+        self, link: Link, folder: Path, sizes_M: np.ndarray, settings: dict[str, Any], max_examples: int = MAX_EXAMPLES
+    ):
+        self.link, self.sizes_M, self.settings, self.max_examples = link, sizes_M, settings, max_examples
         self.path = Path(folder) / TABLE_NAME
         table = read_json(self.path) or {"run": uuid.uuid4().hex[:12], "clients": {}}
         self.run: str = table["run"]
@@ -115,14 +120,17 @@ class Roster:
         if answer.kind == "failed":
             raise MessageError(f"it says: {facts['fault']}")
         name, wanted, size = str(facts["node"]), facts["client"], facts["num_examples"]
-        if not isinstance(size, int) or size < 1:
-            raise MessageError(f"it reports {size!r} examples, where 1 or more are due")
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= self.max_examples:
+            raise MessageError(
+                f"it reports {size!r} examples, where 1 to {self.max_examples} (`max_client_examples`) are due"
+            )
         self._check(facts)
+        start = {str(key): str(value) for key, value in dict(facts["start"]).items()}
         client = self._number(name, wanted)
         self.numbers[name] = client
         self._write()
         self.connected[client] = node
-        self.starts[client] = {str(key): str(value) for key, value in facts["start"].items()}
+        self.starts[client] = start
         self.sizes_M[client] = size
         logger.info(f"Node {node} is client {client}, with {size} examples.")
 
@@ -145,7 +153,7 @@ class Roster:
             wanted = next((client for client in range(len(self.sizes_M)) if client not in taken), None)
             if wanted is None:
                 raise MessageError(f"all {len(self.sizes_M)} clients have a node: raise `num_clients`")
-        if not isinstance(wanted, int) or not 0 <= wanted < len(self.sizes_M):
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted < len(self.sizes_M):
             raise MessageError(f"it is configured as client {wanted!r}, and clients are 0 to {len(self.sizes_M) - 1}")
         if taken.get(wanted, name) != name:
             raise MessageError(

@@ -12,7 +12,7 @@ from ..training import FederatedTrainer, FederatedTrainingArguments
 from ..training.resuming import numbered_checkpoints
 from .link import Link
 from .message_engine import MessageEngine
-from .roster import Identity, Roster
+from .roster import MAX_EXAMPLES, Identity, Roster
 from .server_dataset import ServerDataset
 from .travel import frozen_digest, layout_digest
 
@@ -31,6 +31,8 @@ class ServerTrainer(FederatedTrainer):
             round waits for, unless it has fewer participants.
         round_timeout (`float`, *optional*, defaults to 600): Seconds after which a round goes on without those who
             have not answered.
+        max_client_examples (`int`, *optional*, defaults to 1000000): As many examples may a client say that it has
+            when it comes, and never more afterwards: methods weigh clients by them.
         kwargs: As in [`FederatedTrainer`].
     """
 
@@ -45,6 +47,7 @@ class ServerTrainer(FederatedTrainer):
         settings: dict[str, Any] | None = None,
         min_clients: int = 1,
         round_timeout: float = 600.0,
+        max_client_examples: int = MAX_EXAMPLES,
         **kwargs: Any,
     ):
         if not isinstance(train_dataset, ServerDataset):
@@ -56,10 +59,12 @@ class ServerTrainer(FederatedTrainer):
             raise ValueError(f"`min_clients` is {min_clients}: give 1 to {train_dataset.num_clients}, all clients.")
         if not round_timeout > 0:
             raise ValueError(f"`round_timeout` is {round_timeout}: give seconds above 0.")
+        if max_client_examples < 1:
+            raise ValueError(f"`max_client_examples` is {max_client_examples}: give at least 1.")
         super().__init__(model, args, train_dataset, **kwargs)
         MessageEngine.refuse(self.strategy.server_models(model)[0], args, self.strategy)
         self.min_clients, self.round_timeout = min_clients, round_timeout
-        self.roster = Roster(link, self._output_dir, train_dataset.sizes_M, settings or {})
+        self.roster = Roster(link, self._output_dir, train_dataset.sizes_M, settings or {}, max_client_examples)
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any

@@ -19,6 +19,7 @@ from .contract import (
     untracked,
     warmed_up,
 )
+from .defence import ROBUST_FUSIONS, Defence, make_defence
 from .engines import EachItsOwn, EngineArguments, SomeAtOnce, Together, TogetherByZero
 from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
 from .filters import Filter, make_filters
@@ -42,6 +43,7 @@ from .zero_training import ZeroTraining
 
 __all__ = [
     "CLIENT_CHOICES",
+    "ROBUST_FUSIONS",
     "BatchReader",
     "BrokenPromiseError",
     "CapturedPasses",
@@ -49,6 +51,7 @@ __all__ = [
     "ClientClock",
     "ClientStore",
     "ClientTask",
+    "Defence",
     "EachItsOwn",
     "EngineArguments",
     "Federation",
@@ -93,6 +96,7 @@ __all__ = [
     "leave_group",
     "load_federation",
     "local_steps",
+    "make_defence",
     "make_filters",
     "never_accepted",
     "own_loss",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..data import ReservedSet
 from ..models import as_expert
-from ..weights import Payload, StateLayout, fuse_integers, fuse_models_
+from ..weights import Payload, Reducer, StateLayout, fuse_integers, fuse_models_
 from .captured_passes import CapturedPasses
 from .local_training import LocalTrainer
 from .objective import LocalObjective, has_own_loss
@@ -126,6 +126,9 @@ class Uploads:
         tensors (`list[dict[str, Tensor]]`, *optional*): What each sent beside its model, [`Strategy.upload_tensors`].
     """
 
+    # Fuses them; that of a [`Defence`] if there is one.
+    fuse_: Reducer = staticmethod(fuse_models_)
+
     def __init__(
         self,
         clients: list[int],
@@ -175,7 +178,7 @@ class Uploads:
         bank <- keep * bank + weights @ uploads; returns what [`fuse_models_`] does. For a method that `needs` "rows"
         or "fusion".
         """
-        return fuse_models_(server.bank_SP, self._rows(), weights_Sm, keep_S, server.layout)
+        return self.fuse_(server.bank_SP, self._rows(), weights_Sm, keep_S, server.layout)
 
     def average_into_(self, server: Server, num_examples: int | None = None) -> dict[str, float]:
         """
@@ -186,9 +189,7 @@ class Uploads:
         sent = self.num_examples_m.sum()
         n = sent if num_examples is None else num_examples
         rows_mP, examples_m = self._summands()
-        lost_S = fuse_models_(
-            server.bank_SP[:1], rows_mP, (examples_m / n)[None], ((n - sent) / n)[None], server.layout
-        )
+        lost_S = self.fuse_(server.bank_SP[:1], rows_mP, (examples_m / n)[None], ((n - sent) / n)[None], server.layout)
         server.integers[0] = fuse_integers(self.integers, self.weights_m)
         return {"discarded_energy": lost_S.item()} if server.layout.lora else {}
 

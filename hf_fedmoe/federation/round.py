@@ -18,10 +18,12 @@ from . import soundness
 from .captured_passes import CapturedPasses
 from .client_choice import CLIENT_CHOICES
 from .contract import ServerStep, Track, Uploads, untracked
+from .defence import UNDEFENDED, Defence
 from .engines import EachItsOwn, Plan
 from .participants import Reply
 from .randomness import Stream, seed_of
 from .refusals import reasons
+from .screens import Screen, Updates, Verdict
 from .server_step import take_step
 from .uploads import SHARDED, Rows, UploadMemory
 
@@ -71,6 +73,7 @@ class Federation:
         gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
         computes_finite (`Callable`, *optional*): Tells of a model whether what it computes of rows that the server
             knows is finite; it is asked after each step.
+        defence ([`Defence`], *optional*): Against hostile uploads; none if left out.
     """
 
     engine: EachItsOwn
@@ -81,6 +84,7 @@ class Federation:
     track: Track = untracked
     gate_fit: Any = None
     computes_finite: Callable[[nn.Module], bool] = lambda model: True
+    defence: Defence = UNDEFENDED
 
     def __post_init__(self) -> None:
         self.participants, self.processes = self.engine.participants, self.engine.processes
@@ -109,12 +113,13 @@ class Federation:
         beside = [soundness.tensors_due(self.strategy, self.server, client) for client in chosen]
         collected = self.collect(self.server, self.memory, self.processes, *plan[1:], self.strategy.needs, beside)
         replies, retained = self.engine.fit(plan, round_index, collected, on_client)
+        screened = self.screen(collected, chosen, replies, round_index)
         report = self.report(chosen, replies, round_index)
         uploads = self.close(collected, chosen, replies)
         report.seconds["clients"] = time.perf_counter() - started
 
         started, self.settled = time.perf_counter(), False
-        report.metrics = self.server_step(uploads, round_index)
+        report.metrics = screened | self.server_step(uploads, round_index)
         report.seconds["server"] = time.perf_counter() - started
 
         started = time.perf_counter()
@@ -122,6 +127,33 @@ class Federation:
         self.engine.settle(uploads.clients, round_index)
         report.seconds["synchronise"] = time.perf_counter() - started
         return report
+
+    def screen(self, collected: Rows, chosen: list[int], replies: list[Reply], round_index: int) -> dict[str, float]:
+        """Has screens look at the sound uploads; refuses those that they drop, and returns what there is to log."""
+        told: dict[str, float] = {}
+        for screen in self.defence.screens:
+            places = [place for place, reply in enumerate(replies) if reply.fault is None]
+            if not places:
+                break
+
+            def look(screen: Screen = screen, places: list[int] = places) -> Verdict:
+                return screen(self.updates(collected, {place: chosen[place] for place in places}, round_index))
+
+            verdict = self.processes.on_main(look)
+            for index, reason in verdict.dropped.items():
+                replies[places[index]].fault = reason
+            told |= verdict.told
+        return told
+
+    def updates(self, collected: Rows, clients: dict[int, int], round_index: int) -> Updates:
+        """Returns the uploads at these places, of these clients, beside what each was sent."""
+        layout = self.server.layout
+        tasks = (self.participants.task(client, round_index, self.server.bank_SP[0]) for client in clients.values())
+        received = [task.received_P for task in tasks]
+        shared = self.strategy.shared(self.server, round_index)
+        return Updates(
+            layout, [collected.rows[place] for place in clients], received, layout.sizes if shared is None else shared
+        )
 
     def report(self, chosen: list[int], replies: list[Reply], round_index: int) -> RoundReport:
         """Tells what the participants cost and who is refused; raises `RuntimeError` if nobody is left."""
@@ -149,7 +181,7 @@ class Federation:
         places = [place for place, reply in enumerate(replies) if reply.fault is None]
         sound, device = [replies[place] for place in places], self.server.bank_SP.device
         soundness.check_probes(self.strategy, [reply.probed for reply in sound])
-        return collected.close(
+        uploads = collected.close(
             places,
             [chosen[place] for place in places],
             [{name: tensor.to(device) for name, tensor in reply.integers.items()} for reply in sound],
@@ -157,6 +189,8 @@ class Federation:
             [reply.metrics for reply in sound],
             [reply.probed.to(device) for reply in sound if reply.probed is not None],
         )
+        uploads.fuse_ = self.defence.fuse_
+        return uploads
 
     def step(self, round_index: int) -> ServerStep:
         """Returns what the server's step of a round works with; of `rounds`, the last one's."""

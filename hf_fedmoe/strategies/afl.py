@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
-from .mixing import move_global_
+from .mixing import fault_of_reports, move_global_
 
 
 @dataclass
@@ -40,6 +40,10 @@ class AFL(Strategy):
         payload, kept = super().train_client(local, task)
         payload.metrics["start_loss"] = start_loss
         return payload, kept
+
+    def upload_fault(self, server: Server, payload: Payload) -> str | None:
+        """Refuses reports by which clients cannot be weighed."""
+        return fault_of_reports(payload, "start_loss")
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         lambda_M = server.tensors["lambda_M"]

@@ -18,7 +18,7 @@ from ..models import FedMoEPreTrainedModel, gating_entropy
 from ..weights import collapse, fuse_integers, fuse_models_, mix_rows
 from .gate_training import fit_gate
 from .narrowing import as_mixture, reserved_of
-from .relevance import CORRELATIONS, client_mixture, correlate
+from .relevance import CORRELATIONS, above_floor, capped, client_mixture, correlate
 from .server_training import expert_outputs, fine_tune, fine_tune_experts, gate_probabilities, probe
 from .setting_kinds import check_setting_kinds
 
@@ -91,6 +91,11 @@ class FedMoESettings:
             after the last round. The gate stays as it is: experts that have seen the reserved set are too sure of it
             to teach a gate.
         expert_learning_rate (`float`, *optional*, defaults to 1e-4): Of AdamW on the experts.
+        reserved_floor (`float`, *optional*): A client gets no weight in a round from which its model comes back worse:
+            with less than so many times the mean probability of the true classes of the reserved set that the model
+            had which it was sent; 1 for no less. Every client has weight if left out.
+        max_expert_share (`float`, *optional*): The most of the uploads in an expert that one client's may be, above 0;
+            what is above it goes to the others. All of it if left out.
     """
 
     preset: str = _setting("default", "Where settings left out come from: default or paper.")
@@ -110,6 +115,8 @@ class FedMoESettings:
     expert_epochs: int | None = _setting(None, "Passes of the experts over the reserved set per iteration.")
     final_expert_epochs: int | None = _setting(None, "The same once, after the last round.")
     expert_learning_rate: float = _setting(1e-4, "Learning rate of the experts on the reserved set.")
+    reserved_floor: float | None = _setting(None, "Quality below which an upload has no weight, 1 for what was sent.")
+    max_expert_share: float | None = _setting(None, "The most of the uploads in an expert that one client's may be.")
 
     def resolve_preset(self) -> None:
         """Fills in what is `None` and checks every setting; called by those who inherit from this class."""
@@ -135,6 +142,15 @@ class FedMoESettings:
         for name in ("gate_learning_rate", "expert_learning_rate", "correlation_temperature"):
             if vars(self)[name] <= 0:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give more than 0.")
+        if self.reserved_floor is not None and not 0 < self.reserved_floor < float("inf"):
+            raise ValueError(f"`reserved_floor` is {self.reserved_floor}: give more than 0, or leave it out.")
+        if self.reserved_floor is not None and self.synchronisation in ("after_round", "none"):
+            raise ValueError(
+                f"`reserved_floor` is {self.reserved_floor}, but with `synchronisation` = {self.synchronisation!r} "
+                'the server does not know what clients start from: take "download_main", or leave it out.'
+            )
+        if self.max_expert_share is not None and not 0 < self.max_expert_share <= 1:
+            raise ValueError(f"`max_expert_share` is {self.max_expert_share}: give a share above 0, up to 1.")
         if self.download_epochs and self.synchronisation != "download_main":
             raise ValueError(
                 f"`download_epochs` is {self.download_epochs}, but with `synchronisation` = {self.synchronisation!r} "
@@ -206,18 +222,22 @@ class FedMoE(Strategy):
             server.cache["outputs"] = expert_outputs(step)
         P_y_mR = torch.stack(uploads.probed)
         report: dict[str, float] = {}
+        good_m = self._above_floor(server, uploads, P_y_mR, reserved)
+        if settings.reserved_floor is not None:
+            report["clients_below_floor"] = float((~good_m).sum().item())
         steps_TSm: list[Tensor] = []
         # T fusions of the same uploads are one fusion of what was before: LoRA experts are cut to their rank once.
         before_SP = server.bank_SP.clone() if server.layout.lora and not settings.expert_epochs else None
         for iteration in range(settings.server_iterations):
             Q_RK = gate_probabilities(model, server.cache["outputs"], reserved)
             W_Km = self._correlate(Q_RK, P_y_mR)
-            steps_TSm.append(self._weights(server, uploads, W_Km.softmax(1), step.round_index))
-            if before_SP is None:
-                report |= self._fuse(server, uploads, steps_TSm[-1:], step.round_index)
-            else:
-                server.bank_SP.copy_(before_SP)
-                report |= self._fuse(server, uploads, steps_TSm, step.round_index)
+            if good_m.any():
+                steps_TSm.append(self._weights(server, uploads, W_Km, good_m, step.round_index))
+                if before_SP is None:
+                    report |= self._fuse(server, uploads, steps_TSm[-1:], step.round_index)
+                else:
+                    server.bank_SP.copy_(before_SP)
+                    report |= self._fuse(server, uploads, steps_TSm, step.round_index)
             if settings.expert_epochs:
                 report |= self._fine_tune(step, Q_RK, settings.expert_epochs, step.seed + iteration)
             server.cache["outputs"] = expert_outputs(step)
@@ -290,11 +310,24 @@ class FedMoE(Strategy):
             rates = [warmed_up(rate, round_index) for rate in rates]
         return torch.tensor(rates, device=server.bank_SP.device)
 
-    def _weights(self, server: Server, uploads: Uploads, W_r_Km: Tensor, round_index: int) -> Tensor:
+    def _above_floor(self, server: Server, uploads: Uploads, P_y_mR: Tensor, reserved: ReservedSet) -> Tensor:
+        """Tells who has weight `[m]`, before anything of the server has changed in this round."""
+        if self.settings.reserved_floor is None:
+            return torch.ones(len(uploads.clients), dtype=torch.bool)
+        of_one = self.settings.synchronisation == "download_main"  # all were sent the same
+        sent = [self.download(server, client, None) for client in uploads.clients[: 1 if of_one else None]]
+        sent_mR = torch.stack([self.probe(server, row_P, reserved).to(P_y_mR) for row_P in sent])
+        return above_floor(P_y_mR, sent_mR, self.settings.reserved_floor)
+
+    def _weights(self, server: Server, uploads: Uploads, W_Km: Tensor, good_m: Tensor, round_index: int) -> Tensor:
         """Weighs each upload for each expert `[S, m]`: lambda / m in E_0, lambda W^r_k in E_k (Eq. 6)."""
-        rate_S = self._rate(server, round_index)
-        mean_m = torch.full_like(uploads.weights_m, 1 / len(uploads.clients))
-        weights_Sm = rate_S[:, None] * torch.cat([mean_m.expand(server.model.config.num_main_experts, -1), W_r_Km])
+        rate_S, good_m = self._rate(server, round_index), good_m.to(W_Km.device)
+        mean_m = good_m.to(uploads.weights_m) / good_m.sum()
+        W_r_Km = W_Km.masked_fill(~good_m, -torch.inf).softmax(1)
+        share_Sm = torch.cat([mean_m.expand(server.model.config.num_main_experts, -1), W_r_Km])
+        if self.settings.max_expert_share is not None:
+            share_Sm = capped(share_Sm, self.settings.max_expert_share)
+        weights_Sm = rate_S[:, None] * share_Sm
         contribution_SM = server.tensors["contribution_SM"]
         contribution_SM *= 1 - rate_S[:, None]
         contribution_SM[:, uploads.clients] += weights_Sm

@@ -1,4 +1,4 @@
-"""Weighted sums of rows, as several methods need them.
+"""Weighted sums of rows, as several methods need them, and the reports by which clients are weighed.
 
 Shape suffixes: S rows that change, m rows that they take from, P elements of a row.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..federation import Server, Uploads
-from ..weights import fuse_integers, fuse_models_
+from ..weights import Payload, fuse_integers, fuse_models_
 
 
 def mix_(server: Server, rows_SP: Tensor, others_mP: Tensor, weights_Sm: Tensor, keep_S: Tensor | None = None) -> None:
@@ -28,3 +28,9 @@ def parameter_rows(server: Server, rows_mP: Tensor) -> Tensor:
     names = {name for name, _ in server.worker.named_parameters()}
     slots = [slot for slot in server.layout.slots if slot.name in names]
     return torch.cat([rows_mP[:, slot.start : slot.stop] for slot in slots], dim=1)
+
+
+def fault_of_reports(payload: Payload, *names: str) -> str | None:
+    """Says which of these numbers an upload does not report, `None` if it reports them all."""
+    missing = next((name for name in names if name not in payload.metrics), None)
+    return None if missing is None else f"it reports no {missing}, by which it would be weighed"

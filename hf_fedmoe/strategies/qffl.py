@@ -1,13 +1,14 @@
 """q-FFL: Li et al. 2020, "Fair Resource Allocation in Federated Learning", Algorithm 2 (q-FedAvg)."""
 
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
-from .mixing import move_global_, parameter_rows
+from .mixing import fault_of_reports, move_global_, parameter_rows
 
 
 @dataclass
@@ -36,8 +37,12 @@ class QFFL(Strategy):
         payload.metrics |= {"start_loss": start_loss, "learning_rate": local.args.learning_rate}
         return payload, kept
 
+    def upload_fault(self, server: Server, payload: Payload) -> str | None:
+        """Refuses reports by which the step cannot be weighed."""
+        return fault_of_reports(payload, "start_loss", "learning_rate")
+
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
-        eta = uploads.metrics[0]["learning_rate"]
+        eta = median(metrics["learning_rate"] for metrics in uploads.metrics)  # one for all but for who lies
         losses = [metrics["start_loss"] for metrics in uploads.metrics]
         # A loss of 0 to a negative power would be infinite.
         F_m = torch.tensor(losses, dtype=torch.float64).clamp_min(1e-10)

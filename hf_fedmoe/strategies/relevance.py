@@ -53,3 +53,40 @@ def client_mixture(W_Km: Tensor, alpha: Tensor, num_main_experts: int) -> Tensor
     """
     main_Sm = (1 - alpha) * W_Km.new_ones(num_main_experts, W_Km.shape[1])
     return torch.cat([main_Sm, alpha * W_Km]).softmax(0)
+
+
+def above_floor(P_y_mR: Tensor, sent_mR: Tensor, floor: float) -> Tensor:
+    """
+    Tells of each client `[m]` whether its model is at least `floor` times as good on the reserved set as the one that
+    it was sent: by the mean probability of the true class, which one example alone cannot spoil.
+
+    Args:
+        P_y_mR (`Tensor` of shape `[m, R]`): Its probabilities of the true classes.
+        sent_mR (`Tensor` of shape `[m, R]` or `[1, R]`): Those of what it was sent.
+        floor (`float`): 1 for no worse.
+    """
+    return P_y_mR.mean(1) >= floor * sent_mR.mean(1)
+
+
+def capped(share_Km: Tensor, cap: float) -> Tensor:
+    """
+    Returns shares of which none is above `cap`: what is above it goes to the other clients of the row that have a
+    share, in proportion. Where `cap` leaves no room for the whole, these have equal shares.
+
+    Args:
+        share_Km (`Tensor` of shape `[K, m]`): Each row sums to 1.
+        cap (`float`): The most of an expert that a client may be, in (0, 1].
+    """
+    share_Km = share_Km.clone()
+    full_Km = torch.zeros_like(share_Km, dtype=torch.bool)
+    for _ in range(share_Km.shape[1]):
+        above_Km = (share_Km > cap) & ~full_Km
+        if not above_Km.any():
+            break
+        full_Km |= above_Km
+        left_K1 = 1 - cap * full_Km.sum(1, keepdim=True)
+        open_Km = share_Km.masked_fill(full_Km, 0.0)
+        spread_Km = open_Km * (left_K1 / open_Km.sum(1, keepdim=True).clamp_min(torch.finfo(open_Km.dtype).tiny))
+        share_Km = torch.where(full_Km, cap, spread_Km)
+    some_Km = (share_Km > 0).to(share_Km)
+    return torch.where(share_Km.sum(1, keepdim=True) < 1 - 1e-4, some_Km / some_Km.sum(1, keepdim=True), share_Km)

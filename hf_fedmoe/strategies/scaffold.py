@@ -39,11 +39,12 @@ class Scaffold(Strategy):
     def check_arguments(self, args: TrainingArguments) -> None:
         if args.fp16:
             raise ValueError("`fp16` is True, which scales the gradients that SCAFFOLD compares: choose `bf16=True`.")
-        if (norm := vars(args).get("max_update_norm")) is not None:
-            raise ValueError(
-                f"`max_update_norm` is {norm}, but control variates move the server too, and are no updates: leave it "
-                "out."
-            )
+        for name in ("max_update_norm", "max_update_norm_ratio", "robust_fusion"):
+            if (value := vars(args).get(name)) is not None:
+                raise ValueError(
+                    f"`{name}` is {value!r}, but control variates move the server too, and are no updates: leave it "
+                    "out."
+                )
 
     def setup(self, server: Server, num_clients: int) -> None:
         sizes = [parameter.numel() for parameter in server.worker.parameters() if parameter.requires_grad]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..models import AdaptedClassifier, AdapterExpert, FedMoEPreTrainedModel
 from ..models.adapters_fedmoe import peft_config_dict, with_adapters
+from .defence_checks import check_products
 from .federated_arguments import FederatedTrainingArguments
 
 
@@ -47,6 +48,8 @@ def check_adapters(experts: Sequence[nn.Module], args: FederatedTrainingArgument
                 f"`lora_fusion` is {args.lora_fusion!r} and `client_parallelism` {args.client_parallelism!r}, but "
                 'clients train a whole mixture of adapters, for which there are "svd" or "factors", and "clients".'
             )
+        if whole_mixture:
+            check_products(args)
         return
     adapters = [expert for expert in experts if isinstance(expert, AdapterExpert)]
     for expert in adapters:
@@ -62,6 +65,8 @@ def check_adapters(experts: Sequence[nn.Module], args: FederatedTrainingArgument
             "`client_parallelism` is 'sums' and `lora_fusion` is 'svd', which needs all uploads at once: choose "
             'client_parallelism="clients", or lora_fusion="ffa".'
         )
+    if largest is not None:
+        check_products(args)
     if args.lora_fusion == "ffa":
         starts = [_lora_a(expert) for expert in adapters]
         if not starts[0]:

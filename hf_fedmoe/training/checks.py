@@ -11,6 +11,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 from ..data import FederatedDataset
 from ..models.configuration_checks import check_weights, class_names
 from ..strategies import Strategy, check_setting_kinds
+from .defence_checks import check_defence
 from .engine_choice import engine_kind
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_arguments
@@ -169,6 +170,7 @@ def check_run(
             f"`client_parallelism` is 'sums', but {strategy.name!r} does more with uploads than add them up: choose "
             '"clients". (One of your own that does not says so by `needs`.)'
         )
+    check_defence(args, strategy)
     engine_kind(args).refuse(strategy.server_models(model)[0], args, strategy)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and args.world_size == 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from accelerate import PartialState
 from accelerate.utils import str_to_bool
 
-from ..federation import CLIENT_CHOICES, EngineArguments, leave_group
+from ..federation import CLIENT_CHOICES, ROBUST_FUSIONS, EngineArguments, leave_group
 from ..strategies import check_setting_kinds
 from ..weights import COMPRESSIONS, make_codec
 from .deepspeed_config import hidden_from_accelerate, requested_config
@@ -51,6 +51,16 @@ class FederatedTrainingArguments(EngineArguments):
         max_update_norm (`float`, *optional*):
             To what norm clients shorten their updates, before they are encoded: no client moves the server further
             than that. As long as they are if left out. By itself this is no differential privacy, which needs noise.
+        max_update_norm_ratio (`float`, *optional*):
+            To what multiple of the median of a round's norms the server shortens updates, at least 1. Not at all if
+            left out.
+        robust_fusion (`str`, *optional*):
+            By what models are fused in the place of their mean, so that a few hostile ones cannot move it far:
+            `"median"` and `"trimmed_mean"` of each entry, `"geometric_median"`, or the mean of those that `"krum"` (of
+            the one) or `"multi_krum"` keeps. docs/trust.md says which holds against what. The mean if left out.
+        expected_attackers (`float`, *optional*, defaults to 0.2):
+            Share of a round's participants that may be hostile, below a half: as much of the weight leaves
+            `"trimmed_mean"` out at either end, so many clients leaves `"multi_krum"` out.
         lora_fusion (`str`, *optional*, defaults to `"svd"`):
             How LoRA adapters are fused: `"svd"` (their products exactly, then cut to their rank by the best
             approximation there is), `"ffa"` (A stays as it starts, common to all, and only B is trained and sent:
@@ -92,6 +102,13 @@ class FederatedTrainingArguments(EngineArguments):
     upload_compression: str = field(default="none", metadata={"help": f"One of {', '.join(COMPRESSIONS)}."})
     top_k_share: float = field(default=0.01, metadata={"help": "Share of an update that top_k sends."})
     max_update_norm: float | None = field(default=None, metadata={"help": "Norm to which updates are shortened."})
+    max_update_norm_ratio: float | None = field(
+        default=None, metadata={"help": "Multiple of the median norm to which the server shortens updates."}
+    )
+    robust_fusion: str | None = field(default=None, metadata={"help": f"One of {', '.join(ROBUST_FUSIONS)} (mean)."})
+    expected_attackers: float = field(
+        default=0.2, metadata={"help": "Share of participants that may be hostile, for robust_fusion."}
+    )
     lora_fusion: str = field(default="svd", metadata={"help": f"One of {', '.join(LORA_FUSIONS)}."})
     client_ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of clients' adapters, in turn."})
     lr_scheduler_scope: str = field(default="round", metadata={"help": "What the schedule spans: round or run."})
@@ -163,6 +180,7 @@ class FederatedTrainingArguments(EngineArguments):
         make_codec(self.upload_compression, self.top_k_share)
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise ValueError(f"`max_update_norm` is {self.max_update_norm}: give a norm above 0, or leave it out.")
+        self._check_defence()
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(
                 f"`lora_fusion` is {self.lora_fusion!r}: choose one of {', '.join(map(repr, LORA_FUSIONS))}."
@@ -194,6 +212,15 @@ class FederatedTrainingArguments(EngineArguments):
                 "raise that, or lower `client_timeout`."
             )
 
+    def _check_defence(self) -> None:
+        ratio, share, names = self.max_update_norm_ratio, self.expected_attackers, ", ".join(map(repr, ROBUST_FUSIONS))
+        if ratio is not None and not 1 <= ratio < float("inf"):
+            raise ValueError(f"`max_update_norm_ratio` is {ratio}: give 1 or more, or leave it out.")
+        if self.robust_fusion is not None and self.robust_fusion not in ROBUST_FUSIONS:
+            raise ValueError(f"`robust_fusion` is {self.robust_fusion!r}: choose one of {names}, or leave it out.")
+        if not 0 <= share < 0.5:
+            raise ValueError(f"`expected_attackers` is {share}: give a share of 0 or more, below a half.")
+
     def _check_client_ranks(self) -> None:
         if not self.client_ranks or min(self.client_ranks) < 1:
             raise ValueError(f"`client_ranks` is {self.client_ranks}: give ranks of at least 1, or leave it out.")
@@ -203,7 +230,8 @@ class FederatedTrainingArguments(EngineArguments):
                 "rank for all clients: take 'svd', or leave `client_ranks` out."
             )
         # An update is what is left of what was received, which a client of a smaller rank has not received whole.
-        for name, without in (("upload_compression", "none"), ("max_update_norm", None)):
+        without_others = ("max_update_norm", None), ("max_update_norm_ratio", None), ("robust_fusion", None)
+        for name, without in (("upload_compression", "none"), *without_others):
             if vars(self)[name] == without:
                 continue
             raise ValueError(

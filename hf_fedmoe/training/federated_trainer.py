@@ -39,6 +39,7 @@ from ..federation import (
     ProcessGroup,
     check_start,
     load_federation,
+    make_defence,
     make_filters,
 )
 from ..models import FedMoEForCausalLM, guard_narrow_convolutions
@@ -379,6 +380,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             track=self._watch,
             gate_fit=make_gate_fit(args, self.model, self.processes, self.accelerator.mixed_precision),
             computes_finite=lambda model: known_rows()(model),
+            defence=make_defence(args.robust_fusion, args.expected_attackers, args.max_update_norm_ratio),
         )
 
     def _engine(self, participants: Participants) -> EachItsOwn:

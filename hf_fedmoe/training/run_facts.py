@@ -12,6 +12,8 @@ from ..strategies import Strategy
 from .federated_arguments import FederatedTrainingArguments
 
 
+# Against hostile uploads, as far as they are set.
+DEFENCES = ("max_update_norm", "max_update_norm_ratio", "robust_fusion")
 LOCAL_SETTINGS = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "optim", "weight_decay")
 
 
@@ -52,7 +54,7 @@ def run_facts(
     chosen_round = state.best_global_step if args.load_best_model_at_end else None
     return RunFacts(
         method=strategy.name,
-        settings=settings,
+        settings=settings | _defences(args),
         local={name: args.to_dict()[name] for name in LOCAL_SETTINGS},
         clients_per_round=args.clients_per_round,
         client_sizes_M=data.client_sizes,
@@ -68,6 +70,11 @@ def run_facts(
         contribution_SM=contribution_SM if chosen_round in (None, rounds) else None,
         evaluations=_evaluations(state.log_history),
     )
+
+
+def _defences(args: FederatedTrainingArguments) -> dict[str, Any]:
+    found = {name: vars(args)[name] for name in DEFENCES if vars(args)[name] is not None}
+    return found | ({"expected_attackers": args.expected_attackers} if args.robust_fusion else {})
 
 
 def _evaluations(history: list[dict]) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from .fusion import add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
 from .layout import Slot, StateLayout, copy_module, release
 from .lora_rows import fit_rank_, fuse_models_, mix_rows, sizes_at_rank, widen_rank_
 from .payload import Payload, all_finite, keep_private_, negative_variance, payload_fault
+from .reducers import Reducer, by_entries, fuse_geometric_median_, median, trimmed_mean
 from .sub_models import (
     average_held_,
     fold_scales_,
@@ -21,11 +22,13 @@ __all__ = [
     "COMPRESSIONS",
     "Codec",
     "Payload",
+    "Reducer",
     "Slot",
     "StateLayout",
     "add_to_sum_",
     "all_finite",
     "average_held_",
+    "by_entries",
     "collapse",
     "compress_upload",
     "copy_module",
@@ -33,11 +36,13 @@ __all__ = [
     "fit_rank_",
     "fold_scales_",
     "fuse_",
+    "fuse_geometric_median_",
     "fuse_integers",
     "fuse_models_",
     "keep_private_",
     "make_codec",
     "mean_of_sum_",
+    "median",
     "mix_rows",
     "narrow_config",
     "narrow_layout",
@@ -50,5 +55,6 @@ __all__ = [
     "sizes_at_rank",
     "sub_places",
     "take_held",
+    "trimmed_mean",
     "widen_rank_",
 ]

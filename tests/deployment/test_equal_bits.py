@@ -23,7 +23,7 @@ def in_one_process(folder, name, **changes):
     return run
 
 
-QUICK = ("fedavg", "fedprox", "fedmoe", "lora_fedmoe")
+QUICK = ("fedavg", "fedprox", "fedmoe", "lora_fedmoe", "fedavg_krum", "fedmoe_median")
 RUNNING = [name for name, method in ALL.items() if why_not(method.strategy()) is None]
 # Their clients choose what they need of a model when they have it: here whole models travel, and are counted.
 WHOLE = ("fedjets", "fedrolex", "heterofl")

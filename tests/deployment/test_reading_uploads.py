@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_fedmoe.deployment import Message
+from hf_fedmoe.deployment import Message, MessageError
 from hf_fedmoe.deployment.reading_uploads import read_upload
 from hf_fedmoe.federation import Processes
 from hf_fedmoe.federation.participants import Reply
@@ -35,12 +35,13 @@ def facts(**changes):
 
 WEIGHT = "row__classifier.weight"
 FORGERIES = {
-    "another shape": (changed(**{WEIGHT: lambda t: t[:2]}), r"it sends \(2, 16\) as `row/classifier.weight` of its"),
-    "another type": (changed(**{WEIGHT: lambda t: t.half()}), "`row/classifier.weight` is of torch.float16, where"),
-    "missing": (changed(**{WEIGHT: None}), "it sends nothing as `row/classifier.weight` of its model, where"),
-    "unknown": (changed(row__trojan=lambda t: torch.zeros(3)), r"it sends \(3,\) as `row/trojan` of its model, where"),
-    "beside": (changed(beside__x=lambda t: torch.zeros(3)), "as `beside/x` beside its model, where nothing is due"),
-    "no name": (changed(pickle__x=lambda t: torch.zeros(3)), "it sends `pickle/x`, which nobody asked for"),
+    "another shape": (changed(**{WEIGHT: lambda t: t[:2]}), r"it sends \(2, 16\) as `row/classifier.weight`, where"),
+    "another type": (changed(**{WEIGHT: lambda t: t.double() + 1e-12}), "is of torch.float64, and torch.float32, wh"),
+    "another kind": (changed(**{WEIGHT: lambda t: t.long()}), "is of torch.int64, and torch.float32, which is due"),
+    "missing": (changed(**{WEIGHT: None}), "it sends nothing as `row/classifier.weight`, where"),
+    "unknown": (changed(row__trojan=lambda t: torch.zeros(3)), r"it sends \(3,\) as `row/trojan`, where nothing is"),
+    "beside": (changed(beside__x=lambda t: torch.zeros(3)), "as `beside/x`, where nothing is due"),
+    "no name": (changed(pickle__x=lambda t: torch.zeros(3)), "as `pickle/x`, where nothing is due"),
     "not finite": (changed(**{WEIGHT: lambda t: t * float("nan")}), "`classifier.weight` holds values that are not"),
     "too large": (changed(**{WEIGHT: lambda t: t * 1e30}), "`classifier.weight` holds .*, too much to compute with"),
     "examples": (facts(num_examples=13), "it reports num_examples = 13, and is registered with 12"),
@@ -80,14 +81,15 @@ def test_a_sound_upload_is_taken(asked_and_answer):
     assert fault is None and 0 in rows.tensors
 
 
-def test_a_count_that_is_left_out_is_the_servers(asked_and_answer, monkeypatch):
+def test_a_count_that_is_left_out_is_asked_for(asked_and_answer, monkeypatch):
     engine, asked, answer = asked_and_answer
     asked = replace(asked, names=asked.names | {"count"})
     monkeypatch.setattr(engine.server, "integers", [{"count": torch.tensor(3)}])
-    for sent, count in (({}, 3), ({"integers/count": torch.tensor(5)}, 5)):
-        message = replace(answer, tensors=answer.tensors | sent)
-        payload = read_upload(message, asked, engine.server, None, torch.empty_like(engine.server.bank_SP[0]))
-        assert payload.integers == {"count": torch.tensor(count)}
+    out_P = torch.empty_like(engine.server.bank_SP[0])
+    with pytest.raises(MessageError, match="it sends nothing as `integers/count`"):
+        read_upload(answer, asked, engine.server, None, out_P)
+    message = replace(answer, tensors=answer.tensors | {"integers/count": torch.tensor(5)})
+    assert read_upload(message, asked, engine.server, None, out_P).integers == {"count": torch.tensor(5)}
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -99,3 +101,17 @@ def test_forged_uploads_are_refused_by_name(name, asked_and_answer):
     assert rows.tensors == {}
     with pytest.raises(ValueError, match=words):
         raise ValueError(fault)
+
+
+def test_an_update_that_a_node_has_not_shortened_is_shortened_by_the_server(tmp_path):
+    data = tiny_federation(1)
+    node = tiny_node(tmp_path / "node", "fedavg", 0, data)
+    link = MessageLink({100: answering(node)})
+    server = tiny_server(tmp_path / "server", "fedavg", link, data, clients_per_round=1, max_update_norm=0.01)
+    server.open()
+    engine = server._federation().engine
+    engine.refresh_sizes()
+    asked = engine.prepare(0, 0, 0)
+    fault, rows = receive((engine, asked, None), node.answer(Message.unpack(engine.message(asked).pack())))
+    norm = (rows.rows_nP[0] - asked.task.received_P).norm().item()
+    assert fault is None and 0.01 * (1 - 1e-3) < norm <= 0.01 * (1 + 2e-3)

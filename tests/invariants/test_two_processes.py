@@ -39,6 +39,8 @@ QUICK_RUNS = (
     "scaffold",
     "fedmoe_paper",
     "lora_fedmoe_paper",
+    "fedavg_krum",
+    "fedmoe_median",
 )
 
 # What one process alone does as well as two

@@ -286,3 +286,55 @@ def test_bf16_is_that_of_the_servers_models_too(gate, tmp_path):
         assert mine.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-2)
         assert mine.metrics[name] != theirs.metrics[name]
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
+
+
+# Uploads that have no weight, and weights that are bounded
+
+
+def test_who_comes_back_worse_than_it_was_sent_has_no_weight(reserved):
+    server, uploads = perturbed_server()
+    before_SP = server.bank_SP.clone()
+    mean_m = probe_all(server, uploads, reserved).mean(1)
+    sent = probe(server.worker, server.layout, server.bank_SP[0], reserved).mean()
+    floor = (mean_m.sort().values[:2].mean() / sent).item()  # above the worst, below the second
+    good = [place for place in range(3) if place != mean_m.argmin()]
+    report = update(FedMoE(settings(reserved_floor=floor)), server, uploads, reserved, 0, seed=1)
+    assert report["clients_below_floor"] == 1.0
+    M = uploads.rows_mP[good]
+    torch.testing.assert_close(server.bank_SP[0], 0.4 * before_SP[0] + 0.6 * (M[0] + M[1]) / 2)
+    assert server.tensors["contribution_SM"][:, uploads.clients[mean_m.argmin()]].tolist() == [0.0] * 3
+    torch.testing.assert_close(server.tensors["contribution_SM"].sum(1), torch.tensor([0.6, 0.25, 0.25]))
+
+
+def test_a_round_in_which_nobody_has_weight_leaves_the_experts_as_they_are(reserved):
+    server, uploads = perturbed_server()
+    before_SP = server.bank_SP.clone()
+    report = update(FedMoE(settings(reserved_floor=100.0)), server, uploads, reserved, 0, seed=1)
+    assert report["clients_below_floor"] == 3.0 and report["gate_loss"] > 0
+    assert torch.equal(server.bank_SP, before_SP) and not server.tensors["contribution_SM"].any()
+
+
+def test_no_client_is_more_of_an_expert_than_the_cap(reserved):
+    server, uploads = perturbed_server()
+    sharp = settings(max_expert_share=0.4, correlation="sum")
+    update(FedMoE(sharp), server, uploads, reserved, 0, seed=1)
+    taken_Sm = server.tensors["contribution_SM"][:, uploads.clients]
+    torch.testing.assert_close(taken_Sm.sum(1), torch.tensor([0.6, 0.25, 0.25]))
+    assert taken_Sm[1:].max() <= 0.25 * 0.4 + 1e-6 and taken_Sm[1:].max() > 0.25 * 0.39
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reserved_floor": 0.0}, "`reserved_floor` is 0.0: give more than 0"),
+        (
+            {"reserved_floor": 1.0, "synchronisation": "none"},
+            "`reserved_floor` is 1.0, but with `synchronisation` = 'n",
+        ),
+        ({"max_expert_share": 1.5}, "`max_expert_share` is 1.5: give a share above 0"),
+        ({"max_expert_share": True}, "`max_expert_share` is True: give a number"),
+    ],
+)
+def test_bounds_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes).resolve_preset()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_fedmoe.strategies import client_mixture, correlate
+from hf_fedmoe.strategies.relevance import above_floor, capped
 
 
 DATA = json.loads((Path(__file__).parents[1] / "data" / "fedmoe_round.json").read_text())
@@ -62,3 +63,25 @@ def test_mixture_without_main_expert_shares_everything_among_routed_ones():
 def test_unknown_correlation_lists_the_choices():
     with pytest.raises(ValueError, match=r"`correlation` is 'max': choose one of 'relevance', 'centered'"):
         correlate(torch.ones(2, 2), torch.ones(2, 2), "max")
+
+
+def test_who_is_above_the_floor_is_told_by_the_mean_probability_of_the_true_class():
+    P_y_mR = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.2]])
+    sent_1R = torch.tensor([[0.6, 0.4]])
+    assert above_floor(P_y_mR, sent_1R, 1.0).tolist() == [True, True, False]
+    assert above_floor(P_y_mR, sent_1R, 0.4).tolist() == [True, True, True]
+    assert above_floor(P_y_mR, P_y_mR * torch.tensor([[1.1], [1.0], [0.9]]), 1.0).tolist() == [False, True, True]
+
+
+def test_shares_are_capped_and_the_rest_goes_to_the_others_in_proportion():
+    share_Km = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    torch.testing.assert_close(capped(share_Km, 0.5), torch.tensor([[0.5, 1 / 3, 1 / 6, 0.0], [0.25] * 4]))
+    # The second one is above the cap only by what the first one leaves.
+    torch.testing.assert_close(capped(share_Km, 0.4)[0], torch.tensor([0.4, 0.4, 0.2, 0.0]))
+    assert torch.equal(capped(share_Km, 1.0), share_Km)
+
+
+def test_a_cap_without_room_for_the_whole_leaves_equal_shares():
+    share_Km = torch.tensor([[0.7, 0.2, 0.1, 0.0]])
+    torch.testing.assert_close(capped(share_Km, 0.3), torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.0]]))
+    torch.testing.assert_close(capped(share_Km, 1 / 3), torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.0]]))

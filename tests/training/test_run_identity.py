@@ -64,6 +64,9 @@ def own():
         {"clients_at_once": 2},
         {"client_parallelism": "sums"},
         {"upload_compression": "bf16"},
+        {"robust_fusion": "median"},
+        {"expected_attackers": 0.1},
+        {"max_update_norm_ratio": 2.0},
     ],
     ids=lambda change: list(change)[-1],
 )

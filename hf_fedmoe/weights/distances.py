@@ -1,0 +1,83 @@
+"""
+Lengths of rows and distances between them, in float64, some columns at a time.
+
+Parameters and the running statistics of normalisation layers are measured apart: statistics may be a thousand times as
+large, and either kind would hide in the length of the other.
+
+Shape suffixes: m rows, P elements of a row, B columns of a block.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from .layout import StateLayout
+
+
+# Columns that are converted at a time.
+COLUMNS = 16_384
+
+# From columns of rows to their values, `[m, B]`.
+Block = Callable[[slice], Tensor]
+
+
+def kinds_of(layout: StateLayout, names: Collection[str] | None = None) -> list[set[str]]:
+    """Returns the names of a row's parameters, and those of its running statistics if it has any; of `names` only."""
+    every = {slot.name for slot in layout.slots if names is None or slot.name in names}
+    return [kind for kind in (every - layout.statistics, every & layout.statistics) if kind]
+
+
+def blocks(layout: StateLayout, names: Collection[str]) -> Iterator[slice]:
+    """Gives the columns of named tensors, some at a time."""
+    for slot in layout.slots:
+        if slot.name in names:
+            for start in range(slot.start, slot.stop, COLUMNS):
+                yield slice(start, min(start + COLUMNS, slot.stop))
+
+
+@torch.no_grad()
+def norms(block: Block, layout: StateLayout, names: Collection[str]) -> Tensor:
+    """Returns the norms `[m]` of the named tensors of rows."""
+    squares_m = sum((block(columns).double().square().sum(1) for columns in blocks(layout, names)), torch.zeros(()))
+    return squares_m.sqrt()
+
+
+@torch.no_grad()
+def squared_distances(block: Block, layout: StateLayout, names: Collection[str] | None = None) -> Tensor:
+    """
+    Returns the squared distances `[m, m]` between rows. Where rows have running statistics, these count as much as the
+    parameters: each kind in units of its median between two rows.
+
+    Args:
+        block (`Callable`): Gives values of the rows.
+        layout ([`StateLayout`]): Of the rows.
+        names (`Collection[str]`, *optional*): The tensors that count; all if left out.
+    """
+    found = [_squared_distances(block, layout, kind) for kind in kinds_of(layout, names)]
+    if not found:  # nothing travels
+        m = len(block(slice(0, 0)))
+        return torch.zeros(m, m, dtype=torch.float64)
+    if len(found) == 1:
+        return found[0]
+    return torch.stack([square_mm / _typical(square_mm) for square_mm in found]).sum(0)
+
+
+def _squared_distances(block: Block, layout: StateLayout, names: Collection[str]) -> Tensor:
+    products_mm = torch.zeros(())
+    for columns in blocks(layout, names):
+        rows_mB = block(columns).double()
+        rows_mB = rows_mB - rows_mB[:1]  # what all have in common would only cost digits
+        products_mm = products_mm + rows_mB @ rows_mB.T
+    square_m = products_mm.diagonal()
+    square_mm = (square_m[:, None] + square_m - 2 * products_mm).clamp_min(0)
+    return square_mm.fill_diagonal_(0)
+
+
+def _typical(square_mm: Tensor) -> Tensor:
+    """Returns the median off the diagonal; where most rows are equal, next to nothing."""
+    m = len(square_mm)
+    others = square_mm[~torch.eye(m, dtype=torch.bool, device=square_mm.device)]
+    if not len(others):
+        return square_mm.new_ones(())
+    return torch.maximum(others.median(), 1e-9 * others.max()).clamp_min(torch.finfo(others.dtype).tiny)
