@@ -220,3 +220,14 @@ def test_a_start_that_has_seen_the_reserved_set_is_that_of_every_method(tmp_path
     experiment.start_epochs = 0
     cold = make_trainer("fedavg", experiment, args, data, processor)
     assert cold.evaluate(data.test)["eval_accuracy"] < 0.3
+
+
+def test_defences_are_settings_of_rows(tmp_path):
+    rows = {
+        "median": {"method": "fedavg", "robust_fusion": "median", "max_update_norm_ratio": 2.0},
+        "floor": {"method": "fedmoe", "reserved_floor": 0.5, "max_expert_share": 0.6, "expected_attackers": 0.1},
+    }
+    (median,), (floor,) = runs_of(written(tmp_path, methods=rows), tmp_path / "out").values()
+    of_median, of_floor = median.parse()[1], floor.parse()[1]
+    assert (of_median.robust_fusion, of_median.max_update_norm_ratio) == ("median", 2.0)
+    assert (of_floor.reserved_floor, of_floor.max_expert_share, of_floor.expected_attackers) == (0.5, 0.6, 0.1)
