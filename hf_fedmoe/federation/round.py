@@ -20,7 +20,8 @@ from .client_choice import CLIENT_CHOICES
 from .contract import ServerStep, Track, Uploads, untracked
 from .engines import EachItsOwn, Plan
 from .participants import Reply
-from .randomness import Stream, seed_of
+from .private_mean import PlainMean
+from .randomness import Stream, fresh_seed, seed_of
 from .refusals import reasons
 from .server_step import take_step
 from .uploads import SHARDED, Rows, UploadMemory
@@ -62,7 +63,8 @@ class Federation:
     Args:
         engine ([`EachItsOwn`] or another engine): Trains participants, whose server every round changes.
         num_clients (`int`): M.
-        draw_seed (`int`): Of the draw of clients. Whatever else is random has the seed of `participants`.
+        draw_seed (`int`, *optional*): Of the draw of clients, which nobody can repeat if it is `None`. Whatever else
+            is random has the seed of `participants`.
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
         sharded (`bool`, *optional*, defaults to `False`): Whether uploads stay in the processes that trained them, as
@@ -71,16 +73,19 @@ class Federation:
         gate_fit ([`~strategies.GateFit`], *optional*): By what all processes train a gate together, if they do.
         computes_finite (`Callable`, *optional*): Tells of a model whether what it computes of rows that the server
             knows is finite; it is asked after each step.
+        mean ([`PlainMean`], *optional*): What becomes of uploads before the method sees them: nothing, or
+            [`GaussianMean`].
     """
 
     engine: EachItsOwn
     num_clients: int
-    draw_seed: int
+    draw_seed: int | None
     client_choice: str = "uniform"
     sharded: bool = False
     track: Track = untracked
     gate_fit: Any = None
     computes_finite: Callable[[nn.Module], bool] = lambda model: True
+    mean: PlainMean = field(default_factory=PlainMean)
 
     def __post_init__(self) -> None:
         self.participants, self.processes = self.engine.participants, self.engine.processes
@@ -95,8 +100,11 @@ class Federation:
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """Draws the participants of a round."""
-        rng = np.random.default_rng(seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index))
-        return CLIENT_CHOICES[self.client_choice](self.num_clients, clients_per_round, rng)
+        if self.draw_seed is None:
+            seed = self.processes.on_main(fresh_seed)
+        else:
+            seed = seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index)
+        return CLIENT_CHOICES[self.client_choice](self.num_clients, clients_per_round, np.random.default_rng(seed))
 
     def run_round(
         self, round_index: int, clients_per_round: int, on_client: Callable[[int], None] = lambda client: None
@@ -110,7 +118,7 @@ class Federation:
         collected = self.collect(self.server, self.memory, self.processes, *plan[1:], self.strategy.needs, beside)
         replies, retained = self.engine.fit(plan, round_index, collected, on_client)
         report = self.report(chosen, replies, round_index)
-        uploads = self.close(collected, chosen, replies)
+        uploads = self.mean.uploads(self.close(collected, chosen, replies), round_index)
         report.seconds["clients"] = time.perf_counter() - started
 
         started, self.settled = time.perf_counter(), False
@@ -136,12 +144,13 @@ class Federation:
                     name = self.participants.client_name(client)
                     logger.warning(f"Round {round_index + 1} goes on without {name}: {reply.fault}.")
         sound = [reply for reply in replies if reply.fault is None]
-        if not sound:
+        if not sound and not self.mean.may_be_empty:
             why = reasons(report.refused, self.participants.client_name)
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {why}")
         examples = [reply.num_examples for reply in sound]
         report.num_examples = sum(examples)
-        report.loss = float(np.average([reply.metrics["loss"] for reply in sound], weights=examples))
+        if sound:
+            report.loss = float(np.average([reply.metrics["loss"] for reply in sound], weights=examples))
         return report
 
     def close(self, collected: Rows, chosen: list[int], replies: list[Reply]) -> Uploads:

@@ -24,6 +24,7 @@ from .. import __version__
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..models.configuration_checks import built, class_names
 from .markdown import Markup, code, plain, table
+from .privacy_facts import PrivacyFacts
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -102,6 +103,7 @@ class RunFacts:
         refused (`int`): Uploads that were refused in the counted rounds.
         contribution_SM (`np.ndarray` of shape `[S, M]`, *optional*): How much of each expert came from each client.
         evaluations (`dict[str, dict[str, float]]`): Metrics of the finished model by prefix, e.g. `"test"`.
+        privacy ([`PrivacyFacts`], *optional*): Of a run with differential privacy.
     """
 
     method: str
@@ -120,6 +122,7 @@ class RunFacts:
     contribution_SM: np.ndarray | None = None
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     client_names: list[str] | None = None
+    privacy: PrivacyFacts | None = None
 
     @property
     def names(self) -> list[str]:
