@@ -1,15 +1,18 @@
 """Private runs without noise are those without privacy, bit for bit, in every engine; what enters a sum is bounded."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_fedmoe.federation import private_mean, why_not_private
 from hf_fedmoe.training import FederatedTrainer
 from tests.every_method import LORA_RUNS, RUNS, lora
 from tests.message_link import tiny_run
-from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_federation
+from tests.tiny_federation import assert_equal_states, state, timeless, tiny_args, tiny_federation
+from tests.two_processes import index_of_this_process, join_group, launch, record
 
 
 ALL = RUNS | LORA_RUNS
@@ -79,3 +82,28 @@ def test_noise_is_the_systems_unless_the_seed_is_asked_for(tmp_path):
     again = [state(run(tmp_path / str(n), "fedavg", **NOISY).model) for n in range(2)]
     assert_equal_states(*again)
     assert not torch.equal(again[0]["classifier.weight"], state(ALL["fedavg"].model())["classifier.weight"])
+
+
+ADAPTIVE = NOISY | {"noise_multiplier": 0.1, "clipping_quantile": 0.5}
+
+
+def in_two_processes(index, port, folder, names):
+    """A process of its own; what the system's entropy draws must be the same in both."""
+    join_group(index, port)
+    record(run(folder / "run", "fedadam", **ADAPTIVE), folder / f"process{index_of_this_process()}")
+    of_system = run(folder / "system", "fedavg", **ADAPTIVE | {"noise_source": "system"})
+    record(of_system, folder / f"system{index_of_this_process()}")
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_bits_of_one(tmp_path):
+    launch(in_two_processes, tmp_path, None)
+    one = run(tmp_path / "one", "fedadam", **ADAPTIVE)
+    for index in range(2):
+        assert_equal_states(load_file(tmp_path / f"process{index}.safetensors"), state(one.model))
+        facts = json.loads((tmp_path / f"process{index}.json").read_text())
+        assert facts["log"] == timeless(one.state.log_history)
+    first, second = (load_file(tmp_path / f"system{index}.safetensors") for index in range(2))
+    assert_equal_states(first, second)
+    facts = [json.loads((tmp_path / f"system{index}.json").read_text()) for index in range(2)]
+    assert facts[0] == facts[1]
