@@ -108,9 +108,10 @@ def main() -> None:
     run |= {"learning_rate": given.learning_rate, "num_train_epochs": given.local_epochs}
     settings: dict[str, dict[str, Any]] = {"no privacy": {}, "clipping alone": {"noise_multiplier": 0.0, **clipped}}
     for epsilon in given.epsilons:
-        private = {"delta": given.delta, "privacy_accountant": "pld", **clipped, "target_epsilon": epsilon}
-        noise = PrivacyBudget(arguments("", **run, **private), given.clients).find_noise()
-        settings[f"epsilon {epsilon:g}"] = {"noise_multiplier": noise, **private}
+        target = {"target_epsilon": epsilon, "privacy_accountant": "pld"}
+        noise = PrivacyBudget(arguments("", delta=given.delta, **run, **clipped, **target), given.clients).find_noise()
+        print(f"epsilon {epsilon:g}: noise multiplier {noise:.3f}", flush=True)
+        settings[f"epsilon {epsilon:g}"] = {"noise_multiplier": noise, "delta": given.delta, **clipped}
     found: dict[str, list[float]] = {name: [] for name in settings}
     for seed in range(given.seeds):
         data = make_data(given.clients, seed)

@@ -82,11 +82,12 @@ def test_everybody_in_every_round_is_a_gaussian_mechanism(tmp_path):
     assert delta == pytest.approx(1e-4, rel=0.02)
 
 
-def test_the_noise_is_the_least_for_the_target(tmp_path):
-    found = budget(tmp_path, noise_multiplier=None, target_epsilon=2.0)
-    z = found.find_noise()
-    assert budget(tmp_path, noise_multiplier=z).epsilon(20) <= 2.0
-    assert budget(tmp_path, noise_multiplier=z - 0.01).epsilon(20) > 2.0
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_the_noise_is_the_least_for_the_target(accountant, tmp_path):
+    kind = {"privacy_accountant": accountant}
+    z = budget(tmp_path, noise_multiplier=None, target_epsilon=2.0, **kind).find_noise()
+    assert budget(tmp_path, noise_multiplier=z, **kind).epsilon(20) <= 2.0
+    assert budget(tmp_path, noise_multiplier=z - 0.01, **kind).epsilon(20) > 2.0
 
 
 def test_without_noise_there_is_no_epsilon(tmp_path):
@@ -117,7 +118,7 @@ def test_a_run_tells_its_epsilon_and_nothing_of_its_clients(tmp_path):
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "no bound on that (epsilon) can be given" in card  # whoever has the checkpoint has the seed
-    assert "took part" not in card and "in 0 of 3 rounds" in card
+    assert "took part" not in card and "Clients to server" not in card
 
 
 def test_the_card_says_what_holds(tmp_path):
@@ -128,6 +129,7 @@ def test_the_card_says_what_holds(tmp_path):
     epsilon = run.state.log_history[1]["epsilon"]
     assert f"({epsilon:.3g}, 0.01)-differentially private for adding or leaving out one client" in card
     assert "not against the server" in card and "can be given" not in card
+    assert "| Examples of a client | not told |" in card
 
 
 def test_noise_of_the_system_is_another_each_time(tmp_path):
@@ -188,6 +190,13 @@ def test_a_release_that_no_checkpoint_knows_is_counted(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # as if round 3 had been broken off
     assert again._left[0][SPENT].tolist() == [1.0, 4.0]
     assert again.state.log_history[-2]["epsilon"] == PrivacyBudget(run.args, 4).epsilon(4)
+
+
+def test_training_once_more_counts_on(tmp_path):
+    run = trainer(tmp_path, rounds=2)
+    run.train()
+    run.train()
+    assert run._left[0][SPENT].tolist() == [1.0, 4.0]
 
 
 def test_noise_that_was_found_stays_when_rounds_are_added(tmp_path):
