@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import dp_accounting as dp
 import pytest
 import torch
 from peft import LoraConfig
@@ -26,7 +27,6 @@ from tests.tiny_federation import (
 from tests.tiny_images import tiny_resnet
 
 
-dp = pytest.importorskip("dp_accounting")
 PRIVATE = {"noise_multiplier": 1.0, "clipping_norm": 0.5, "delta": 1e-2, "noise_source": "seed"}
 POISSON = PRIVATE | {"client_choice": "poisson"}
 
