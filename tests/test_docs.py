@@ -89,6 +89,15 @@ def test_trainer_page_as_it_stands(newcomer):
     assert names["trainer"].evaluate(names["data"].test)["eval_accuracy"] > 0.4
 
 
+def test_private_run_of_the_docs(newcomer):
+    (private,) = blocks("docs/privacy.md")
+    assert "rounds=10" in private
+    names = run(private.replace("rounds=10", "rounds=2"))
+    epsilons = [entry["epsilon"] for entry in names["trainer"].state.log_history if "epsilon" in entry]
+    assert len(epsilons) == 2 and 7.9 < epsilons[1] <= 8.0
+    assert "(8, 0.001)-differentially private" in Path("runs/private/README.md").read_text()
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_pages_name_files_that_exist(page):
     text = (REPOSITORY / page).read_text()

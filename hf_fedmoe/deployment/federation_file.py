@@ -44,6 +44,8 @@ NOT_HERE = (
     *("reserved_size", "reserved_share", "validation_size", "max_train_examples", "max_test_examples"),
     *("client_test_share", "unseen_share", "start_epochs", "plugin", "compare", "with_lora"),
 )
+# What a server that only needs sums could do without seeing uploads, and cannot yet.
+SECURE_AGGREGATION = "secure_aggregation"
 # Settings of the machine that they stand on: a node has its own.
 OF_THE_SERVER = ("output_dir", "report_to", "push_to_hub", "hub_model_id", "hub_token", "eval_strategy", "eval_steps")
 
@@ -95,6 +97,12 @@ def read_federation(file: str | Path, told: dict[str, Any] | None = None) -> tup
 
 def check_settings(given: dict[str, Any]) -> None:
     """Raises `ValueError` for settings that mean nothing here, or that no node should take from a server."""
+    if SECURE_AGGREGATION in given:
+        raise ValueError(
+            f"`{SECURE_AGGREGATION}` is {given[SECURE_AGGREGATION]!r}, but there is none: Flower 1.42 has SecAgg+ in "
+            "the API that its Message API replaces only, and nothing of that kind is written here. The server sees "
+            "every upload by itself (docs/privacy.md): leave it out."
+        )
     for name in NOT_HERE:
         if name in given:
             raise ValueError(

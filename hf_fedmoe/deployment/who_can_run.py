@@ -1,13 +1,7 @@
 """Tells which methods can run with clients elsewhere, by the hooks that they have."""
 
-from ..federation import Strategy
+from ..federation import Strategy, overrides
 from ..strategies import FedMoE
-
-
-def overrides(strategy: Strategy | type[Strategy], hook: str) -> bool:
-    """Tells whether a method has a hook of its own."""
-    kind = strategy if isinstance(strategy, type) else type(strategy)
-    return getattr(kind, hook) is not getattr(Strategy, hook)
 
 
 def why_not(strategy: Strategy | type[Strategy]) -> str | None:

@@ -210,11 +210,11 @@ def _metrics(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, flo
             metrics |= {f"{part}_{name}": value for name, value in scores.items()}
         others = ~np.eye(len(analysis.disagreement_SS), dtype=bool)
         metrics["disagreement"] = float(analysis.disagreement_SS[others].mean())
-    rounds = [entry for entry in trainer.state.log_history if "bytes_up" in entry]
+    rounds = [entry for entry in trainer.state.log_history if "seconds_server" in entry]
     seconds = [sum(value for name, value in entry.items() if name.startswith("seconds_")) for entry in rounds]
     return metrics | {
-        "megabytes_up": float(np.mean([entry["bytes_up"] for entry in rounds])) / 1e6,
-        "megabytes_down": float(np.mean([entry["bytes_down"] for entry in rounds])) / 1e6,
+        "megabytes_up": float(np.mean([entry.get("bytes_up", np.nan) for entry in rounds])) / 1e6,
+        "megabytes_down": float(np.mean([entry.get("bytes_down", np.nan) for entry in rounds])) / 1e6,
         "seconds": float(np.mean(seconds)),
     }
 

@@ -16,19 +16,22 @@ from .contract import (
     Uploads,
     Work,
     has_plain_clients,
+    overrides,
     untracked,
     warmed_up,
 )
 from .defence import ROBUST_FUSIONS, Defence, make_defence
 from .engines import EachItsOwn, EngineArguments, SomeAtOnce, Together, TogetherByZero
-from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers
+from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers, sync
 from .filters import Filter, make_filters
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
 from .local_updates import CapturedUpdates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
+from .only_sums import methods_of_sums, why_not_private, why_not_summed
 from .participants import Participants
+from .private_mean import AdaptiveNorm, FixedNorm, GaussianMean, PlainMean, seeded_normals, system_normals
 from .process_group import ProcessGroup
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
@@ -44,6 +47,7 @@ from .zero_training import ZeroTraining
 __all__ = [
     "CLIENT_CHOICES",
     "ROBUST_FUSIONS",
+    "AdaptiveNorm",
     "BatchReader",
     "BrokenPromiseError",
     "CapturedPasses",
@@ -57,13 +61,16 @@ __all__ = [
     "Federation",
     "FileDigest",
     "Filter",
+    "FixedNorm",
     "FolderLock",
+    "GaussianMean",
     "JointWork",
     "LocalObjective",
     "LocalTrainer",
     "Loss",
     "Participants",
     "Pass",
+    "PlainMean",
     "ProcessGroup",
     "Processes",
     "RoundReport",
@@ -98,7 +105,9 @@ __all__ = [
     "local_steps",
     "make_defence",
     "make_filters",
+    "methods_of_sums",
     "never_accepted",
+    "overrides",
     "own_loss",
     "read_identity",
     "read_manifest",
@@ -108,9 +117,14 @@ __all__ = [
     "save_federation",
     "scale_learning_rates",
     "seed_of",
+    "seeded_normals",
     "sound_finish",
+    "sync",
+    "system_normals",
     "take_step",
     "untracked",
     "warmed_up",
+    "why_not_private",
+    "why_not_summed",
     "write_manifest",
 ]

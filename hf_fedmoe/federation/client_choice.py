@@ -20,7 +20,13 @@ def stratified(num_clients: int, clients_per_round: int, rng: np.random.Generato
     ]
 
 
+def poisson(num_clients: int, clients_per_round: int, rng: np.random.Generator) -> list[int]:
+    """Each client with probability m / M, independently of the others: m on average, perhaps nobody."""
+    return np.flatnonzero(rng.random(num_clients) < clients_per_round / num_clients).tolist()
+
+
 CLIENT_CHOICES: dict[str, Callable[[int, int, np.random.Generator], list[int]]] = {
     "uniform": uniform,
     "stratified": stratified,
+    "poisson": poisson,
 }

@@ -375,6 +375,12 @@ def has_plain_clients(strategy: Strategy) -> bool:
     return type(strategy).train_client is Strategy.train_client and has_own_loss(strategy)
 
 
+def overrides(strategy: Strategy | type[Strategy], hook: str) -> bool:
+    """Tells whether a method has a hook of its own."""
+    kind = strategy if isinstance(strategy, type) else type(strategy)
+    return getattr(kind, hook) is not getattr(Strategy, hook)
+
+
 def warmed_up(rate: float, round_index: int) -> float:
     """
     The rate of a moving average in round `round_index` (from 0): a plain running mean until its horizon is filled, so

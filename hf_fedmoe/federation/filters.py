@@ -6,6 +6,7 @@ Shape suffixes: P elements of a model's row, U elements of an update.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -124,18 +125,28 @@ class Clip(Filter):
     def __init__(self, layout: StateLayout, max_norm: float):
         self.layout, self.max_norm = layout, max_norm
 
-    @torch.no_grad()
     def upload(self, sent: Payload, task: ClientTask) -> dict[str, Tensor]:
-        trained, received = self.layout.views(sent.row_P), self.layout.views(task.received_P)
-        names = [name for name in trained if name in sent.sizes and name not in self.layout.statistics]
-        updates = [trained[name] - received[name] for name in names]
-        if not updates:
-            return {}
-        norm = torch.stack(torch._foreach_norm(updates)).norm().item()
-        if norm > self.max_norm and math.isfinite(norm):
-            for name, update in zip(names, updates, strict=True):
-                torch.add(received[name], update, alpha=self.max_norm / norm, out=trained[name])
+        names = [name for name in self.layout.sizes if name in sent.sizes and name not in self.layout.statistics]
+        shorten_(sent.row_P, task.received_P, self.layout, names, self.max_norm)
         return {}
+
+
+@torch.no_grad()
+def shorten_(row_P: Tensor, received_P: Tensor, layout: StateLayout, names: Sequence[str], max_norm: float) -> float:
+    """
+    Shortens the change of some tensors of a row to a norm, in place; returns what its norm was. A change that is not
+    finite stays as it is.
+    """
+    trained, received = layout.views(row_P), layout.views(received_P)
+    updates = [trained[name] - received[name] for name in names]
+    if not updates:
+        return 0.0
+    # In float64, where no squares of what is finite overflow.
+    norm = torch.stack(torch._foreach_norm(updates, dtype=torch.float64)).norm().item()
+    if norm > max_norm and math.isfinite(norm):
+        for name, update in zip(names, updates, strict=True):
+            torch.add(received[name], update, alpha=max_norm / norm, out=trained[name])
+    return norm
 
 
 class Compress(Filter):

@@ -21,7 +21,8 @@ from .contract import ServerStep, Track, Uploads, untracked
 from .defence import UNDEFENDED, Defence
 from .engines import EachItsOwn, Plan
 from .participants import Reply
-from .randomness import Stream, seed_of
+from .private_mean import PlainMean
+from .randomness import Stream, fresh_seed, seed_of
 from .refusals import reasons
 from .screens import Screen, Updates, Verdict
 from .server_step import take_step
@@ -64,7 +65,8 @@ class Federation:
     Args:
         engine ([`EachItsOwn`] or another engine): Trains participants, whose server every round changes.
         num_clients (`int`): M.
-        draw_seed (`int`): Of the draw of clients. Whatever else is random has the seed of `participants`.
+        draw_seed (`int`, *optional*): Of the draw of clients, which nobody can repeat if it is `None`. Whatever else
+            is random has the seed of `participants`.
         client_choice (`str`, *optional*, defaults to `"uniform"`): How participants are drawn, a name in
             `CLIENT_CHOICES`.
         sharded (`bool`, *optional*, defaults to `False`): Whether uploads stay in the processes that trained them, as
@@ -74,17 +76,20 @@ class Federation:
         computes_finite (`Callable`, *optional*): Tells of a model whether what it computes of rows that the server
             knows is finite; it is asked after each step.
         defence ([`Defence`], *optional*): Against hostile uploads; none if left out.
+        mean ([`PlainMean`], *optional*): What becomes of uploads before the method sees them: nothing, or
+            [`GaussianMean`].
     """
 
     engine: EachItsOwn
     num_clients: int
-    draw_seed: int
+    draw_seed: int | None
     client_choice: str = "uniform"
     sharded: bool = False
     track: Track = untracked
     gate_fit: Any = None
     computes_finite: Callable[[nn.Module], bool] = lambda model: True
     defence: Defence = UNDEFENDED
+    mean: PlainMean = field(default_factory=PlainMean)
 
     def __post_init__(self) -> None:
         self.participants, self.processes = self.engine.participants, self.engine.processes
@@ -99,8 +104,11 @@ class Federation:
 
     def draw(self, round_index: int, clients_per_round: int) -> list[int]:
         """Draws the participants of a round."""
-        rng = np.random.default_rng(seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index))
-        return CLIENT_CHOICES[self.client_choice](self.num_clients, clients_per_round, rng)
+        if self.draw_seed is None:
+            seed = self.processes.on_main(fresh_seed)
+        else:
+            seed = seed_of(self.draw_seed, Stream.CLIENT_DRAW, round_index)
+        return CLIENT_CHOICES[self.client_choice](self.num_clients, clients_per_round, np.random.default_rng(seed))
 
     def run_round(
         self, round_index: int, clients_per_round: int, on_client: Callable[[int], None] = lambda client: None
@@ -115,7 +123,7 @@ class Federation:
         replies, retained = self.engine.fit(plan, round_index, collected, on_client)
         screened = self.screen(collected, chosen, replies, round_index)
         report = self.report(chosen, replies, round_index)
-        uploads = self.close(collected, chosen, replies)
+        uploads = self.mean.uploads(self.close(collected, chosen, replies), round_index)
         report.seconds["clients"] = time.perf_counter() - started
 
         started, self.settled = time.perf_counter(), False
@@ -168,12 +176,13 @@ class Federation:
                     name = self.participants.client_name(client)
                     logger.warning(f"Round {round_index + 1} goes on without {name}: {reply.fault}.")
         sound = [reply for reply in replies if reply.fault is None]
-        if not sound:
+        if not sound and not self.mean.may_be_empty:
             why = reasons(report.refused, self.participants.client_name)
             raise RuntimeError(f"No client of round {round_index + 1} sent a sound model. {why}")
         examples = [reply.num_examples for reply in sound]
         report.num_examples = sum(examples)
-        report.loss = float(np.average([reply.metrics["loss"] for reply in sound], weights=examples))
+        if sound:
+            report.loss = float(np.average([reply.metrics["loss"] for reply in sound], weights=examples))
         return report
 
     def close(self, collected: Rows, chosen: list[int], replies: list[Reply]) -> Uploads:

@@ -41,7 +41,7 @@ def participants_of(
     """Returns who takes part in a round; raises [`BrokenPromiseError`] unless they are clients, each once."""
     chosen = list(strategy.participants(server, drawn, round_index))
     known = range(num_clients)
-    if not chosen or len(set(chosen)) < len(chosen) or not all(client in known for client in chosen):
+    if bool(chosen) < bool(drawn) or len(set(chosen)) < len(chosen) or not all(client in known for client in chosen):
         fault = f"`participants` gives {chosen}, where some of the clients 0 to {num_clients - 1}, each once, are due"
         raise BrokenPromiseError(strategy, fault)
     names = {*(slot.name for slot in server.layout.slots), *server.layout.integers}

@@ -13,12 +13,14 @@ from .comparison import RunResult, comparison_table, plot_learning_curves, write
 from .expert_analysis import ExpertAnalysis, analyse_experts, scores
 from .gate_heatmap import plot_gate
 from .model_card import RunFacts, training_table, write_model_card
+from .privacy_facts import PrivacyFacts
 
 
 __all__ = [
     "ClientDifferences",
     "ClientScore",
     "ExpertAnalysis",
+    "PrivacyFacts",
     "RunFacts",
     "RunResult",
     "analyse_experts",

@@ -24,6 +24,7 @@ from .. import __version__
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..models.configuration_checks import built, class_names
 from .markdown import Markup, code, plain, table
+from .privacy_facts import PrivacyFacts
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -102,6 +103,7 @@ class RunFacts:
         refused (`int`): Uploads that were refused in the counted rounds.
         contribution_SM (`np.ndarray` of shape `[S, M]`, *optional*): How much of each expert came from each client.
         evaluations (`dict[str, dict[str, float]]`): Metrics of the finished model by prefix, e.g. `"test"`.
+        privacy ([`PrivacyFacts`], *optional*): Of a run with differential privacy.
     """
 
     method: str
@@ -120,6 +122,7 @@ class RunFacts:
     contribution_SM: np.ndarray | None = None
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     client_names: list[str] | None = None
+    privacy: PrivacyFacts | None = None
 
     @property
     def names(self) -> list[str]:
@@ -340,13 +343,18 @@ def _training_rows(run: RunFacts) -> list[tuple[str, Any]]:
     examples = f"{sizes_M.min()}" if sizes_M.min() == sizes_M.max() else f"{sizes_M.min()} to {sizes_M.max()}"
     kept = f", the model of round {run.chosen_round} kept" if run.chosen_round else ""
     counted = "" if run.counted_rounds == run.rounds else f" in {run.counted_rounds} of {run.rounds} rounds"
-    return [
+    rows = [
         ("Method", code(run.method)),
         ("Rounds", f"{run.rounds}{kept}"),
         ("Clients", f"{len(sizes_M)}, {run.clients_per_round} in each round"),
-        ("Examples of a client", examples),
+        ("Examples of a client", "not told" if run.privacy else examples),
         ("Reserved set of the server", f"{run.reserved_size} labelled examples" if run.reserved_size else "none used"),
         *((Markup(f"{code(name)} of a client"), value) for name, value in run.local.items()),
+    ]
+    if run.rounds and not run.counted_rounds:  # a private run tells nothing of single rounds
+        return rows
+    return [
+        *rows,
         ("Clients to server", f"{run.bytes_up / 1e6:,.1f} MB{counted}"),
         ("Server to clients", f"{run.bytes_down / 1e6:,.1f} MB{counted}"),
         ("Uploads refused", f"{run.refused}{counted}"),

@@ -15,6 +15,7 @@ from .defence_checks import check_defence
 from .engine_choice import engine_kind
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_arguments
+from .privacy_arguments import check_private_run
 from .trainer_of_rounds import client_model_of
 
 
@@ -158,6 +159,14 @@ def check_run(
                 f"`{name}` is {value!r}, but in {strategy.name!r} no receiver knows the model that an update starts "
                 f"from: leave it at {off!r}."
             )
+    check_private_run(
+        args,
+        strategy,
+        strategy.server_models(model),
+        data.num_clients,
+        args.lora_fusion,
+        args.client_parallelism,
+    )
     if args.keep_client_optimizer and not strategy.keeps_optimizer:
         raise ValueError(
             f"`keep_client_optimizer` is True, but {strategy.name!r} does not promise to go on with an optimizer "

@@ -11,6 +11,7 @@ from ..federation import CLIENT_CHOICES, ROBUST_FUSIONS, EngineArguments, leave_
 from ..strategies import check_setting_kinds
 from ..weights import COMPRESSIONS, make_codec
 from .deepspeed_config import hidden_from_accelerate, requested_config
+from .privacy_arguments import PrivacyArguments, check_privacy_arguments
 
 
 LORA_FUSIONS = ("svd", "ffa", "factors")
@@ -20,7 +21,7 @@ NOT_NEGATIVE += ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass
-class FederatedTrainingArguments(EngineArguments):
+class FederatedTrainingArguments(PrivacyArguments, EngineArguments):
     """
     [`~transformers.TrainingArguments`] of a federated run.
 
@@ -29,7 +30,8 @@ class FederatedTrainingArguments(EngineArguments):
     `bf16` and so on are those of local training; `dataloader_num_workers` processes read clients' batches meanwhile,
     the same ones for all. What counts steps counts rounds: `logging_steps`, `eval_steps`, `save_steps`. A round is
     logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Processes besides the main
-    one log what that logs (`log_level_replica`). [`FedMoETrainingArguments`] has Fed-MoE's besides.
+    one log what that logs (`log_level_replica`). [`PrivacyArguments`] has those of differential privacy, and
+    [`FedMoETrainingArguments`] Fed-MoE's besides.
 
     Args:
         rounds (`int`, *optional*, defaults to 10):
@@ -39,8 +41,8 @@ class FederatedTrainingArguments(EngineArguments):
         client_draw_seed (`int`, *optional*):
             Seed of the draw of clients; `seed` if left out. Equal seeds give two methods equal participants.
         client_choice (`str`, *optional*, defaults to `"uniform"`):
-            How they are drawn: `"uniform"`, without replacement, or `"stratified"`, one of each residue class of
-            client numbers modulo m.
+            How they are drawn: `"uniform"`, without replacement, `"stratified"`, one of each residue class of
+            client numbers modulo m, or, in private runs, `"poisson"`, each by itself with probability m / M.
         keep_client_optimizer (`bool`, *optional*, defaults to `False`):
             Whether a client finds its optimizer state again when it is next drawn.
         upload_compression (`str`, *optional*, defaults to `"none"`):
@@ -181,6 +183,7 @@ class FederatedTrainingArguments(EngineArguments):
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise ValueError(f"`max_update_norm` is {self.max_update_norm}: give a norm above 0, or leave it out.")
         self._check_defence()
+        check_privacy_arguments(self, self.client_choice, self.clients_per_round)
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(
                 f"`lora_fusion` is {self.lora_fusion!r}: choose one of {', '.join(map(repr, LORA_FUSIONS))}."
@@ -220,6 +223,13 @@ class FederatedTrainingArguments(EngineArguments):
             raise ValueError(f"`robust_fusion` is {self.robust_fusion!r}: choose one of {names}, or leave it out.")
         if not 0 <= share < 0.5:
             raise ValueError(f"`expected_attackers` is {share}: give a share of 0 or more, below a half.")
+        for name in ("robust_fusion", "max_update_norm_ratio") if self.is_private else ():
+            if vars(self)[name] is not None:
+                raise ValueError(
+                    f"`{name}` is {vars(self)[name]!r} in a private run, where what becomes of an update must not depend "
+                    "on the others: one client would move more than the noise hides. Leave it out; `clipping_norm` "
+                    "bounds hostile updates, too."
+                )
 
     def _check_client_ranks(self) -> None:
         if not self.client_ranks or min(self.client_ranks) < 1:

@@ -61,6 +61,7 @@ from .known_rows import trial_on_known_rows
 from .label_names import settle_label_names
 from .metrics import OF_CLASSES, OF_EVALUATION, classification_metrics
 from .precision import train_in_float32
+from .privacy_budget import NoBudget, make_budget
 from .progress import Watch, one_line_a_round, without_bars_of_files
 from .resuming import CLIENTS_FOLDER
 from .run_facts import run_facts
@@ -140,6 +141,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         self._contribution_SM: np.ndarray | None = None
         self._active_federation = None
         self._left = None
+        self._privacy = NoBudget()
         if isinstance(processing_class, BaseImageProcessor):
             data_collator = data_collator or ImageCollator(processing_class)
         elif data_collator is None:
@@ -149,6 +151,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             train_in_float32(model, args.should_log)
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
+            self._privacy = make_budget(args, train_dataset.num_clients)
             if train_dataset.has_classes:
                 settle_label_names(model, train_dataset)
             elif compute_metrics is classification_metrics:
@@ -211,6 +214,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             self.strategy.setup(federation.server, federation.num_clients)
         else:
             load_federation(Path(resume_from_checkpoint), federation.server, federation.store)
+        resumed = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        self._privacy.begin(federation, self._output_dir, resumed)
         self._tidy_up(federation.store)
         check_start(self.strategy, federation.server)
         start_time = time.time()
@@ -224,6 +229,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             if args.eval_on_start:
                 self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
             for round_index in range(self.state.global_step, rounds):
+                if not self._privacy.allows_round():
+                    break
                 self._run_round(federation, round_index, trial, ignore_keys_for_eval)
                 if self.control.should_training_stop:
                     break
@@ -248,6 +255,10 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             self._active_federation = None
             federation.store.close()
         return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs what may be told; see [`~transformers.Trainer`]."""
+        super().log(self._privacy.tellable(logs), start_time)
 
     def _load_best_model(self) -> None:
         """Nothing where [`~transformers.Trainer`] would: it was loaded before the strategy's last step."""
@@ -285,6 +296,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
                 {
                     "loss": report.loss,
                     **report.metrics,
+                    **self._privacy.spent(),
                     "bytes_up": report.bytes_up,
                     "bytes_down": report.bytes_down,
                     "refused_clients": len(report.refused),
@@ -374,7 +386,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
         return Federation(
             self._engine(participants),
             data.num_clients,
-            args.client_draw_seed,
+            None if args.is_private and args.noise_source == "system" else args.client_draw_seed,
             args.client_choice,
             sharded=args.client_parallelism == "sums",
             track=self._watch,
@@ -426,8 +438,9 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
                 strategy_settings(self.strategy),
                 self.federated_dataset,
                 self.state,
-                self.rounds,
+                self._privacy.tellable_rounds(self.rounds),
                 self._contribution_SM,
+                self._privacy.facts(),
             )
         folder = Path(folder or self._output_dir)
         if isinstance(self.model, FedMoEForCausalLM):

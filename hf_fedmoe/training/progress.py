@@ -26,6 +26,10 @@ T = TypeVar("T")
 CLOCKS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
+# By what the entry of a round is known, whatever else is told of it.
+ROUND = "seconds_server"
+
+
 class RoundLines(TrainerCallback):
     """
     Writes one line for each round that is logged or evaluated, and one at the end of the run.
@@ -75,7 +79,7 @@ class RoundLines(TrainerCallback):
         self._logs.append(dict(logs))
         self._step = state.global_step
         # Evaluations of several data sets come one by one, each under a name of its own.
-        if ("bytes_up" in logs and not control.should_evaluate) or prefix == "eval":
+        if (ROUND in logs and not control.should_evaluate) or prefix == "eval":
             self._write_round(args, state)
 
     def on_epoch_begin(
@@ -93,7 +97,7 @@ class RoundLines(TrainerCallback):
             return
         logs, self._logs = self._logs, []
         reports = self._reports()
-        refused = reports[-1].refused if reports and any("bytes_up" in entry for entry in logs) else ()
+        refused = reports[-1].refused if reports and any("refused_clients" in entry for entry in logs) else ()
         names = [self._client_name(client) for client in refused]
         chosen = (args.metric_for_best_model or "").removeprefix("eval_")
         self.write(round_line(self._step, state.max_steps, logs, names, ["accuracy", chosen]))
@@ -215,10 +219,11 @@ def round_line(
     loss, scores, cost, others = [], [], [], []
     for entry in logs:
         prefix = prefix_of(entry)
-        if "bytes_up" in entry:
-            loss = [f"loss {entry['loss']:.3f}"]
+        if ROUND in entry:
+            loss = [f"{name} {entry[name]:.3f}" for name in ("loss", "epsilon") if name in entry]
             seconds = sum(value for name, value in entry.items() if name.startswith("seconds_"))
-            cost = [f"{megabytes(entry['bytes_up'])} up", f"{seconds:.1f} s"]
+            cost = [f"{megabytes(entry['bytes_up'])} up"] if "bytes_up" in entry else []
+            cost.append(f"{seconds:.1f} s")
         elif prefix is not None:
             scores += score_parts(prefix, entry, chosen)
         else:
@@ -240,8 +245,10 @@ def score_parts(prefix: str, logs: dict[str, Any], chosen: Collection[str]) -> l
 
 def last_line(rounds: int, logs: dict[str, Any]) -> str:
     """The end of a run in a line."""
-    speed = logs.get("train_samples_per_second", 0.0)
-    return f"{rounds} rounds  {logs['train_runtime']:.1f} s  {speed:.4g} examples/s  loss {logs['train_loss']:.3f}"
+    parts = [f"{rounds} rounds", f"{logs['train_runtime']:.1f} s"]
+    if "train_loss" in logs:  # a private run tells neither
+        parts += [f"{logs.get('train_samples_per_second', 0.0):.4g} examples/s", f"loss {logs['train_loss']:.3f}"]
+    return "  ".join(parts)
 
 
 def other_line(logs: dict[str, Any]) -> str:

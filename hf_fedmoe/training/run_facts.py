@@ -7,7 +7,7 @@ from transformers import TrainerState
 
 from ..data import FederatedDataset
 from ..federation import RoundReport
-from ..reporting import RunFacts
+from ..reporting import PrivacyFacts, RunFacts
 from ..strategies import Strategy
 from .federated_arguments import FederatedTrainingArguments
 
@@ -25,6 +25,7 @@ def run_facts(
     state: TrainerState,
     reports: list[RoundReport],
     contribution_SM: np.ndarray | None = None,
+    privacy: PrivacyFacts | None = None,
 ) -> RunFacts:
     """
     Gathers [`~reporting.RunFacts`].
@@ -38,6 +39,7 @@ def run_facts(
         reports (`list[RoundReport]`): The rounds of this process, the last ones of the run.
         contribution_SM (`np.ndarray` of shape `[S, M]`, *optional*): How much of each expert came from each client
             after the last round; it says nothing of the model of an earlier one.
+        privacy ([`~reporting.PrivacyFacts`], *optional*): Of a private run.
     """
     rounds = state.global_step
     sent: dict[float, dict[str, Any]] = {entry["step"]: entry for entry in state.log_history if "bytes_up" in entry}
@@ -69,6 +71,7 @@ def run_facts(
         refused=sum(entry["refused_clients"] for entry in sent.values()),
         contribution_SM=contribution_SM if chosen_round in (None, rounds) else None,
         evaluations=_evaluations(state.log_history),
+        privacy=privacy,
     )
 
 

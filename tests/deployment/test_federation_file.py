@@ -75,6 +75,10 @@ def test_the_node_is_told_what_is_wrong_with_its_rows(files):
     "told, words",
     [
         ({"partition": "iid"}, "`partition` is 'iid', which says nothing where clients are elsewhere"),
+        (
+            {"secure_aggregation": True},
+            "`secure_aggregation` is True, but there is none: Flower 1.42",
+        ),
         ({"min_clients": 3}, "`min_clients` is 3: give 1 to 2, all clients"),
         ({"round_timeout": 0}, "`round_timeout` is 0.0: give seconds above 0"),
         ({"method": "l2sgd", "peft": "none"}, "'l2sgd' cannot run there: the server changes rows that stay"),

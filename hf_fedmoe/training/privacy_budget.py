@@ -1,0 +1,258 @@
+"""The accounting of a private run: its noise, what is spent, when it stops, and what may be told of it."""
+
+import json
+import math
+from functools import cache
+from importlib import import_module
+from logging import LogRecord, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..federation import (
+    AdaptiveNorm,
+    Federation,
+    FixedNorm,
+    GaussianMean,
+    RoundReport,
+    Server,
+    seeded_normals,
+    sync,
+    system_normals,
+)
+from ..reporting import PrivacyFacts
+from .federated_arguments import FederatedTrainingArguments
+from .privacy_arguments import RELATIONS, check_noise_of_count
+
+
+logger = logging.get_logger(__name__)
+
+# In `server.tensors`, and so in checkpoints: the noise multiplier, and how many means were released with it.
+SPENT = "privacy.spent"
+# In `output_dir`: the same, written before each release. The underscore keeps it from the Hub.
+SPENT_FILE = "_privacy_spent.json"
+# Logged numbers of clients that have no noise.
+NOT_TOLD = (
+    *("loss", "train_loss", "train_samples_per_second", "bytes_up", "bytes_down", "refused_clients"),
+    *("seconds_clients", "seconds_synchronise"),
+)
+
+
+class NoBudget:
+    """The accounting of a run that is not private: nothing is spent, and everything is told."""
+
+    def begin(self, federation: Federation, output_dir: Path, resumed: Path | None) -> None:
+        """Prepares the rounds of a run that starts, or goes on from a checkpoint."""
+
+    def allows_round(self) -> bool:
+        """Tells whether another round stays within the budget."""
+        return True
+
+    def spent(self) -> dict[str, float]:
+        """Returns what to log of it after a round."""
+        return {}
+
+    def tellable(self, logs: dict[str, float]) -> dict[str, float]:
+        """Returns what may be told of a log entry."""
+        return logs
+
+    def tellable_rounds(self, reports: list[RoundReport]) -> list[RoundReport]:
+        """Returns the rounds of which the model card may tell."""
+        return reports
+
+    def facts(self) -> PrivacyFacts | None:
+        """Returns what the model card says of it."""
+        return None
+
+
+class PrivacyBudget(NoBudget):
+    """
+    The accounting of a private run.
+
+    Args:
+        args ([`FederatedTrainingArguments`]): Of the run.
+        num_clients (`int`): Of the federation.
+    """
+
+    def __init__(self, args: FederatedTrainingArguments, num_clients: int):
+        self.args, self.num_clients = args, num_clients
+        self.noise_multiplier = args.noise_multiplier
+        self.server: Server | None = None
+        self.epsilon = cache(self._epsilon)
+        if self.noise_multiplier != 0:
+            dp_accounting()  # here, not after hours of training
+
+    def begin(self, federation: Federation, output_dir: Path, resumed: Path | None) -> None:
+        """
+        Finds the noise, or in a checkpoint what it was and how often it was released, and has `federation` add it. A
+        round that was broken off after its release, of which no checkpoint knows, counts too.
+        """
+        # A trainer that trains once more goes on with what it has released.
+        args, server, releases = self.args, federation.server, self.releases
+        if resumed is not None:
+            self.noise_multiplier, noted = server.tensors[SPENT].tolist()
+            known = federation.processes.on_main(lambda: _read(resumed.parent / SPENT_FILE))
+            releases = max(int(noted), known)
+        elif self.noise_multiplier is None:
+            self.noise_multiplier = self.find_noise()
+        assert self.noise_multiplier is not None and args.clipping_norm is not None  # the arguments are checked
+        self.epsilon.cache_clear()
+        clipping = FixedNorm(args.clipping_norm)
+        if args.clipping_quantile is not None:
+            check_noise_of_count(self.noise_multiplier, args.clients_per_round)
+            clipping = AdaptiveNorm(args.clipping_norm, args.clipping_quantile, args.clients_per_round)
+        self.server, self.file = server, output_dir / SPENT_FILE
+        self._note(releases)
+        federation.mean = GaussianMean(
+            server,
+            federation.strategy,
+            args.clients_per_round,
+            self.num_clients,
+            self.noise_multiplier,
+            clipping,
+            system_normals if args.noise_source == "system" else seeded_normals(args.seed),
+            self.before_release,
+        )
+        if args.noise_source == "seed" and self.noise_multiplier:
+            logger.warning(
+                '`noise_source` is "seed": whoever knows the seed can take the noise away. Publish nothing.'
+            )
+
+    def before_release(self) -> None:
+        """Notes, on disk too, that the noise is used once more."""
+        self._note(self.releases + 1)
+        write_whole(self.file, json.dumps({"noise_multiplier": self.noise_multiplier, "releases": self.releases}))
+
+    @property
+    def releases(self) -> int:
+        """The number of means that were released: noted in the main process, whose server reaches the others."""
+        return 0 if self.server is None else int(self.server.tensors[SPENT][1].item())
+
+    def _note(self, releases: int) -> None:
+        assert self.server is not None  # rounds have begun
+        self.server.tensors[SPENT] = torch.tensor([self.noise_multiplier, releases], dtype=torch.float64)
+
+    def allows_round(self) -> bool:
+        target = self.args.target_epsilon
+        if target is None or self.epsilon(self.releases + 1) <= target:
+            return True
+        logger.warning(
+            f"The run stops after {self.releases} private means, epsilon {self.epsilon(self.releases):.4g}: one more "
+            f"would exceed `target_epsilon` = {target:g} at `delta` = {self.args.delta:g}."
+        )
+        return False
+
+    def spent(self) -> dict[str, float]:
+        epsilon = self.epsilon(self.releases)
+        return {"epsilon": epsilon} if math.isfinite(epsilon) else {}
+
+    def tellable(self, logs: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in logs.items() if name not in NOT_TOLD}
+
+    def tellable_rounds(self, reports: list[RoundReport]) -> list[RoundReport]:
+        return []
+
+    def facts(self) -> PrivacyFacts | None:
+        args = self.args
+        if not self.noise_multiplier or not self.releases or args.noise_source == "seed":
+            return None
+        assert args.delta is not None and args.clipping_norm is not None  # the arguments are checked
+        return PrivacyFacts(
+            epsilon=self.epsilon(self.releases),
+            delta=args.delta,
+            relation=RELATIONS[args.client_choice],
+            draw=f"{args.client_choice}, {args.clients_per_round} of {self.num_clients} clients",
+            noise_multiplier=self.noise_multiplier,
+            clipping_norm=args.clipping_norm,
+            clipping_quantile=args.clipping_quantile,
+            releases=self.releases,
+            accountant=args.privacy_accountant,
+        )
+
+    # The accountant
+
+    def find_noise(self) -> float:
+        """Returns the least noise multiplier with which all rounds stay within the target."""
+        found = self._find_noise("rdp", 0.05, 1.0)
+        if self.args.privacy_accountant == "rdp":
+            return found
+        # A little less does, and far less would take hours to account for.
+        return self._find_noise(self.args.privacy_accountant, 0.6 * found, found)
+
+    def _find_noise(self, accountant: str, low: float, guess: float) -> float:
+        dp, args = dp_accounting(), self.args
+        return float(
+            dp.calibrate_dp_mechanism(
+                lambda: self._accountant(accountant),
+                lambda z: dp.SelfComposedDpEvent(self._event(z), args.rounds),
+                args.target_epsilon,
+                args.delta,
+                dp.LowerEndpointAndGuess(low, guess),
+                tol=1e-3,
+            )
+        )
+
+    def _epsilon(self, releases: int) -> float:
+        """Returns the epsilon of so many private means."""
+        if not self.noise_multiplier:
+            return math.inf
+        if releases == 0:
+            return 0.0
+        accountant = self._accountant(self.args.privacy_accountant).compose(
+            self._event(self.noise_multiplier), releases
+        )
+        return float(accountant.get_epsilon(self.args.delta))
+
+    def _accountant(self, name: str) -> Any:
+        relations = dp_accounting().NeighboringRelation
+        relation = relations.ADD_OR_REMOVE_ONE if self.args.client_choice == "poisson" else relations.REPLACE_ONE
+        if name == "pld":
+            return import_module("dp_accounting.pld").PLDAccountant(neighboring_relation=relation)
+        return import_module("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
+
+    def _event(self, noise_multiplier: float) -> Any:
+        dp, drawn = dp_accounting(), self.args.clients_per_round
+        if self.args.client_choice == "poisson":
+            return dp.PoissonSampledDpEvent(drawn / self.num_clients, dp.GaussianDpEvent(noise_multiplier))
+        # Of two clients that are exchanged one update goes and another comes: the sum moves by up to 2 S, and the
+        # bound for draws of a fixed size takes the noise in units of that.
+        event = dp.GaussianDpEvent(noise_multiplier / 2)
+        return dp.SampledWithoutReplacementDpEvent(self.num_clients, drawn, event)
+
+
+def make_budget(args: FederatedTrainingArguments, num_clients: int) -> NoBudget:
+    """Returns the accounting of a run."""
+    return PrivacyBudget(args, num_clients) if args.is_private else NoBudget()
+
+
+def dp_accounting() -> Any:
+    """Imports `dp_accounting`; raises `ImportError` that names the extra where it is not installed."""
+    try:
+        package = import_module("dp_accounting")
+    except ImportError as error:
+        raise ImportError(
+            "A private run is accounted for by dp-accounting, which is missing: `pip install hf_fedmoe[privacy]`."
+        ) from error
+    # An order of Renyi's divergence that it leaves out makes epsilon larger, and it says so each time.
+    getLogger("absl").addFilter(_tells_of_no_order)
+    return package
+
+
+def _tells_of_no_order(record: LogRecord) -> bool:
+    return "Excluding this order" not in record.getMessage()
+
+
+def _read(file: Path) -> int:
+    """Returns how many releases a file knows of, 0 without one."""
+    return int(json.loads(file.read_text())["releases"]) if file.is_file() else 0
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is the old or the new one whenever the process dies."""
+    temporary = file.with_name(f"{file.name}.new")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(file)
+    sync(file.parent)
