@@ -226,9 +226,9 @@ class FederatedTrainingArguments(PrivacyArguments, EngineArguments):
         for name in ("robust_fusion", "max_update_norm_ratio") if self.is_private else ():
             if vars(self)[name] is not None:
                 raise ValueError(
-                    f"`{name}` is {vars(self)[name]!r} in a private run, where what becomes of an update must not depend "
-                    "on the others: one client would move more than the noise hides. Leave it out; `clipping_norm` "
-                    "bounds hostile updates, too."
+                    f"`{name}` is {vars(self)[name]!r} in a private run, where what becomes of an update must not "
+                    "depend on the others: one client would move more than the noise hides. Leave it out; "
+                    "`clipping_norm` bounds hostile updates, too."
                 )
 
     def _check_client_ranks(self) -> None:
