@@ -36,6 +36,8 @@ from .configuration_fedmoe import FedMoEConfig, check_classifier, check_equal_co
 if is_peft_available():
     from peft import PeftModel
 
+# Gates that are no models of their own, and the copy of an expert.
+GATES = ("main_features", "adapter", "prototypes")
 # What a mixture keeps besides its size when its adapters are merged.
 KEPT_WHEN_MERGED = (
     "id2label",
@@ -230,6 +232,9 @@ class FedMoEBuilding(PreTrainedModel):
         elif gate == "prototypes":
             found = cls._copy_with_head(expert, num_scores)
         elif isinstance(gate, (str, os.PathLike)):
+            near = difflib.get_close_matches(str(gate), GATES, n=1, cutoff=0.85)
+            if near and not os.path.isdir(gate):
+                raise ValueError(f"`gate` is {gate!r}: is it {near[0]!r}? A model of the Hub has another name.")
             found = cls.expert_auto_class.from_pretrained(gate, num_labels=num_scores)
         else:
             found = gate

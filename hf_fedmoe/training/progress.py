@@ -246,6 +246,8 @@ def score_parts(prefix: str, logs: dict[str, Any], chosen: Collection[str]) -> l
 def last_line(rounds: int, logs: dict[str, Any]) -> str:
     """The end of a run in a line."""
     parts = [f"{rounds} rounds", f"{logs['train_runtime']:.1f} s"]
+    if logs.get("train_samples_per_second") == 0:
+        return "  ".join([*parts, "no round was left to train"])
     if "train_loss" in logs:  # a private run tells neither
         parts += [f"{logs.get('train_samples_per_second', 0.0):.4g} examples/s", f"loss {logs['train_loss']:.3f}"]
     return "  ".join(parts)

@@ -208,3 +208,8 @@ def test_from_expert_by_name_with_another_number_of_classes(tmp_path, peft_confi
 def test_a_number_of_experts_that_is_none(count, message):
     with pytest.raises(ValueError, match=f"`num_routed_experts` {message}"):
         FedMoEForSequenceClassification.from_expert(tiny_bert(), num_routed_experts=count)
+
+
+def test_a_mistyped_gate_is_not_looked_for_on_the_hub():
+    with pytest.raises(ValueError, match="`gate` is 'prototypess': is it 'prototypes'"):
+        FedMoEForSequenceClassification.from_expert(tiny_bert(), gate="prototypess", num_routed_experts=2)

@@ -56,6 +56,8 @@ def test_a_round_in_a_line(logs, refused, chosen, line):
 def test_the_end_of_a_run_in_a_line():
     logs = {"train_runtime": 20.15, "train_samples_per_second": 44.67, "train_loss": 1.269}
     assert last_line(10, logs) == "10 rounds  20.1 s  44.67 examples/s  loss 1.269"
+    done = logs | {"train_samples_per_second": 0.0, "train_loss": 0.0}
+    assert last_line(10, done) == "10 rounds  20.1 s  no round was left to train"
 
 
 class Thermometer(TrainerCallback):
