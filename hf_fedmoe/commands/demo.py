@@ -27,13 +27,14 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: lis
     refuse(parser, words)
     with in_one_line(parser):
         from ..demo import page, serve, write_space
-        from ..demo.page import need_gradio
+        from ..demo.page import check_port, need_gradio
 
         if options.space is not None:
             paths = write_space(options.model, options.space)
             print(f"Written: {', '.join(map(str, paths))}. `hf-fedmoe push {options.space} NAME/SPACE --space`")
             return
         need_gradio()  # before a model is loaded
+        check_port(options.port)
         with quietly():
             blocks = page(options.model)
         serve(blocks, options.port)

@@ -36,9 +36,10 @@ def classifier_page(shown: ShownClassifier) -> gr.Blocks:
                 change = gr.Markdown(elem_id="change")
                 gate = gr.Label(label="Whom the gate chooses among routed experts", show_heading=False, elem_id="gate")
         table = gr.Dataframe(
-            headers=["expert", "weight in the answer", *classes],
-            label="What each expert would have said alone: probability of each class",
+            headers=["expert", "weight", *classes],
+            label="What each expert would have said alone, and its weight in the answer",
             interactive=False,
+            pinned_columns=1,
             elem_id="table",
         )
         _facts(shown, experts)
@@ -123,6 +124,7 @@ def _facts(shown: ShownClassifier, experts: list[str]) -> None:
             headers=["expert", *shown.facts.clients],
             label="Who contributed to each expert: share of each client",
             interactive=False,
+            pinned_columns=1,
             elem_id="contributions",
         )
     if shown.facts.classes:
@@ -131,6 +133,7 @@ def _facts(shown: ShownClassifier, experts: list[str]) -> None:
             headers=["expert", *shown.facts.classes],
             label="Whom the gate chose in the test: mean gate probability by true class",
             interactive=False,
+            pinned_columns=1,
             elem_id="gate_by_class",
         )
 

@@ -43,7 +43,10 @@ def owners_page(shown: ShownOwners) -> gr.Blocks:
                 )
                 shares = gr.Label(label="Mean share in the continuation", show_heading=False, elem_id="shares")
         table = gr.Dataframe(
-            headers=["token", base, *owners], label="Share of each expert, token by token", elem_id="table"
+            headers=["token", base, *owners],
+            label="Share of each expert, token by token",
+            interactive=False,
+            elem_id="table",
         )
         gr.on(
             [ask.click, prompt.submit],
@@ -81,6 +84,7 @@ def coloured(found: Continuation, names: list[str]) -> list[tuple[str, str | Non
 
 
 def rows_of(found: Continuation) -> list[list[str]]:
-    """Lists the tokens of the continuation with the share of each expert."""
-    written = zip(found.tokens[found.prompt_length :], found.weights_TE[found.prompt_length :], strict=True)
-    return [[token, *(f"{share:.2f}" for share in shares_E.tolist())] for token, shares_E in written]
+    """Lists the tokens of the continuation, blanks to be seen, with the share of each expert."""
+    written = zip(found.tokens[found.prompt_length :], found.weights_TE[found.prompt_length :].tolist(), strict=True)
+    seen = str.maketrans({" ": "·", "\n": "↵"})
+    return [[token.translate(seen), *(f"{share:.2f}" for share in shares_E)] for token, shares_E in written]

@@ -1,6 +1,7 @@
 """The page as it is opened: of a model by its name, and served to this machine alone."""
 
 import os
+import socket
 from typing import Any
 
 from .loading import ShownClassifier, load_shown
@@ -46,8 +47,9 @@ def serve(blocks: Any, port: int, wait: bool = True) -> str:
         `str`: Its address.
 
     Raises:
-        OSError: When the port is taken.
+        ValueError: When the port cannot be used.
     """
+    check_port(port)
     from starlette.middleware import Middleware
 
     _, address, _ = blocks.launch(
@@ -64,6 +66,18 @@ def serve(blocks: Any, port: int, wait: bool = True) -> str:
         print(f"{address} shows the model, to this machine only; Ctrl+C ends it.", flush=True)
         blocks.block_thread()
     return address
+
+
+def check_port(port: int) -> None:
+    """Raises a `ValueError` unless a page can be served at the port of this machine."""
+    if not 0 < port < 65536:
+        raise ValueError(f"`port` is {port}: give 1 to 65535.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just closed will do
+        try:
+            probe.bind((LOCAL, port))
+        except OSError as error:
+            raise ValueError(f"The port {port} cannot be used ({error.strerror}): give another, `--port`.") from error
 
 
 def need_gradio() -> None:

@@ -1,6 +1,7 @@
 """`hf-fedmoe demo` and `push --space`: the files of a Space, and mistakes in a line."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,4 +72,8 @@ def test_mistakes_are_said_in_a_line(some_gradio, capsys, monkeypatch, tmp_path)
     assert "needs the model's Hub id. Send it there first" in refused(capsys, "demo", "single", "--space", "shown")
     assert "'empty' is no folder of a Space" in refused(capsys, "push", "empty", "user/space", "--space")
     assert "unrecognized arguments: --share" in refused(capsys, "demo", "single", "--share")
+    assert "`port` is 70000: give 1 to 65535." in refused(capsys, "demo", "single", "--port", "70000")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"The port {port} cannot be used" in refused(capsys, "demo", "single", "--port", port)
     assert "invalid int value: 'x'" in refused(capsys, "demo", "single", "--port", "x")

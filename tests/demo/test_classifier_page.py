@@ -124,7 +124,7 @@ def test_an_image_is_dropped_in_a_browser(images):
     shown = load_shown(str(images))
     full = explain(shown.model, shown.inputs(str(images / "one.png")), [True] * 3)
     with opened(str(images), 7872) as page:
-        page.locator("input[type=file]").set_input_files(images / "one.png")
+        page.locator("input[type=file]").first.set_input_files(images / "one.png")
         page.get_by_text("All experts are on: this is the model's own answer.").wait_for()
         assert f"{full.experts_SC[0, 0]:.3f}" in page.locator("#table").inner_text()
         page.get_by_role("checkbox", name="routed expert 1").click()

@@ -68,7 +68,7 @@ def test_tokens_have_the_colour_of_who_wrote_them():
 
     found = Continuation(["a", " b", " c"], 2, torch.tensor([[0, 0], [0.75, 0.25], [0.1, 0.9]]))
     assert coloured(found, ["base", "court"]) == [("a", None), (" b", "base"), (CONTINUES, None), (" c", "court")]
-    assert rows_of(found) == [[" c", "0.10", "0.90"]]
+    assert rows_of(found) == [["·c", "0.10", "0.90"]]
 
 
 @pytest.mark.slow
