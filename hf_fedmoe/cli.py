@@ -4,7 +4,7 @@ import argparse
 from typing import NoReturn
 
 from . import __version__
-from .commands import compare, diagnose, elsewhere, expert, train, use
+from .commands import compare, demo, diagnose, elsewhere, expert, train, use
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add(commands)
     use.add(commands)
+    demo.add(commands)
     diagnose.add(commands)
     compare.add(commands)
     expert.add(commands)

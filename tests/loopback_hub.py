@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 
 class LoopbackHub(BaseHTTPRequestHandler):
-    """Answers for one repository; `server.files` holds what was pushed, `server.commits` the number of pushes."""
+    """Answers for one repository; `server.files` holds what was pushed, `server.commits` the number of pushes,
+    `server.created` what was asked for when it was made."""
 
     protocol_version = "HTTP/1.1"
 
@@ -18,8 +19,9 @@ class LoopbackHub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path).path
         if path == "/api/repos/create":
-            self.server.files, self.server.commits = {}, 0
-            self._json({"url": f"http://{self.headers['Host']}/{self._repo(json.loads(body))}", "id": "1"})
+            self.server.files, self.server.commits, self.server.created = {}, 0, json.loads(body)
+            place = "spaces/" if self.server.created.get("type") == "space" else ""
+            self._json({"url": f"http://{self.headers['Host']}/{place}{self._repo(self.server.created)}", "id": "1"})
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
         elif "/preupload/" in path:

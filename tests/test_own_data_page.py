@@ -9,6 +9,7 @@ import pytest
 from transformers import pipeline
 
 from hf_fedmoe.cli import main
+from hf_fedmoe.demo import load_shown
 from tests.test_docs import blocks, newcomer, run  # noqa: F401
 
 
@@ -33,7 +34,7 @@ def files(newcomer):  # noqa: F811
 
 def test_page_of_own_data(files, capsys):
     _, use, make_images, from_files, from_clients = blocks("docs/own_data.md")
-    train, use_it, images = blocks("docs/own_data.md", "bash")
+    train, use_it, demo, space, images = blocks("docs/own_data.md", "bash")
     run_commands(train, rounds="1")
     said = capsys.readouterr().out
     assert re.search(r"^fedmoe +\d+\.\d +\d+\.\d$", said, re.MULTILINE) and "fedavg_tuned_at_end (control)" in said
@@ -44,6 +45,12 @@ def test_page_of_own_data(files, capsys):
     assert re.search(r"^north, most frequent class +\d", said, re.MULTILINE)
     assert "answers.csv: 60 rows, " in said and "license filled in" in said
     assert run(use)["classify"]("A perfect fit.")[0]["label"] in ("1", "2", "3", "4", "5")
+
+    assert demo.splitlines()[1] == "hf-fedmoe demo runs/mine"
+    assert load_shown("runs/mine").facts.clients == ["north", "south", "east"]
+    write, push = space.splitlines()
+    run_commands(write)
+    assert Path(push.split()[2], "app.py").is_file() and push.endswith(" --space")
 
     assert "select(range(600))" in make_images
     run(make_images.replace("range(600)", "range(120)"))

@@ -19,6 +19,7 @@ ROOMS = (
     "federation",
     "strategies",
     "reporting",
+    "demo",
     "owners",
     "training",
     "experiments",

@@ -55,8 +55,9 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
         help="a saved model to the Hugging Face Hub",
         description="Uploads the folder of a saved model with its card; `hf auth login` comes first.",
     )
-    push.add_argument("model", help="folder of a model or of its run")
+    push.add_argument("model", help="folder of a model or of its run, or of a Space")
     push.add_argument("repository", help="NAME/MODEL on the Hub; it is made if it is not there")
+    push.add_argument("--space", action="store_true", help="it is a Space, from `hf-fedmoe demo MODEL --space FOLDER`")
     push.add_argument("--private", action="store_true", help="a new repository is seen by its owners only")
     push.set_defaults(run=_push, parser=push)
 
@@ -106,11 +107,24 @@ def _push(parser: argparse.ArgumentParser, options: argparse.Namespace, words: l
     with in_one_line(parser):
         from huggingface_hub import HfApi
 
+        api = HfApi()
+        if options.space:
+            print(_push_space(api, Path(options.model), options.repository, options.private))
+            return
         folder = _folder(options.model)
         _check_base(folder)
-        api = HfApi()
         name = api.create_repo(options.repository, private=options.private or None, exist_ok=True).repo_id
         print(api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoint-*"]).commit_url)
+
+
+def _push_space(api: Any, folder: Path, repository: str, private: bool) -> str:
+    """Uploads a Space, and returns the address of the commit."""
+    if not (folder / "app.py").is_file():
+        raise ValueError(f"{str(folder)!r} is no folder of a Space: `hf-fedmoe demo MODEL --space FOLDER` writes one.")
+    name = api.create_repo(
+        repository, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True
+    ).repo_id
+    return api.upload_folder(repo_id=name, repo_type="space", folder_path=folder).commit_url
 
 
 def _check_base(folder: Path) -> None:

@@ -11,8 +11,9 @@ from .client_metrics import (
 )
 from .comparison import RunResult, comparison_table, plot_learning_curves, write_comparison
 from .expert_analysis import ExpertAnalysis, analyse_experts, scores
+from .expert_facts import ExpertFacts, read_expert_facts, write_expert_facts
 from .gate_heatmap import plot_gate
-from .model_card import RunFacts, training_table, write_model_card
+from .model_card import RunFacts, names_of_experts, training_table, write_model_card
 from .privacy_facts import PrivacyFacts
 
 
@@ -20,21 +21,25 @@ __all__ = [
     "ClientDifferences",
     "ClientScore",
     "ExpertAnalysis",
+    "ExpertFacts",
     "PrivacyFacts",
     "RunFacts",
     "RunResult",
     "analyse_experts",
     "comparison_table",
     "diagnose",
+    "names_of_experts",
     "plot_clients",
     "plot_gate",
     "plot_learning_curves",
     "read_client_table",
+    "read_expert_facts",
     "score_client",
     "scores",
     "summarise_clients",
     "training_table",
     "write_client_table",
     "write_comparison",
+    "write_expert_facts",
     "write_model_card",
 ]

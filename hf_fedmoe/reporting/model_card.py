@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..models.configuration_checks import built, class_names
+from .expert_facts import ExpertFacts, write_expert_facts
 from .markdown import Markup, code, plain, table
 from .privacy_facts import PrivacyFacts
 
@@ -183,7 +184,7 @@ def write_model_card(
             f"`model` is a {type(model).__name__}, which has neither gate nor experts: leave `gate_share_KC` and "
             "`contribution_SM` out."
         )
-    expert_names = _expert_names(mixture) if mixture else []
+    expert_names = names_of_experts(mixture) if mixture else []
     by_label = class_names(config)
     label_names = [by_label[index] for index in range(len(by_label))]
     _check_shape("gate_share_KC", gate_share_KC, (getattr(config, "num_routed_experts", 0), len(label_names)))
@@ -237,6 +238,7 @@ def write_model_card(
         else _contributions(run, contribution_SM, expert_names),
     )
     card.save(folder / "README.md")
+    write_expert_facts(folder, _expert_facts(run, contribution_SM, gate_share_KC, label_names))
     return card
 
 
@@ -306,7 +308,8 @@ def _eval_results(
     ]
 
 
-def _expert_names(model: FedMoEPreTrainedModel) -> list[str]:
+def names_of_experts(model: FedMoEPreTrainedModel) -> list[str]:
+    """Returns what the card and the demo call the experts, main ones first."""
     mains = model.config.num_main_experts
     main = ["main expert"] if mains == 1 else [f"main expert {index}" for index in range(mains)]
     return main + [f"routed expert {k}" for k in range(model.config.num_routed_experts)]
@@ -372,9 +375,13 @@ def _participations(run: RunFacts, rounds_M: np.ndarray) -> str:
     )
 
 
+def _givers(contribution_SM: np.ndarray) -> np.ndarray:
+    """The clients that gave most."""
+    return np.sort(np.argsort(-contribution_SM.sum(0), kind="stable")[:MAX_LISTED_CLIENTS])
+
+
 def _contributions(run: RunFacts, contribution_SM: np.ndarray, expert_names: list[str]) -> str:
-    """The clients that gave most, in the order of their share."""
-    clients = np.sort(np.argsort(-contribution_SM.sum(0), kind="stable")[:MAX_LISTED_CLIENTS])
+    clients = _givers(contribution_SM)
     names = [f"client {run.names[client]}" for client in clients]
     return _array_table(contribution_SM[:, clients].T, names, expert_names)
 
@@ -385,8 +392,29 @@ def _metrics_table(found: dict[str, dict[str, float]]) -> str:
     return table(rows, ["", *(METRICS[name][0] for name in names)]) if names else ""
 
 
+def _expert_facts(
+    run: RunFacts | None,
+    contribution_SM: np.ndarray | None,
+    gate_share_KC: np.ndarray | None,
+    label_names: list[str],
+) -> ExpertFacts:
+    """Collects what the card says of the experts."""
+    clients, contribution, classes, share = [], [], [], []
+    if run is not None and contribution_SM is not None:
+        givers = _givers(contribution_SM)
+        clients, contribution = [run.names[client] for client in givers], contribution_SM[:, givers].tolist()
+    if gate_share_KC is not None:
+        found = _with_examples(gate_share_KC)
+        classes, share = [label_names[label] for label in found], gate_share_KC[:, found].tolist()
+    return ExpertFacts(clients, contribution, classes, share)
+
+
+def _with_examples(share_KC: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(~np.isnan(share_KC).any(axis=0))
+
+
 def _gate_table(share_KC: np.ndarray, expert_names: list[str], label_names: list[str]) -> str:
-    found = np.flatnonzero(~np.isnan(share_KC).any(axis=0))
+    found = _with_examples(share_KC)
     return _array_table(share_KC[:, found], expert_names[-len(share_KC) :], [label_names[label] for label in found])
 
 
