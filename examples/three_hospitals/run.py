@@ -1,6 +1,7 @@
 """
 A SuperLink and three SuperNodes on this machine, each with the reviews of one department: `python
 examples/three_hospitals/run.py`. What is three hospitals on three machines is three processes with three files here.
+With `--tls` all that they send is encrypted, and only these three may come, by their keys.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from keys import make_certificates, make_key
 from transformers import pipeline
 
 from hf_fedmoe.data import load_source
@@ -40,12 +42,12 @@ def write_files(folder: Path, rows: int) -> None:
 
 
 @contextmanager
-def client(folder: Path, port: int, place: int) -> Iterator[None]:
+def client(folder: Path, port: int, place: int, security: list[str]) -> Iterator[None]:
     """Runs a hospital's command while a block runs."""
     name = HOSPITALS[place]
     command = [*COMMAND, "client", "--superlink", f"127.0.0.1:{port}", "--data", f"{name}.csv", "--folder", name]
     with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen([*command, "--client", str(place)], cwd=folder, stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "--client", str(place), *security], cwd=folder, stdout=log, stderr=log)
         try:
             yield
         finally:
@@ -53,19 +55,32 @@ def client(folder: Path, port: int, place: int) -> Iterator[None]:
             process.wait()
 
 
+def secured(folder: Path) -> tuple[list[str], list[list[str]]]:
+    """Writes certificates and keys; returns what the server's and each client's command say of them."""
+    files = make_certificates(folder / "tls")
+    keys = [folder / "tls" / f"{name}_key" for name in HOSPITALS]
+    server = [word for name, file in files.items() for word in (f"--ssl-{name.replace('_', '-')}", str(file))]
+    server += ["--node-keys", *(str(make_key(key)) for key in keys)]
+    trusted = ["--root-certificates", str(files["ca_certfile"])]
+    return server, [[*trusted, "--private-key", str(key)] for key in keys]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/three_hospitals"))
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--rows", type=int, default=120, help="of each hospital, and of the server")
+    parser.add_argument("--tls", action="store_true", help="encrypted, with a key of each hospital")
     options = parser.parse_args()
-    write_files(options.folder, options.rows)
+    folder = options.folder.resolve()
+    write_files(folder, options.rows)
+    of_server, of_clients = secured(folder) if options.tls else ([], [[] for _ in HOSPITALS])
     with ExitStack() as hospitals:
         for place in range(len(HOSPITALS)):
-            hospitals.enter_context(client(options.folder, options.port, place))
-        server = [*COMMAND, "server", "federation.yaml", "--port", str(options.port)]
-        subprocess.run(server, cwd=options.folder, check=True)
-    classify = pipeline("text-classification", model=str(options.folder / "run"))
+            hospitals.enter_context(client(folder, options.port, place, of_clients[place]))
+        server = [*COMMAND, "server", "federation.yaml", "--port", str(options.port), *of_server]
+        subprocess.run(server, cwd=folder, check=True)
+    classify = pipeline("text-classification", model=str(folder / "run"))
     for sentence in SENTENCES:
         print(f"{classify(sentence)[0]['label']:>8s}  {sentence}")
 

@@ -24,7 +24,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     server.add_argument("--ssl-certfile", help="the server's TLS certificate; without one nothing is encrypted")
     server.add_argument("--ssl-keyfile", help="its private key")
     server.add_argument("--ssl-ca-certfile", help="the certificate of who signed it")
-    server.add_argument("--node-keys", action="store_true", help="only nodes whose keys are registered may come")
+    server.add_argument("--node-keys", nargs="+", metavar="FILE", help="public keys of the nodes that may come (any)")
     server.set_defaults(run=_serve, parser=server)
     client = commands.add_parser(
         "client",
@@ -53,7 +53,7 @@ def _serve(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
         check_flower()
         output_dir = read_federation(options.file)[1]["output_dir"]
         certificates = files if all(files.values()) else None
-        run_server(options.file, output_dir, options.host, options.port, certificates, options.node_keys)
+        run_server(options.file, output_dir, options.host, options.port, certificates, options.node_keys or ())
         print(f"{output_dir}: the model and its card")
 
 

@@ -10,12 +10,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing.connection import Listener
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from transformers.utils import logging
 
@@ -99,6 +99,8 @@ START_SECONDS = 60
 # How often a client looks whether SuperLink is there, and how the end of its SuperNode is called when it was not.
 LOOK_SECONDS = 3
 FORGOTTEN = -1000
+# What SuperNode says of a SuperLink that does not know its key.
+NOT_LET_IN = "Exit Code: 305"
 # What the server's app leaves behind when it ends: how it ended.
 END_NAME = "server_app.json"
 
@@ -109,7 +111,7 @@ def run_server(
     host: str,
     port: int,
     certificates: dict[str, str] | None = None,
-    node_keys: bool = False,
+    node_keys: Sequence[str] = (),
 ) -> None:
     """
     Starts a SuperLink, has it run a federation, and stops it when that has ended.
@@ -120,11 +122,14 @@ def run_server(
         host (`str`), port (`int`): Where SuperLink listens.
         certificates (`dict`, *optional*): Files `certfile`, `keyfile` and `ca_certfile` of TLS; without them nothing
             is encrypted.
-        node_keys (`bool`, *optional*, defaults to `False`): Whether only nodes whose keys are registered may come.
+        node_keys (`Sequence[str]`, *optional*): Files of public keys of the nodes that may come; any node if left out.
 
     Raises:
+        ValueError: When a key is not there.
         RuntimeError: When Flower's processes do not start, or the run fails.
     """
+    if missing := [key for key in node_keys if not Path(key).is_file()]:
+        raise ValueError(f"`node_keys` names {missing[0]!r}, which is no file: give the nodes' public keys.")
     folder = Path(output_dir).resolve() / "flower"
     end, log = Path(output_dir).resolve() / END_NAME, folder / "superlink.log"
     end.unlink(missing_ok=True)
@@ -135,6 +140,8 @@ def run_server(
     try:
         with log.open("w") as output, _running(command, environment, output) as superlink:
             _wait_for_port(_reachable(host), port, superlink, log)
+            for key in node_keys:
+                _register(key, environment)
             subprocess.run(["flwr", "run", str(app), "here", "--stream"], env=environment, check=True)
     finally:
         found = read_json(end) or {"fault": "the server's app did not begin"}
@@ -178,24 +185,39 @@ def run_client(
     host, _, superlink_port = superlink.rpartition(":")
     if not superlink_port.isdigit():
         raise ValueError(f"`superlink` is {superlink!r}: give host:port.")
-    code, address = FORGOTTEN, (host.strip("[]"), int(superlink_port))
-    while code == FORGOTTEN:
+    code, address, log = FORGOTTEN, (host.strip("[]"), int(superlink_port)), place / "flower" / "supernode.log"
+    told = False
+    while code == FORGOTTEN or (code and private_key is not None and NOT_LET_IN in log.read_text()):
+        if code != FORGOTTEN:  # a server registers keys when it has started
+            if not told:
+                logger.warning(f"SuperLink does not know the key {private_key!r} yet, and is asked again.")
+            told = True
+            time.sleep(LOOK_SECONDS)
         _wait_for_superlink(address)
         # Not in `folder`: the names of sockets are short.
         with tempfile.TemporaryDirectory(prefix="hf_fedmoe_") as private:
-            code = _run_supernode(command, node, Path(private, "node"), _environment(place / "flower"), address)
+            code = _run_supernode(command, node, Path(private, "node"), _environment(place / "flower"), address, log)
     lock.release()
     if code:
-        raise RuntimeError(f"flower-supernode ended with the code {code}, see above.")
+        raise RuntimeError(f"flower-supernode ended with the code {code}: {log} says why.")
 
 
 def _run_supernode(
-    command: list[str], node: Node, socket_file: Path, environment: dict[str, str], superlink: tuple[str, int]
+    command: list[str],
+    node: Node,
+    socket_file: Path,
+    environment: dict[str, str],
+    superlink: tuple[str, int],
+    log: Path,
 ) -> int:
     """Answers messages until SuperNode ends; returns its code, or `FORGOTTEN` if SuperLink was started again."""
     command = [*command, "--node-config", f"socket={json.dumps(str(socket_file))}"]
     lost = threading.Event()
-    with Listener(str(socket_file), FAMILY) as listener, _running(command, environment, None) as supernode:
+    with (
+        log.open("w") as output,
+        Listener(str(socket_file), FAMILY) as listener,
+        _running(command, environment, output) as supernode,
+    ):
         threading.Thread(target=_watch, args=(superlink, supernode, lost), daemon=True).start()
         code = serve(node, socket_file, supernode, listener)
     return FORGOTTEN if lost.is_set() else code
@@ -234,6 +256,14 @@ def _listens(address: tuple[str, int]) -> bool | None:
         return None
 
 
+def _register(key: str, environment: dict[str, str]) -> None:
+    """Has SuperLink let the node of a public key come."""
+    command = ["flwr", "supernode", "register", str(Path(key).resolve()), "here"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if found.returncode:
+        raise RuntimeError(f"The key {key!r} cannot be registered: {' '.join((found.stdout + found.stderr).split())}")
+
+
 def write_app(folder: Path, federation: Path, address: str, certificates: dict[str, str] | None) -> Path:
     """Writes the app that SuperLink runs, and by what `flwr` finds SuperLink; returns the app's folder."""
     app = folder / "app"
@@ -270,8 +300,8 @@ def _environment(flower_home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _running(command: list[str], environment: dict[str, str], output: Any) -> Iterator[subprocess.Popen]:
-    """Runs a process of Flower's while a block runs; `output` is where what it says goes, as `Popen` takes it."""
+def _running(command: list[str], environment: dict[str, str], output: TextIO) -> Iterator[subprocess.Popen]:
+    """Runs a process of Flower's while a block runs; `output` is where what it says goes."""
     found = shutil.which(command[0], path=environment["PATH"])
     if found is None:
         raise RuntimeError(f"{command[0]} is not there: pip install 'hf_fedmoe[flower]'.")
