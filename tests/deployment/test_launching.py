@@ -61,6 +61,30 @@ def test_a_network_that_was_away_ends_no_supernode(monkeypatch):
     assert not lost.is_set()
 
 
+@pytest.mark.parametrize(("key", "tries"), [("key", 3), (None, 1)])
+def test_a_node_with_a_key_waits_until_it_is_registered(key, tries, monkeypatch, tmp_path):
+    monkeypatch.setattr(launching, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(launching, "_wait_for_superlink", lambda address: None)
+    commands = []
+
+    def run(command, node, socket_file, environment, superlink, log):
+        commands.append(command)
+        log.write_text(launching.NOT_LET_IN if len(commands) < 3 else "a disk is full")
+        return 1
+
+    monkeypatch.setattr(launching, "_run_supernode", run)
+    with pytest.raises(RuntimeError, match=r"ended with the code 1: .*supernode\.log says why"):
+        launching.run_client("127.0.0.1:1", "x.csv", tmp_path / "node", root_certificates="ca.pem", private_key=key)
+    assert len(commands) == tries
+    assert ("--auth-supernode-private-key" in commands[0]) == (key is not None) and "--insecure" not in commands[0]
+
+
+def test_keys_that_are_not_there_are_named_before_anything_starts(tmp_path):
+    with pytest.raises(ValueError, match=r"`node_keys` names 'north\.pub', which is no file"):
+        launching.run_server("f.yaml", tmp_path / "run", "127.0.0.1", 1, node_keys=["north.pub"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_port_is_open_or_not():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
