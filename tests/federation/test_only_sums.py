@@ -1,4 +1,4 @@
-"""Which methods need only sums, and which can be private, follows from what they declare."""
+"""Methods that need only sums, and those that can be private, follow from what they declare."""
 
 from pathlib import Path
 
