@@ -19,6 +19,7 @@ from ..reporting import (
     plot_learning_curves,
     read_client_table,
     write_comparison,
+    write_comparison_page,
 )
 from ..training import FedMoETrainingArguments
 from ..training.client_evaluation import CLIENT_TABLE_NAME
@@ -201,8 +202,9 @@ def compare(
     overrides: dict[str, Any] | None = None,
 ) -> str:
     """
-    Runs a comparison and writes `table.md`, `results.csv` and `curves.png` into its folder. Where clients have test
-    rows there is `clients.png` too: how each method serves the clients, those of all seeds together.
+    Runs a comparison and writes `table.md`, `results.csv` and `comparison.html` into its folder, all in one. Where
+    rounds are evaluated there is `curves.png`, and where clients have test rows `clients.png`: how each method serves
+    the clients, those of all seeds together.
 
     Args:
         path (`str` or `Path`): The YAML, see [`Comparison`].
@@ -251,9 +253,15 @@ def compare(
     (out / "table.md").write_text(table + "\n")
     finished: dict[str, list[RunResult]] = {row: found for row, found in results.items() if found}
     write_comparison(finished, out / "results.csv")
-    plot_learning_curves(finished, out / "curves.png")
+    pictures = {}
+    if any(run.curve for found in finished.values() for run in found):
+        pictures["Learning curves"] = out / "curves.png"
+        plot_learning_curves(finished, pictures["Learning curves"], reference)
     if tables := _client_tables(runs):
-        plot_clients(tables, out / "clients.png")
+        pictures["Clients"] = out / "clients.png"
+        plot_clients(tables, pictures["Clients"])
+    title = " ".join(filter(None, (path.stem, size)))
+    write_comparison_page(out / "comparison.html", title, table, pictures)
     if failed:
         raise FailedRunsError(table)
     return table

@@ -9,10 +9,12 @@ from .client_metrics import (
     summarise_clients,
     write_client_table,
 )
-from .comparison import RunResult, comparison_table, plot_learning_curves, write_comparison
+from .comparison import RunResult, comparison_table, write_comparison
+from .comparison_page import write_comparison_page
 from .expert_analysis import ExpertAnalysis, analyse_experts, scores
 from .expert_facts import ExpertFacts, read_expert_facts, write_expert_facts
 from .gate_heatmap import plot_gate
+from .learning_curves import plot_learning_curves
 from .model_card import RunFacts, names_of_experts, training_table, write_model_card
 from .privacy_facts import PrivacyFacts
 
@@ -40,6 +42,7 @@ __all__ = [
     "training_table",
     "write_client_table",
     "write_comparison",
+    "write_comparison_page",
     "write_expert_facts",
     "write_model_card",
 ]

@@ -1,4 +1,4 @@
-"""Methods side by side over seeds: a table in Markdown, all figures as CSV, learning curves as a picture."""
+"""Methods side by side over seeds: a table in Markdown, and all figures as CSV."""
 
 import csv
 import os
@@ -110,37 +110,3 @@ def write_comparison(results: dict[str, list[RunResult]], path: str | os.PathLik
         writer.writerow(["method", "seed", *names])
         for row, runs in results.items():
             writer.writerows([row, run.seed, *(run.metrics.get(name, "") for name in names)] for run in runs)
-
-
-def plot_learning_curves(results: dict[str, list[RunResult]], path: str | os.PathLike) -> None:
-    """
-    Saves validation accuracy by round and by what was sent and received until then: means over seeds, with their
-    standard deviation as a band.
-
-    Args:
-        results (`dict[str, list[RunResult]]`): By row; those without a curve are left out.
-        path (`str`): Where the picture goes; its ending chooses the format.
-    """
-    from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_round, by_megabytes = figure.subplots(1, 2, sharey=True)
-    for number, (row, runs) in enumerate(results.items()):
-        if not all(run.curve for run in runs):
-            continue
-        rounds_N = np.array([point[0] for point in runs[0].curve])
-        accuracies_RN = 100 * np.array([[accuracy for _, accuracy in run.curve] for run in runs])
-        megabytes = np.mean([run.metrics["megabytes_up"] + run.metrics["megabytes_down"] for run in runs])
-        mean_N = accuracies_RN.mean(0)
-        spread_N = accuracies_RN.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(rounds_N))
-        style = dict(
-            color=f"C{number % 10}", linestyle="-" if number < 10 else "--", label=row.replace("$", r"\$")
-        )  # no formula
-        for axes, x_N in ((by_round, rounds_N), (by_megabytes, rounds_N * megabytes)):
-            axes.plot(x_N, mean_N, **style)
-            axes.fill_between(x_N, mean_N - spread_N, mean_N + spread_N, color=style["color"], alpha=0.12, linewidth=0)
-    by_round.set_xlabel("Round")
-    by_megabytes.set_xlabel("MB sent and received by all participants")
-    by_round.set_ylabel("Validation accuracy of the server's model, %")
-    figure.legend(*by_round.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=150)

@@ -76,6 +76,8 @@ def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
     assert (tmp_path / "out" / "table.md").read_text().strip() == "\n".join(lines[-6:])
     for name in ("curves.png", "clients.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "<td>1.5</td>" in page and page.count("data:image/png") == 2
     assert len(read_client_table(tmp_path / "out" / "far" / "seed-0" / "client_metrics.csv")) == 8
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}

@@ -1,0 +1,65 @@
+"""
+Learning curves of methods over seeds, as a picture.
+
+Shape suffixes: R runs of a method, N rounds that were evaluated.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from .comparison import RunResult
+
+
+# More in a panel cannot be told apart.
+CURVES_IN_A_PANEL = 4
+
+
+def plot_learning_curves(
+    results: dict[str, list[RunResult]], path: str | os.PathLike, reference: str | None = None
+) -> None:
+    """
+    Saves validation accuracy by round, and below by what was sent and received until then: four methods in a panel,
+    each seed as a thin line, their mean as a thick one.
+
+    Args:
+        results (`dict[str, list[RunResult]]`): By row; those without a curve are left out.
+        path (`str`): Where the picture goes; its ending chooses the format.
+        reference (`str`, *optional*): The row that is in every panel, in black.
+    """
+    from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
+
+    drawn = {row: runs for row, runs in results.items() if runs and all(run.curve for run in runs)}
+    others = [row for row in drawn if row != reference]
+    groups = [others[i : i + CURVES_IN_A_PANEL] for i in range(0, len(others), CURVES_IN_A_PANEL)] or [[]]
+    figure = Figure(figsize=(1 + 4.5 * len(groups), 7), layout="constrained")
+    panels = figure.subplots(2, len(groups), sharey=True, squeeze=False)
+    for group, (by_round, by_megabytes) in zip(groups, panels.T, strict=True):
+        colors = {row: f"C{number}" for number, row in enumerate(group)}
+        if reference in drawn:
+            colors[str(reference)] = "black"
+        for row, color in colors.items():
+            _draw(by_round, drawn[row], 1.0, color=color, label=row.replace("$", r"\$"))  # no formula
+            _draw(by_megabytes, drawn[row], _megabytes(drawn[row]), color=color)
+        by_round.set_xlabel("Round")
+        by_megabytes.set_xlabel("MB sent and received by all participants")
+        if colors:
+            by_round.legend(fontsize="small", loc="lower right")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("Validation accuracy of the server's model, %")
+    figure.savefig(path, dpi=150)
+
+
+def _draw(axes: Any, runs: list[RunResult], unit: float, label: str | None = None, **style: Any) -> None:
+    """Draws the runs of a method; `unit` is what a round takes on the axis below."""
+    length = min(len(run.curve) for run in runs)
+    x_N = unit * np.array([number for number, _ in runs[0].curve[:length]])
+    accuracies_RN = 100 * np.array([[accuracy for _, accuracy in run.curve[:length]] for run in runs])
+    axes.plot(x_N, accuracies_RN.mean(0), linewidth=1.8, label=label, **style)
+    for accuracies_N in accuracies_RN if len(runs) > 1 else ():
+        axes.plot(x_N, accuracies_N, linewidth=0.6, alpha=0.5, **style)
+
+
+def _megabytes(runs: list[RunResult]) -> float:
+    return float(np.mean([run.metrics["megabytes_up"] + run.metrics["megabytes_down"] for run in runs]))
