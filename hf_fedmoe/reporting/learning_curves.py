@@ -43,6 +43,7 @@ def plot_learning_curves(
             _draw(by_round, drawn[row], 1.0, color=color, label=row.replace("$", r"\$"))  # no formula
             _draw(by_megabytes, drawn[row], _megabytes(drawn[row]), color=color)
         by_round.set_xlabel("Round")
+        by_round.xaxis.get_major_locator().set_params(integer=True)
         by_megabytes.set_xlabel("MB sent and received by all participants")
         if colors:
             by_round.legend(fontsize="small", loc="lower right")
