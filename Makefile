@@ -1,5 +1,5 @@
 # In an environment with `pip install -e ".[test]"`.
-.PHONY: quality style test docs
+.PHONY: quality style test docs dist
 
 # What a change must pass, but for the tests.
 quality:
@@ -20,3 +20,9 @@ docs:
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -c "import furo, myst_nb" 2>/dev/null || .venv/bin/pip install --quiet -e ".[docs]"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/python -m sphinx -c docs/site -b html -W --keep-going . build/docs
+
+# What a release uploads, see CONTRIBUTING.md.
+dist:
+	python -m pip install --quiet build twine
+	python -m build
+	python -m twine check --strict dist/*
