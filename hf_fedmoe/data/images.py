@@ -141,7 +141,7 @@ class _Decoder:
                 raise ValueError(f"it is of {image.dtype}: convert it to bytes (uint8) from 0 to 255")
         if not isinstance(image, Image.Image) or (self.num_channels == 1 and image.mode == "L"):
             return image
-        if image.mode.startswith(("I", "F")):
+        if is_deep(image):
             raise ValueError(f"its mode is {image.mode!r}, more than 8 bits a channel: convert it to bytes")
         return load_image(image)
 
@@ -156,6 +156,11 @@ class _Decoder:
                 f"{self.num_channels} channels, height and width"
             )
         return [image_NYX.tobytes() for image_NYX in pixels_BNYX.numpy()]
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Tells whether an image has more than 8 bits a channel, which pipelines and pages would cut to white."""
+    return image.mode.startswith(("I", "F"))
 
 
 def num_channels(image_processor: BaseImageProcessor) -> int:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
+from ..data.images import is_deep
 from ..models import (
     FedMoECausalConfig,
     FedMoEConfig,
@@ -59,7 +60,7 @@ class ShownClassifier:
         if not self.reads_images:
             return dict(self.processor(content, truncation=True, return_tensors="pt"))
         with Image.open(content) as image:
-            if image.mode.startswith(("I", "F")):
+            if is_deep(image):
                 raise ValueError(f"The image has the mode {image.mode!r}, more than 8 bits a channel: convert it.")
         return dict(self.processor(load_image(content), return_tensors="pt"))
 

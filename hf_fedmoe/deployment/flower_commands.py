@@ -6,11 +6,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from ..federation import write_json
 from .federation_file import make_server_trainer, read_federation
 from .flower_apps import server_app
 from .launching import END_NAME
 from .link import Link
-from .node_store import write_json
 from .server_trainer import ServerTrainer
 
 

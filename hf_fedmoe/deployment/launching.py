@@ -19,11 +19,10 @@ from typing import TextIO
 
 from transformers.utils import logging
 
-from ..federation import FolderLock
+from ..federation import FolderLock, read_json
 from .client_rows import client_rows
 from .federation_file import make_node_trainer
 from .node import Node
-from .node_store import read_json
 from .relay import FAMILY, serve
 
 

@@ -1,14 +1,12 @@
 """The folder of a node: what stays with its client, for as long as the server may ask for a round again."""
 
-import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..federation import ClientStore
+from ..federation import ClientStore, read_json, write_json
 
 
 STATE_NAME = "node.json"
@@ -76,15 +74,3 @@ def identity_of(folder: str | Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     return str(found["node"])
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a file that [`write_json`] wrote, `None` where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

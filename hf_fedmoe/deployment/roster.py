@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from ..federation import read_json, write_json
 from .link import Answer, Link
 from .messages import Message, MessageError
-from .node_store import read_json, write_json
 
 
 logger = logging.get_logger(__name__)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import Pipeline, pipeline
 
+from ..data.images import is_deep
 from ..data.own_files import read_own_files, read_texts
 from ..data.own_folders import image_endings, read_own_folders
 from ..data.own_paths import check_paths
@@ -119,7 +120,7 @@ def _texts(path: Path, column: str) -> list[Any]:
 
 def _check_depth(image: Image.Image, name: str) -> None:
     """Raises `ValueError` for an image that a pipeline would cut to 8 bits, and that training refuses."""
-    if image.mode.startswith(("I", "F")):
+    if is_deep(image):
         raise ValueError(f"{name!r} has the mode {image.mode!r}, more than 8 bits a channel: convert it to bytes.")
 
 

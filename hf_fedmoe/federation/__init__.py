@@ -22,7 +22,7 @@ from .contract import (
 )
 from .defence import ROBUST_FUSIONS, Defence, make_defence
 from .engines import EachItsOwn, EngineArguments, SomeAtOnce, Together, TogetherByZero
-from .files import FileDigest, atomic_directory, remove_directory, remove_leftovers, sync
+from .files import FileDigest, atomic_directory, read_json, remove_directory, remove_leftovers, write_json
 from .filters import Filter, make_filters
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
@@ -110,6 +110,7 @@ __all__ = [
     "overrides",
     "own_loss",
     "read_identity",
+    "read_json",
     "read_manifest",
     "reasons",
     "remove_directory",
@@ -119,12 +120,12 @@ __all__ = [
     "seed_of",
     "seeded_normals",
     "sound_finish",
-    "sync",
     "system_normals",
     "take_step",
     "untracked",
     "warmed_up",
     "why_not_private",
     "why_not_summed",
+    "write_json",
     "write_manifest",
 ]

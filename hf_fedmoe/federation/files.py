@@ -1,12 +1,15 @@
 """Files that are either whole or absent, whenever the process dies, and how to know them again."""
 
 import hashlib
+import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 # The underscore keeps what a killed process leaves from the Hub, and from whoever looks for checkpoints.
@@ -16,7 +19,7 @@ TEMPORARY, REPLACED = "_tmp-", "_old-"
 @dataclass(frozen=True)
 class FileDigest:
     """
-    By what a file is known again.
+    Size and checksum, by which a file is known again.
 
     Args:
         size (`int`): Bytes.
@@ -41,6 +44,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a file that [`write_json`] wrote, `None` where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file that is the old or the new one whenever the process dies."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
 
 
 @contextmanager

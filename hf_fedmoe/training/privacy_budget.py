@@ -1,6 +1,5 @@
 """The accounting of a private run: its noise, what is spent, when it stops, and what may be told of it."""
 
-import json
 import math
 from functools import cache
 from importlib import import_module
@@ -18,9 +17,10 @@ from ..federation import (
     GaussianMean,
     RoundReport,
     Server,
+    read_json,
     seeded_normals,
-    sync,
     system_normals,
+    write_json,
 )
 from ..reporting import PrivacyFacts
 from .federated_arguments import FederatedTrainingArguments
@@ -93,8 +93,8 @@ class PrivacyBudget(NoBudget):
         args, server, releases = self.args, federation.server, self.releases
         if resumed is not None:
             self.noise_multiplier, noted = server.tensors[SPENT].tolist()
-            known = federation.processes.on_main(lambda: _read(resumed.parent / SPENT_FILE))
-            releases = max(int(noted), known)
+            known = federation.processes.on_main(lambda: read_json(resumed.parent / SPENT_FILE))
+            releases = max(int(noted), 0 if known is None else int(known["releases"]))
         elif self.noise_multiplier is None:
             self.noise_multiplier = self.find_noise()
         assert self.noise_multiplier is not None and args.clipping_norm is not None  # the arguments are checked
@@ -123,7 +123,7 @@ class PrivacyBudget(NoBudget):
     def before_release(self) -> None:
         """Notes, on disk too, that the noise is used once more."""
         self._note(self.releases + 1)
-        write_whole(self.file, json.dumps({"noise_multiplier": self.noise_multiplier, "releases": self.releases}))
+        write_json(self.file, {"noise_multiplier": self.noise_multiplier, "releases": self.releases})
 
     @property
     def releases(self) -> int:
@@ -242,17 +242,3 @@ def dp_accounting() -> Any:
 
 def _tells_of_no_order(record: LogRecord) -> bool:
     return "Excluding this order" not in record.getMessage()
-
-
-def _read(file: Path) -> int:
-    """Returns how many releases a file knows of, 0 without one."""
-    return int(json.loads(file.read_text())["releases"]) if file.is_file() else 0
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file that is the old or the new one whenever the process dies."""
-    temporary = file.with_name(f"{file.name}.new")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(file)
-    sync(file.parent)
