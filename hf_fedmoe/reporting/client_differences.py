@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..data import FederatedDataset
 from ..data.labels import labels_for_collators
-from ..strategies.client_statistics import groups_of, head_of, shifts, statistics_of
+from ..strategies.client_groups import groups_of, shifts
+from ..strategies.client_statistics import head_of, statistics_of
 from .markdown import table
 
 
@@ -132,8 +133,9 @@ def diagnose(
         together = together + statistics
     count_MC = torch.stack([statistics.count_C for statistics in found])
     sum_MCd = torch.stack([statistics.sum_Cd for statistics in found])
-    shift_MM = shifts(count_MC, sum_MCd, together.within_covariance()).cpu()
-    groups, clearness = _clearest_groups(shift_MM)
+    classes = count_MC.cpu(), sum_MCd.cpu(), together.within_covariance().cpu()
+    shift_MM = shifts(*classes)
+    groups, clearness = _clearest_groups(shift_MM, lambda count: groups_of(*classes, count).tolist())
     counts_MC = data.label_counts()
     shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)
     skew = np.abs(shares_MC - counts_MC.sum(0) / counts_MC.sum()).sum(1).mean() / 2
@@ -148,12 +150,12 @@ def _batches(rows: Dataset, model: PreTrainedModel, collate: Callable) -> Iterat
         yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def _clearest_groups(shift_MM: torch.Tensor) -> tuple[list[int], float]:
+def _clearest_groups(shift_MM: torch.Tensor, divided: Callable[[int], list[int]]) -> tuple[list[int], float]:
     """Divides clients into as many groups as are clearest, and says how clear; all are one group if none is."""
     distance_MM = (shift_MM - shift_MM.min()).fill_diagonal_(0).numpy()
     divisions = []
     for count in range(2, min(MOST_GROUPS, len(shift_MM) // 2) + 1):
-        groups = groups_of(shift_MM, count).tolist()
+        groups = divided(count)
         # A group of one tells nothing: any client is the nearest to itself.
         if min(map(groups.count, groups)) > 1:
             divisions.append((float(silhouette_score(distance_MM, groups, metric="precomputed")), groups))

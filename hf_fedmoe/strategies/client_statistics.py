@@ -1,10 +1,10 @@
 """
-Statistics of clients' data in the features of a frozen model, and the groups of clients that these tell.
+Statistics of clients' data in the features of a frozen model.
 
 They are sums over rows, so that those of several clients together are those of their rows together, and a client's can
 be subtracted again.
 
-Shape suffixes: M clients, K groups, C classes, d features, N rows or classes of groups, B rows of a batch.
+Shape suffixes: K groups, C classes, d features, N rows or classes of groups, B rows of a batch.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
@@ -140,25 +138,7 @@ def client_statistics(local: LocalTrainer, dataset: Subset, seed: int, size: int
         return statistics_of(local.worker, head, local.in_order(dataset, seed), size)
 
 
-def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
-    """
-    Returns how far the classes of any two clients are apart `[M, M]`: the mean over classes of the squared distance of
-    their means, in units of the covariance within classes, weighted by what is known of a class and without what is
-    expected of chance. Around 0 for clients that differ in their proportions of classes only.
-    """
-    size = sum_MCd.shape[2]
-    factor_dd = _factor(covariance_dd)
-    means_MCd = sum_MCd / count_MC.clamp_min(1)[..., None]
-    white_MCd = torch.linalg.solve_triangular(factor_dd, means_MCd.flatten(0, 1).T, upper=False).T.view_as(means_MCd)
-    weight_MM, total_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(sum_MCd)
-    for count_M, white_Md in zip(count_MC.T, white_MCd.transpose(0, 1), strict=True):
-        known_MM = count_M[:, None] * count_M / (count_M[:, None] + count_M).clamp_min(1)
-        total_MM += known_MM * torch.cdist(white_Md, white_Md).square() - size * (known_MM > 0)
-        weight_MM += known_MM
-    return total_MM / weight_MM.clamp_min(1)
-
-
-def _factor(covariance_dd: Tensor) -> Tensor:
+def covariance_factor(covariance_dd: Tensor) -> Tensor:
     """Returns the Cholesky factor of a covariance; raises `ValueError` if nothing varies."""
     # A little of each feature's own variance keeps directions in which nothing varies from counting without end.
     variance_d = covariance_dd.diagonal()
@@ -184,33 +164,9 @@ def prototype_scores(count_KC: Tensor, sum_KCd: Tensor, gram_dd: Tensor) -> tupl
         is of is not chosen.
     """
     count_N, sum_Nd = count_KC.flatten(), sum_KCd.flatten(0, 1)
-    factor_dd = _factor(ClientStatistics(count_N, sum_Nd, gram_dd).within_covariance())
+    factor_dd = covariance_factor(ClientStatistics(count_N, sum_Nd, gram_dd).within_covariance())
     mean_d = sum_Nd.sum(0) / count_N.sum()
     away_Nd = (sum_Nd / count_N.clamp_min(1)[:, None] - mean_d) * (count_N > 0)[:, None]
     weights_Nd = torch.cholesky_solve(away_Nd.T, factor_dd).T
     bias_N = -weights_Nd @ mean_d - (weights_Nd * away_Nd).sum(1) / 2 + (count_N / count_N.sum()).log()
     return weights_Nd, bias_N.clamp_min(NEVER)
-
-
-def groups_of(shift_MM: Tensor, num_groups: int) -> Tensor:
-    """Returns the group `[M]` of each client: those are joined whose members' shifts are the least on average."""
-    if num_groups == 1:  # which a clustering of one client would refuse
-        return torch.zeros(len(shift_MM), dtype=torch.int64)
-    clustering = AgglomerativeClustering(num_groups, metric="precomputed", linkage="average")
-    # Estimates of a shift that is not there may be below 0, which no distance is; averages do not mind what is added.
-    distance_MM = (shift_MM - shift_MM.min()).fill_diagonal_(0).cpu().numpy()
-    return torch.from_numpy(clustering.fit_predict(distance_MM)).long()
-
-
-def with_old_names(group_M: Tensor, old_M: Tensor, num_groups: int) -> Tensor:
-    """
-    Returns groups `[M]` numbered so that as many clients as can be keep the number that they had in `old_M`, where -1
-    is none.
-    """
-    had_M = old_M >= 0
-    overlap_KK = torch.zeros(num_groups, num_groups)
-    overlap_KK.index_put_((group_M[had_M], old_M[had_M]), torch.ones(int(had_M.sum())), accumulate=True)
-    groups, names = linear_sum_assignment(overlap_KK.numpy(), maximize=True)
-    name_K = torch.empty(num_groups, dtype=torch.int64)
-    name_K[torch.from_numpy(groups)] = torch.from_numpy(names)
-    return name_K[group_M]

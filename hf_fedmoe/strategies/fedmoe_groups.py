@@ -16,16 +16,8 @@ from transformers import PreTrainedModel
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..weights import Payload, fuse_integers
-from .client_statistics import (
-    ClientStatistics,
-    client_statistics,
-    groups_of,
-    head_of,
-    projection,
-    prototype_scores,
-    shifts,
-    with_old_names,
-)
+from .client_groups import groups_of, with_old_names
+from .client_statistics import ClientStatistics, client_statistics, head_of, projection, prototype_scores
 from .fedrep import names_of_part
 from .gate_training import calibrated
 from .narrowing import as_mixture, as_whole, reserved_of
@@ -44,8 +36,8 @@ class FedMoEGroups(Strategy):
 
     Groups are of clients whose classes look alike: whether their pictures are turned, or the same picture means
     another label to them, the means of their classes are apart in the features of the model that all start from. With
-    its first upload a client sends these means ([`ClientStatistics`]); the server joins the clients that are least
-    apart ([`groups_of`]), and again when it learns of new ones. Proportions of classes alone make no group.
+    its first upload a client sends these means ([`ClientStatistics`]); the server joins the clients that are likeliest
+    to be alike ([`groups_of`]), and again when it learns of new ones. Proportions of classes alone make no group.
 
     A client trains the expert of its group. What is the group's `own` is averaged over its participants, all else, the
     trunk, over all of the round's: no expert gets less training than a single model would, but for its own part. A
@@ -202,7 +194,7 @@ class FedMoEGroups(Strategy):
             return
         count_nC, sum_nCd = tensors["count_MC"][known], tensors["sum_MCd"][known]
         together = ClientStatistics(count_nC.sum(0), sum_nCd.sum(0), tensors["gram_dd"])
-        group_n = groups_of(shifts(count_nC, sum_nCd, together.within_covariance()), num_groups)
+        group_n = groups_of(count_nC, sum_nCd, together.within_covariance(), num_groups)
         tensors["group_M"][known] = with_old_names(group_n, tensors["group_M"][known], num_groups)
 
     @torch.no_grad()

@@ -1,26 +1,20 @@
-"""Statistics of clients' data: sums, whitened shifts, and the groups that these tell."""
+"""Statistics of clients' data: sums, and the likelihoods that they tell."""
 
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score
 from torch import nn
 from torch.distributions import MultivariateNormal
 
 from hf_fedmoe.strategies.client_statistics import (
     ClientStatistics,
     client_statistics,
-    groups_of,
     head_features,
     head_of,
     prototype_scores,
-    shifts,
-    with_old_names,
 )
 from hf_fedmoe.training import FederatedTrainer
+from tests.clients_of_groups import C, D, SCALES_d, clients_of_groups, in_common, means_of_groups
 from tests.tiny_federation import tiny_args, tiny_decoder, tiny_expert, tiny_federation
-
-
-C, D = 3, 5
 
 
 def rows(seed: int, count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,52 +47,9 @@ def test_sums_over_clients_are_those_of_the_pooled_rows_and_can_be_taken_out_aga
     assert_equal(pooled - own[3], without)
 
 
-SCALES_d = torch.tensor([0.1, 1.0, 10.0, 1.0, 3.0])
-
-
-def clients_of_groups(num_clients: int, num_groups: int, size: float, classes: list[int]) -> list[ClientStatistics]:
-    """Clients whose class means are those of their group, `size` apart in each direction, and of few classes each."""
-    generator = torch.Generator().manual_seed(1)
-    means_gCd = size * torch.randn(num_groups, C, D, generator=generator)
-    found = []
-    for client in range(num_clients):
-        labels_N = torch.tensor(classes)[torch.randint(len(classes), (200,), generator=generator)]
-        noise_Nd = torch.randn(200, D, generator=generator)
-        features_Nd = (means_gCd[client % num_groups][labels_N] + noise_Nd) * SCALES_d
-        found.append(ClientStatistics.of(features_Nd, labels_N, C))
-    return found
-
-
-def shifts_of(clients: list[ClientStatistics], covariance_dd: torch.Tensor | None = None) -> torch.Tensor:
-    together = clients[0]
-    for client in clients[1:]:
-        together = together + client
-    counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
-    return shifts(counts, sums, together.within_covariance() if covariance_dd is None else covariance_dd)
-
-
-def test_shifts_are_those_of_the_means_in_units_of_the_spread():
-    """Estimates without a bias, where the covariance is known."""
-    shift_MM = shifts_of(clients_of_groups(12, 3, 0.4, [0, 1, 2]), SCALES_d.double().square().diag())
-    means_gCd = 0.4 * torch.randn(3, C, D, generator=torch.Generator().manual_seed(1))
-    for g in range(3):
-        for other in range(3):
-            pairs = [(c, o) for c in range(g, 12, 3) for o in range(other, 12, 3) if c != o]
-            found = torch.stack([shift_MM[pair] for pair in pairs]).mean().item()
-            true = (means_gCd[g] - means_gCd[other]).square().sum(1).mean().item()
-            assert found == pytest.approx(true, abs=0.05 + 0.1 * true)
-
-
-def test_proportions_of_classes_make_no_shift():
-    same, other = clients_of_groups(2, 1, 1.0, [0, 1]), clients_of_groups(2, 1, 1.0, [0, 1, 1, 1, 1])
-    assert shifts_of([*same, *other]).fill_diagonal_(0).abs().max() < 0.2
-    apart = clients_of_groups(4, 2, 1.0, [0, 1])
-    assert shifts_of(apart)[0, 1] > 2
-
-
 def test_prototypes_are_the_likelihoods_of_normal_distributions():
-    clients = clients_of_groups(4, 4, 0.7, [0, 2])
-    count_KC, sum_KCd = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
+    clients = clients_of_groups(list(range(4)), means_of_groups(4, 0.7), [[0, 2]] * 4)
+    count_KC, sum_KCd, _ = in_common(clients)
     gram_dd = sum(client.gram_dd for client in clients)
     weights_Nd, bias_N = prototype_scores(count_KC, sum_KCd, gram_dd)
     count_N, sum_Nd = count_KC.flatten(), sum_KCd.flatten(0, 1)
@@ -112,21 +63,6 @@ def test_prototypes_are_the_likelihoods_of_normal_distributions():
     torch.testing.assert_close(found_BN[:, there], expected_BN, rtol=0, atol=1e-9)
     # Class 1 is in no group.
     assert (~there).sum() == 4 and (found_BN[:, ~there] < -5000).all()
-
-
-@pytest.mark.parametrize("num_groups", [2, 4])
-def test_groups_are_found(num_groups):
-    clients = clients_of_groups(16, num_groups, size=0.7, classes=[0, 1, 2])
-    found = groups_of(shifts_of(clients), num_groups)
-    assert adjusted_rand_score([client % num_groups for client in range(16)], found.tolist()) == 1
-
-
-def test_groups_keep_their_numbers():
-    old_M = torch.tensor([2, 2, 0, 0, 1, -1, -1])
-    assert with_old_names(torch.tensor([0, 0, 1, 1, 2, 2, 0]), old_M, 3).tolist() == [2, 2, 0, 0, 1, 1, 2]
-    # One moves, the others stay what they are.
-    assert with_old_names(torch.tensor([0, 1, 1, 1, 2, 0, 0]), old_M, 3).tolist() == [2, 0, 0, 0, 1, 2, 2]
-    assert with_old_names(torch.tensor([1, 0, 2]), torch.tensor([-1, -1, -1]), 3).unique().numel() == 3
 
 
 @pytest.mark.parametrize("make", [tiny_expert, tiny_decoder])

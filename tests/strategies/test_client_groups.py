@@ -1,0 +1,94 @@
+"""Groups of clients by what their classes look like: shifts, and who is joined with whom."""
+
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+from torch.distributions import Normal
+
+from hf_fedmoe.strategies.client_groups import ClassSums, _evidence, groups_of, shifts, with_old_names
+from tests.clients_of_groups import SCALES_d, clients_of_groups, in_common, means_of_groups
+
+
+EVERY = [0, 1, 2]
+
+
+def test_shifts_are_those_of_the_means_in_units_of_the_spread():
+    """Estimates without a bias, where the covariance is known."""
+    means_gCd = means_of_groups(3, 0.4)
+    counts, sums, _ = in_common(clients_of_groups([0, 1, 2] * 4, means_gCd, [EVERY] * 12))
+    shift_MM = shifts(counts, sums, SCALES_d.double().square().diag())
+    for g in range(3):
+        for other in range(3):
+            pairs = [(c, o) for c in range(g, 12, 3) for o in range(other, 12, 3) if c != o]
+            found = torch.stack([shift_MM[pair] for pair in pairs]).mean().item()
+            true = (means_gCd[g] - means_gCd[other]).square().sum(1).mean().item()
+            assert found == pytest.approx(true, abs=0.05 + 0.1 * true)
+
+
+def test_proportions_of_classes_make_no_shift():
+    skewed = [[0, 1], [0, 1], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
+    alike = in_common(clients_of_groups([0] * 4, means_of_groups(1, 1.0), skewed))
+    assert shifts(*alike).fill_diagonal_(0).abs().max() < 0.2
+    apart = in_common(clients_of_groups([0, 1] * 2, means_of_groups(2, 1.0), [[0, 1]] * 4))
+    assert shifts(*apart)[0, 1] > 2
+
+
+def test_evidence_is_the_bayes_factor_of_one_mean_against_two():
+    """Compares in one direction, of normal means, the density of their difference with, and without, what groups differ by."""
+    first = ClassSums(torch.tensor([[4.0, 3.0]]), torch.tensor([[[8.0], [3.0]]]))
+    second = ClassSums(torch.tensor([[12.0, 0.0]]), torch.tensor([[[6.0], [0.0]]]))
+    # Of class 1 nothing is known of the second; means of class 0 are 2 and .5 with variances 1 / 4 and 1 / 12.
+    chance, between, difference = 1 / 4 + 1 / 12, 0.7, torch.tensor(1.5)
+    log_density = {v: Normal(0.0, v**0.5).log_prob(difference) for v in (chance, chance + between)}
+    expected = 2 * (log_density[chance] - log_density[chance + between])
+    torch.testing.assert_close(_evidence(first, second, between)[0, 0], expected)
+
+
+SIZES = {
+    "equal": [0, 1, 2, 3] * 4,
+    "unequal": [0] * 9 + [1] * 4 + [2] * 2 + [3],
+    "two": [0, 1] * 8,
+    "one each": [0, 1, 2, 3],
+    "one for all": [0] * 5,
+}
+
+
+@pytest.mark.parametrize("groups", SIZES.values(), ids=SIZES)
+def test_groups_are_found_of_whatever_size(groups):
+    num_groups = max(groups) + 1
+    found = groups_of(
+        *in_common(clients_of_groups(groups, means_of_groups(4, 0.7), [EVERY] * len(groups))), num_groups
+    )
+    assert adjusted_rand_score(groups, found.tolist()) == 1
+    assert found.unique().tolist() == list(range(num_groups))
+
+
+def test_groups_of_clients_of_few_classes_are_found():
+    """Finds them although of many pairs nothing is known: whom both are like tells."""
+    groups = [0, 1, 2, 3] * 8
+    classes = [[client % 12, (client * client + 1) % 12, (3 * client + 2) % 12] for client in range(32)]
+    known = in_common(clients_of_groups(groups, means_of_groups(4, 0.6, num_classes=12), classes))
+    assert adjusted_rand_score(groups, groups_of(*known, 4).tolist()) == 1
+
+
+def test_clients_without_groups_are_divided_without_an_error():
+    counts, sums, covariance_dd = in_common(clients_of_groups([0] * 6, means_of_groups(1, 1.0), [EVERY] * 6))
+    assert groups_of(counts, sums, covariance_dd, 3).unique().tolist() == [0, 1, 2]
+    # Nor where clients have no class in common.
+    alone = torch.eye(3).double() * 5
+    assert groups_of(alone, alone[..., None] * torch.ones(5).double(), covariance_dd, 2).unique().tolist() == [0, 1]
+
+
+def test_what_is_given_stays_as_it_is():
+    given = in_common(clients_of_groups([0, 1] * 3, means_of_groups(2, 1.0), [EVERY] * 6))
+    before = [tensor.clone() for tensor in given]
+    groups_of(*given, 2)
+    assert all(map(torch.equal, given, before))
+
+
+def test_groups_keep_their_numbers():
+    old_M = torch.tensor([2, 2, 0, 0, 1, -1, -1])
+    assert with_old_names(torch.tensor([0, 0, 1, 1, 2, 2, 0]), old_M, 3).tolist() == [2, 2, 0, 0, 1, 1, 2]
+    # One moves, the others stay what they are.
+    assert with_old_names(torch.tensor([0, 1, 1, 1, 2, 0, 0]), old_M, 3).tolist() == [2, 0, 0, 0, 1, 2, 2]
+    assert with_old_names(torch.tensor([1, 0, 2]), torch.tensor([-1, -1, -1]), 3).unique().numel() == 3
