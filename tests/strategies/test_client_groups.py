@@ -34,7 +34,7 @@ def test_proportions_of_classes_make_no_shift():
 
 
 def test_evidence_is_the_bayes_factor_of_one_mean_against_two():
-    """Compares in one direction, of normal means, the density of their difference with, and without, what groups differ by."""
+    """Compares in one direction the densities of a difference with, and without, what groups differ by."""
     first = ClassSums(torch.tensor([[4.0, 3.0]]), torch.tensor([[[8.0], [3.0]]]))
     second = ClassSums(torch.tensor([[12.0, 0.0]]), torch.tensor([[[6.0], [0.0]]]))
     # Of class 1 nothing is known of the second; means of class 0 are 2 and .5 with variances 1 / 4 and 1 / 12.
