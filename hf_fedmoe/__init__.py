@@ -58,6 +58,7 @@ _ROOMS = {
     "FedRolex": "strategies",
     "FedYogi": "strategies",
     "HeteroFL": "strategies",
+    "IFCA": "strategies",
     "L2SGD": "strategies",
     "Local": "strategies",
     "Owners": "strategies",

@@ -32,6 +32,7 @@ from .reporting import diagnose as diagnose
 from .reporting import plot_clients as plot_clients
 from .strategies import AFL as AFL
 from .strategies import APFL as APFL
+from .strategies import IFCA as IFCA
 from .strategies import L2SGD as L2SGD
 from .strategies import QFFL as QFFL
 from .strategies import ClusteredFL as ClusteredFL

@@ -20,6 +20,7 @@ from hf_fedmoe.models import (
 from hf_fedmoe.strategies import (
     AFL,
     APFL,
+    IFCA,
     L2SGD,
     QFFL,
     ClusteredFL,
@@ -138,6 +139,12 @@ def received_in_groups(trainer: FederatedTrainer, round_index: int, client: int)
     """An expert, and the start as a row to compute the statistics by."""
     expert = trainer.model.experts[0]
     return num_bytes(expert) + is_new(trainer, round_index, client) * StateLayout.of(expert).size * 4
+
+
+def received_in_ifca(trainer: FederatedTrainer, round_index: int, client: int) -> int:
+    """A model, and the others as rows."""
+    first, *others = trainer.model.models
+    return num_bytes(first) + len(others) * StateLayout.of(first).size * 4
 
 
 def sent_in_fedjets(trainer: FederatedTrainer, round_index: int, client: int) -> int:
@@ -281,6 +288,17 @@ METHODS = {
         personal=True,
         adapters=False,
         stays=("classifier.",),
+    ),
+    "ifca": Method(
+        IFCA,
+        "tests/strategies/test_ifca.py::test_of_one_model_it_is_fedavg",
+        model=tiny_ensemble,
+        image_model=resnet_ensemble,
+        personal=True,
+        adapters=False,
+        stays=("mixture_M",),
+        sent=lambda trainer, round_index, client: num_bytes(trainer.model.models[0]) + 8,
+        received=received_in_ifca,
     ),
     "clustered": Method(lambda: ClusteredFL(eps1=100.0, eps2=0.0, min_size=1), GLOBAL_MODEL, personal=True),
     "decentralised": Method(

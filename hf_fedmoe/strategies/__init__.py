@@ -29,6 +29,7 @@ from .fedprox import FedProx
 from .fedrep import FedRep
 from .fedrolex import FedRolex, HeteroFL
 from .gate_training import GateFit
+from .ifca import IFCA
 from .l2sgd import L2SGD
 from .local import Local
 from .owners import Owners
@@ -45,6 +46,7 @@ from .zero_gate import ZeroGateFit
 __all__ = [
     "AFL",
     "APFL",
+    "IFCA",
     "L2SGD",
     "QFFL",
     "ClientTask",
