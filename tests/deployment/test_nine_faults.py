@@ -7,11 +7,13 @@ Senders of the ninth (twice, unknown, late, of an old round) are in test_failure
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from hf_fedmoe.deployment import Answer, Message, MessageError, Node, NodeTrainer, ServerDataset, ServerTrainer
-from hf_fedmoe.federation import Processes
+from hf_fedmoe.deployment.roster import Roster
+from hf_fedmoe.federation import Processes, read_json, write_json
 from hf_fedmoe.federation.participants import Reply
 from hf_fedmoe.federation.uploads import Rows, UploadMemory
 from hf_fedmoe.strategies import AFL, QFFL, FedAvg
@@ -271,6 +273,15 @@ def test_nodes_that_cannot_be_are_refused_when_they_come(deployment):
     assert registered(deployment, client=7) == "it is configured as client 7, and clients are 0 to 0"
     registered(deployment, start=[1, 2])
     assert deployment[0].roster.sizes_M.tolist() == [12]
+
+
+def test_what_nodes_are_known_by_is_not_for_the_hub(deployment, tmp_path):
+    roster = deployment[0].roster
+    assert roster.path.name.startswith("_") and set(read_json(roster.path)["clients"].values()) == {0}
+    table = {"run": "r", "clients": {"a text that only the node has": 0}}
+    write_json(tmp_path / "clients.json", table)  # as it was once called
+    found = Roster(MessageLink({}), tmp_path, np.zeros(1, dtype=int), {})
+    assert found.numbers == table["clients"] and [path.name for path in tmp_path.iterdir()] == ["_nodes.json"]
 
 
 def test_the_bound_of_examples_is_a_setting(tmp_path):
