@@ -140,7 +140,7 @@ def main() -> None:
             process.terminate()
             process.wait()
         if running[-1].returncode:
-            sys.stderr.write((folder / "run" / "flower" / "superlink.log").read_text()[-6000:])
+            sys.stderr.write((folder / "run" / "_flower" / "superlink.log").read_text()[-6000:])
             sys.exit((folder / "log").read_text()[-4000:])
         history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
     print(f"model {size / 1e6:.1f} MB, {options.rounds} rounds, {seconds:.0f} s")

@@ -13,6 +13,7 @@ PACKAGE = Path(hf_fedmoe.__file__).parent
 # From the ground up (docs/architecture.md). A room is a folder, or a file at the top.
 ROOMS = (
     "lazy_names",
+    "model_folder",
     "models",
     "weights",
     "data",

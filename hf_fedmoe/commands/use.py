@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..model_folder import model_folder
 from .one_line import in_one_line, quietly, refuse
 
 
@@ -85,7 +86,8 @@ def _card(parser: argparse.ArgumentParser, options: argparse.Namespace, words: l
     with in_one_line(parser):
         from huggingface_hub import ModelCard
 
-        path = _folder(options.model) / "README.md"
+        _check_not_blank(options)
+        path = model_folder(options.model) / "README.md"
         if not path.is_file():
             raise ValueError(f"There is no card {str(path)!r}: `hf-fedmoe train` and `create_model_card` write one.")
         card = ModelCard.load(path)
@@ -102,6 +104,14 @@ def _card(parser: argparse.ArgumentParser, options: argparse.Namespace, words: l
         print(f"{path}: {', '.join(given)} filled in" if given else card.content)
 
 
+def _check_not_blank(options: argparse.Namespace) -> None:
+    """Refuses facts without a letter, which the Hub would refuse after the upload."""
+    for name in ("language", "license", "base_model", "datasets", "tags", "widget"):
+        given = vars(options)[name]
+        if any(not each.strip() for each in ([given] if isinstance(given, str) else given or ())):
+            raise ValueError(f"`{name}` is {given!r}: say what it is, or leave it out.")
+
+
 def _push(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     refuse(parser, words)
     with in_one_line(parser):
@@ -111,7 +121,7 @@ def _push(parser: argparse.ArgumentParser, options: argparse.Namespace, words: l
         if options.space:
             print(_push_space(api, Path(options.model), options.repository, options.private))
             return
-        folder = _folder(options.model)
+        folder = model_folder(options.model)
         _check_base(folder)
         name = api.create_repo(options.repository, private=options.private or None, exist_ok=True).repo_id
         print(api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoint-*"]).commit_url)
@@ -136,11 +146,3 @@ def _check_base(folder: Path) -> None:
             f"{str(folder)!r} is an adapter of the folder {base!r}, which is on this machine only: train it from a "
             "model of the Hub, or by fedmoe, which saves the base with its experts."
         )
-
-
-def _folder(model: str) -> Path:
-    """The folder of a model; that of its run will do."""
-    for folder in (Path(model), Path(model, "model")):
-        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-            return folder
-    raise ValueError(f"{model!r} is no folder of a model, nor of a run of `hf-fedmoe train`: check the path.")

@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import os
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -220,17 +221,21 @@ def read_files(file_format: str, files: dict[str, Path], name: str, **options: A
         raise _unreadable(name, file_format, error) from error
     if file_format == "csv":
         for split, path in files.items():
-            _check_width(path, found[split], name)
+            _check_names(path, found[split], name)
     return found
 
 
-def _check_width(path: Path, rows: Dataset, name: str) -> None:
-    """Raises `ValueError` where a .csv has more values in a row than names of columns: all would be of others."""
-    if UNNAMED not in rows.column_names:  # which pandas makes an index of what is too much
-        return
+def _check_names(path: Path, rows: Dataset, name: str) -> None:
+    """
+    Raises `ValueError` where a .csv has two columns of one name, of which the first would be taken, or more values in
+    a row than names of columns: all would be of others.
+    """
     with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
-        names = next(filter(None, csv.reader(file)))
-    if UNNAMED not in names:
+        names = next(filter(None, csv.reader(file)), [])
+    for column, count in Counter(names).items():
+        if column and count > 1:
+            raise ValueError(f"{str(name)!r} has {count} columns {column!r}: give each a name of its own.")
+    if UNNAMED in rows.column_names and UNNAMED not in names:  # which pandas makes an index of what is too much
         raise ValueError(
             f"{str(name)!r} has more values in each row than names in its first line, {','.join(names)!r}: put texts "
             "with commas into quotes, and give each column a name."

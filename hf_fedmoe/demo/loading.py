@@ -12,6 +12,7 @@ from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
 from ..data.images import is_deep
+from ..model_folder import model_place
 from ..models import (
     FedMoECausalConfig,
     FedMoEConfig,
@@ -91,8 +92,7 @@ def load_shown(model: str) -> ShownClassifier | ShownOwners:
     Raises:
         ValueError: When there is none, or it is no mixture of which a page can show the experts.
     """
-    inner = Path(model, "model")
-    place = str(inner) if (inner / "config.json").is_file() else model
+    place = model_place(model)
     name = Path(model).resolve().name if Path(model).is_dir() else model
     try:
         config = AutoConfig.from_pretrained(place)

@@ -101,7 +101,7 @@ FORGOTTEN = -1000
 # What SuperNode says of a SuperLink that does not know its key.
 NOT_LET_IN = "Exit Code: 305"
 # What the server's app leaves behind when it ends: how it ended.
-END_NAME = "server_app.json"
+END_NAME = "_server_app.json"
 
 
 def run_server(
@@ -129,7 +129,7 @@ def run_server(
     """
     if missing := [key for key in node_keys if not Path(key).is_file()]:
         raise ValueError(f"`node_keys` names {missing[0]!r}, which is no file: give the nodes' public keys.")
-    folder = Path(output_dir).resolve() / "flower"
+    folder = Path(output_dir).resolve() / "_flower"  # which is not for the Hub
     end, log = Path(output_dir).resolve() / END_NAME, folder / "superlink.log"
     end.unlink(missing_ok=True)
     environment = _environment(folder)

@@ -14,10 +14,23 @@ FACTS = "hf_fedmoe"
 # Version of what messages mean; another one is refused.
 PROTOCOL = 1
 _LENGTH_BYTES = 8
+# Characters of an error, which may quote what somebody sent.
+_LONGEST = 1000
 
 
 class MessageError(ValueError):
-    """Bytes that are no message, or none that is understood here."""
+    """
+    Bytes that are no message, or none that is understood here.
+
+    Args:
+        fault (`str`): Told in one line of printable characters and cut where it is long: who sent the bytes must not
+            write the log.
+    """
+
+    def __init__(self, fault: str):
+        end = "..." if len(fault) > _LONGEST else ""
+        line = " ".join(fault[:_LONGEST].split())
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) + end)
 
 
 @dataclass
@@ -50,7 +63,8 @@ class Message:
             facts = json.loads(header["__metadata__"][FACTS])
             kind, protocol = str(facts.pop("kind")), facts.pop("protocol")
             tensors = load(packed)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # PyTorch says a RuntimeError of shapes beyond all memory, JSON of texts too deep a kind of it.
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise MessageError(f"{len(packed)} bytes are no message: {type(error).__name__}: {error}") from error
         if protocol != PROTOCOL:
             raise MessageError(

@@ -20,6 +20,8 @@ KINDS = (
     (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
+# Characters of what a client calls one of its metrics.
+_LONGEST_NAME = 100
 
 
 @dataclass
@@ -148,6 +150,10 @@ def _numbers(facts: dict[str, Any]) -> tuple[int, dict[str, float]]:
     if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
         raise MessageError(f"it reports the metrics {metrics!r}, where numbers by their names are due")
     for name, value in metrics.items():
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise MessageError(
+                f"it reports a metric {name!r}, where a printable name is due, of {_LONGEST_NAME} characters at most"
+            )
         if isinstance(value, int) and abs(value) > MOST_BATCHES:  # of which there may be no float
             raise MessageError(f"it reports a number of {value.bit_length()} bits as {name}")
     if "loss" not in metrics:

@@ -16,7 +16,8 @@ from .messages import Message, MessageError
 
 logger = logging.get_logger(__name__)
 
-TABLE_NAME = "clients.json"
+# The underscore keeps it from the Hub: whoever knows a node's text can pass for it. Once it had none.
+TABLE_NAME, FORMER_NAME = "_nodes.json", "clients.json"
 # Of a client that registers, unless the server says otherwise: by its examples it weighs.
 MAX_EXAMPLES = 1_000_000
 
@@ -56,6 +57,8 @@ class Roster:
     ):
         self.link, self.sizes_M, self.settings, self.max_examples = link, sizes_M, settings, max_examples
         self.path = Path(folder) / TABLE_NAME
+        if not self.path.exists() and (former := self.path.with_name(FORMER_NAME)).exists():
+            former.rename(self.path)
         table = read_json(self.path) or {"run": uuid.uuid4().hex[:12], "clients": {}}
         self.run: str = table["run"]
         self.numbers: dict[str, int] = table["clients"]

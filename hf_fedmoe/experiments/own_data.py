@@ -130,7 +130,7 @@ class OwnImages(OwnData, ImageExperiment):
         return FederatedDataset.from_folders(self.clients, **splits, classes=self.classes, seed=seed)
 
     def load_processor(self) -> BaseImageProcessor:
-        """That of a pretrained start, or one of small images."""
+        """Loads that of a pretrained start, or makes one of small images."""
         if _is_pretrained(self.model_name):
             return load_pretrained(AutoImageProcessor, self.model_name)
         return super().load_processor()

@@ -15,6 +15,7 @@ from ..data.images import is_deep
 from ..data.own_files import read_own_files, read_texts
 from ..data.own_folders import image_endings, read_own_folders
 from ..data.own_paths import check_paths
+from ..model_folder import model_place
 from ..models.configuration_checks import class_names
 from ..reporting import scores
 from .own_run import result_table
@@ -133,8 +134,7 @@ def _check_out(out: Path, file: Path) -> None:
 
 
 def _load(model: str, images: bool) -> Pipeline:
-    inner = Path(model, "model")
-    place = str(inner) if (inner / "config.json").is_file() or (inner / "adapter_config.json").is_file() else model
+    place = model_place(model)
     try:
         return pipeline("image-classification" if images else "text-classification", model=place)
     except (OSError, ValueError, KeyError) as error:

@@ -337,7 +337,7 @@ class Strategy(LocalObjective):
         return None
 
     def links(self, server: Server, client: int, participants: list[int]) -> int:
-        """With how many others a participant exchanges its model: with the server."""
+        """Tells with how many others a participant exchanges its model: with the server."""
         return 1
 
     def probe(self, server: Server, row_P: Tensor, reserved: ReservedSet | None) -> Tensor | None:

@@ -54,9 +54,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file that is the old or the new one whenever the process dies."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:  # a full disk, say, on which what is half written would only take more
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -36,7 +36,8 @@ def system_normals(round_index: int) -> Normals:
 
     def draw(count: int) -> Tensor:
         bits = np.frombuffer(os.urandom(8 * count), np.uint64)
-        return torch.special.ndtri(torch.from_numpy(((bits >> 11) + 0.5) * 2.0**-53))
+        # 52 bits and a half: with a bit more the largest would be rounded to 1, whose quantile is infinite.
+        return torch.special.ndtri(torch.from_numpy(((bits >> 12) + 0.5) * 2.0**-52))
 
     return draw
 

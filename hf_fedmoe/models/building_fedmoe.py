@@ -354,7 +354,7 @@ class FedMoEBuilding(PreTrainedModel):
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in `PreTrainedModel`; adapters whose base is saved by its name keep their own names of tensors."""
+        """Saves as `PreTrainedModel` does; adapters whose base is saved by its name keep their names of tensors."""
         if (self.config.peft_config or {}).get("base_model_name_or_path"):
             kwargs["save_original_format"] = False  # would rename some for the way back through the base's class
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -412,8 +412,8 @@ class FedMoEBuilding(PreTrainedModel):
         **kwargs: Any,
     ) -> Self:
         """
-        As in `PreTrainedModel`. Where a checkpoint holds adapters and the name of their base, the base is loaded by
-        that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...).
+        Loads as `PreTrainedModel` does. Where a checkpoint holds adapters and the name of their base, the base is
+        loaded by that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...).
         """
         source = source_arguments(kwargs)
         given = pretrained_model_name_or_path if config is None else config

@@ -180,7 +180,7 @@ class FedMoEConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in `PreTrainedConfig`; as remote code, also fetches the code of experts that transformers lacks."""
+        """Reads as `PreTrainedConfig` does; as remote code, fetches that of experts which transformers lacks too."""
         source = source_arguments(kwargs)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # Running from a checkpoint's own files, this code was trusted together with its neighbours. An installed
@@ -211,7 +211,7 @@ class FedMoEConfig(PreTrainedConfig):
                 setattr(self, name, getattr(expert.get_text_config(), name, None))
 
     def _sub_configs(self) -> list[PreTrainedConfig]:
-        """That of the experts, and that of the gate if it has one."""
+        """Builds the configuration of the experts, and that of the gate if it has one."""
         return [built(self.expert_config), *([] if self.gate_config is None else [built(self.gate_config)])]
 
     def _inherited_pad_token_id(self) -> int | None:

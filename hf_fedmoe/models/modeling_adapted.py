@@ -52,7 +52,7 @@ class AdaptedForSequenceClassification(PreTrainedModel):
         **kwargs: Any,
     ) -> PreTrainedModel:
         """
-        As in `PreTrainedModel`; the arguments that concern a model's weights (`dtype`, `device_map`,
+        Loads as `PreTrainedModel` does; the arguments that concern a model's weights (`dtype`, `device_map`,
         `quantization_config`, ...) are those of the base.
 
         Raises:
@@ -93,7 +93,7 @@ class AdaptedClassifier(PeftModel):
     """A `PeftModel` that is saved with what else loading it needs: see [`save_base_configs`]."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in `PeftModel`."""
+        """Saves as `PeftModel` does, and the configurations of the base."""
         super().save_pretrained(str(save_directory), *args, **kwargs)
         save_base_configs(self, save_directory)
 

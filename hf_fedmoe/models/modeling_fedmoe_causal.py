@@ -252,7 +252,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         expert_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in the base, with the weights at the new positions, for which the whole text is looked at again."""
+        """Prepares as the base does, with weights at new positions, for which the whole text is looked at again."""
         inputs = self.base.prepare_inputs_for_generation(  # type: ignore[operator]  # which each decoder has
             input_ids, attention_mask=attention_mask, **kwargs
         )
@@ -273,7 +273,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
     # Saving and loading
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in `PreTrainedModel`; a base that was given by its name is saved by that name only."""
+        """Saves as `PreTrainedModel` does; a base that was given by its name is saved by that name only."""
         if self.config.base_model_name_or_path:
             kwargs["save_original_format"] = False  # would rename some for the way back through the base's class
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -287,8 +287,8 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         **kwargs: Any,
     ) -> Self:
         """
-        As in `PreTrainedModel`, from safetensors only. Where a checkpoint holds the name of its base, the base is
-        loaded by that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...),
+        Loads as `PreTrainedModel` does, from safetensors only. Where a checkpoint holds the name of its base, the base
+        is loaded by that name, with the arguments that concern it (`dtype`, `device_map`, `quantization_config`, ...),
         and refused if its weights are others than they were.
         """
         source = source_arguments(kwargs)

@@ -132,7 +132,13 @@ def remove_owner(mixture: str | os.PathLike, names: str | Sequence[str], out: st
         `ValueError`: If there is no such owner, or `mixture` is none, before anything is written.
     """
     folder = check_new_folder(out)
-    kind = FedMoECausalConfig.get_config_dict(mixture)[0].get("model_type")
+    try:
+        kind = FedMoECausalConfig.get_config_dict(mixture)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`mixture` is {str(mixture)!r}, which cannot be loaded: name a folder that `hf-fedmoe expert merge` "
+            f"wrote, or a name on the Hub while there is a network. It says: {error}"
+        ) from error
     if kind != FedMoECausalConfig.model_type:
         raise ValueError(f"`mixture` is {str(mixture)!r}, a model of type {kind!r}: name a mixture of owners.")
     model = FedMoEForCausalLM.from_pretrained(mixture)

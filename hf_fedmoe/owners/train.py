@@ -183,11 +183,11 @@ def load_base(name: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedToken
         name (`str` or `os.PathLike`): A folder or a name on the Hub; safetensors only.
 
     Raises:
-        `OSError`: If there is no such base; names it.
+        `OSError`: If there is no such base, or it is none; names it.
     """
     try:
         return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a name that cannot be, or a folder without a model's type
         raise OSError(
             f"`base` is {str(name)!r}, which cannot be loaded: name a folder with a model and its tokenizer, or a "
             f"name on the Hub while there is a network. It says: {error}"

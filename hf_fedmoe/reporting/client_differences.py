@@ -27,6 +27,8 @@ from .markdown import table
 CLEAR_GROUPS = 0.4
 # Proportions of classes that differ by more are worth a method that minds them.
 SKEWED = 0.2
+# Of fewer pairs of clients with a class in common nothing can be told of all.
+COMPARABLE = 0.5
 MOST_GROUPS = 8
 # Clients of whom two groups of two can be made.
 FEWEST = 4
@@ -43,15 +45,17 @@ class ClientDifferences:
         label_skew (`float`): Mean over clients of half the sum of absolute differences between their proportions of
             classes and those of all rows: 0 if they are the same, towards 1 if each has a class of its own.
         shift_MM (`np.ndarray` of shape `[M, M]`): How far the classes of two clients are apart, in squared standard
-            deviations within classes; around 0 or below where they look the same.
+            deviations within classes; around 0 or below where they look the same, 0 where they have none in common.
         groups (`list[int]`): The group of each client; one for all where no groups are clear.
         clearness (`float`): Silhouette of the groups, -1 to 1; of the best division if none is clear.
+        comparable (`float`, *optional*, defaults to 1): Share of the pairs of clients that have a class in common.
     """
 
     label_skew: float
     shift_MM: np.ndarray
     groups: list[int]
     clearness: float
+    comparable: float = 1.0
 
     @property
     def num_groups(self) -> int:
@@ -70,6 +74,12 @@ class ClientDifferences:
             return (
                 f"Classes look different in {self.num_groups} groups of clients: no single compact model serves all. "
                 f"Compare `fedmoe_groups` with {self.num_groups} routed experts, and FedAvg+ as its control."
+            )
+        if self.comparable < COMPARABLE:
+            return (
+                f"Proportions of classes differ, and only {self.comparable:.0%} of the pairs of clients have a class "
+                "in common: whether classes look different in groups cannot be told. Take FedAvg, tuned on the "
+                "reserved set, and FedAvg+ beside it."
             )
         if self.label_skew > SKEWED:
             return (
@@ -139,7 +149,9 @@ def diagnose(
     counts_MC = data.label_counts()
     shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)
     skew = np.abs(shares_MC - counts_MC.sum(0) / counts_MC.sum()).sum(1).mean() / 2
-    return ClientDifferences(float(skew), shift_MM.numpy(), groups, clearness)
+    has_MC = (counts_MC > 0).astype(int)
+    comparable = ((has_MC @ has_MC.T) > 0)[~np.eye(len(has_MC), dtype=bool)].mean()
+    return ClientDifferences(float(skew), shift_MM.numpy(), groups, clearness, float(comparable))
 
 
 def _batches(rows: Dataset, model: PreTrainedModel, collate: Callable) -> Iterator[dict[str, torch.Tensor]]:

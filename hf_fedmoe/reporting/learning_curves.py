@@ -5,6 +5,7 @@ Shape suffixes: R runs of a method, N rounds that were evaluated.
 """
 
 import os
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from .comparison import RunResult
 
 # More in a panel cannot be told apart.
 CURVES_IN_A_PANEL = 4
+# Characters of a row's name in a legend, and of a line of it.
+_LONGEST_NAME, _LINE = 200, 40
 
 
 def plot_learning_curves(
@@ -40,7 +43,7 @@ def plot_learning_curves(
         if reference in drawn:
             colors[str(reference)] = "black"
         for row, color in colors.items():
-            _draw(by_round, drawn[row], 1.0, color=color, label=row.replace("$", r"\$"))  # no formula
+            _draw(by_round, drawn[row], 1.0, color=color, label=_label(row))
             _draw(by_megabytes, drawn[row], _megabytes(drawn[row]), color=color)
         by_round.set_xlabel("Round")
         by_round.xaxis.get_major_locator().set_params(integer=True)
@@ -50,6 +53,12 @@ def plot_learning_curves(
     for axes in panels[:, 0]:
         axes.set_ylabel("Validation accuracy of the server's model, %")
     figure.savefig(path, dpi=150)
+
+
+def _label(row: str) -> str:
+    """Writes a row's name for a legend: no formula, in lines of which a panel has room, and no reason to hide it."""
+    name = textwrap.fill(row[:_LONGEST_NAME], _LINE).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name  # which Matplotlib takes for one that nobody is to see
 
 
 def _draw(axes: Any, runs: list[RunResult], unit: float, label: str | None = None, **style: Any) -> None:

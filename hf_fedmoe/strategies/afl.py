@@ -60,6 +60,8 @@ class AFL(Strategy):
 
 def project_to_simplex(point_M: Tensor) -> Tensor:
     """The nearest point with entries of 0 or more that sum to 1 (Duchi et al. 2008, Figure 1)."""
+    # The same for all changes nothing, and beside one that is huge a 1 would be lost.
+    point_M = point_M - point_M.max()
     sorted_M = point_M.sort(descending=True).values
     excess_M = (sorted_M.cumsum(0) - 1) / torch.arange(1, len(point_M) + 1, device=point_M.device)
     threshold = excess_M[(sorted_M > excess_M).nonzero().max()]

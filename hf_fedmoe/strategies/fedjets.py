@@ -151,6 +151,14 @@ class FedJETs(Strategy):
             features_NH = torch.cat([own_BH for own_BH in features if own_BH is not None])
             return features_NH, model.gate_logits(features_NH, {}).softmax(-1).sum(0)
 
+    def upload_fault(self, server: Server, payload: Payload) -> str | None:
+        """Refuses reports of experts that are neither that a client had one nor that it had not."""
+        for k in range(server.model.config.num_routed_experts):
+            had = payload.metrics.get(f"expert_{k}", 0.0)
+            if had not in (0.0, 1.0):
+                return f"it reports expert_{k} = {had}, where 1 is due for an expert that it had and 0 for others"
+        return None
+
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         average_part_(server, uploads, "gate.", uploads.num_examples_m)
         report = {}

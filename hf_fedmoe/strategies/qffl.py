@@ -39,7 +39,10 @@ class QFFL(Strategy):
 
     def upload_fault(self, server: Server, payload: Payload) -> str | None:
         """Refuses reports by which the step cannot be weighed."""
-        return fault_of_reports(payload, "start_loss", "learning_rate")
+        if fault := fault_of_reports(payload, "start_loss", "learning_rate"):
+            return fault
+        rate = payload.metrics["learning_rate"]
+        return f"it reports learning_rate = {rate}, where 0 or more is due" if rate < 0 else None
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         eta = median(metrics["learning_rate"] for metrics in uploads.metrics)  # one for all but for who lies
@@ -48,9 +51,11 @@ class QFFL(Strategy):
         F_m = torch.tensor(losses, dtype=torch.float64).clamp_min(1e-10)
         moved_mU = parameter_rows(server, uploads.rows_mP) - parameter_rows(server, server.bank_SP[:1])
         square_m = moved_mU.square().sum(1).double().cpu()
+        # All in units of the largest loss to the power of q, which could overflow.
+        share_m, largest = F_m / F_m.max(), F_m.max()
         # All times eta: at a learning rate of 0 nobody moves, and the second term alone is left.
-        h_m = F_m**self.q + (self.q * F_m ** (self.q - 1) * square_m / eta if eta else 0)
+        h_m = share_m**self.q + (self.q * share_m ** (self.q - 1) / largest * square_m / eta if eta else 0)
         # A weighted mean of w and the w_c: the weights of the w_c sum to at most 1.
-        weights_m = F_m**self.q / h_m.sum()
+        weights_m = share_m**self.q / h_m.sum()
         move_global_(server, uploads, weights_m.to(server.bank_SP))
         return {"qffl_step": weights_m.sum().item(), "worst_start_loss": F_m.max().item()}

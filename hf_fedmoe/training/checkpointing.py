@@ -144,7 +144,7 @@ class Checkpointing(ModelColumns, SeveralProcesses):
         super()._load_best_model()
 
     def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> TrainOutput:
-        """As in [`~transformers.Trainer`], which would delete checkpoints in place, others' among them."""
+        """Ends a run as [`~transformers.Trainer`] does, which would delete checkpoints in place, others' too."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super()._finalize_training(trial, num_train_samples, start_time)

@@ -20,7 +20,8 @@ from .columns import ModelColumns
 from .several_processes import SeveralProcesses
 
 
-CLIENT_TABLE_NAME = "client_metrics.csv"
+# The underscore keeps it from the Hub: how well each client is served is not for everybody.
+CLIENT_TABLE_NAME = "_client_metrics.csv"
 
 
 class ClientEvaluation(ModelColumns, SeveralProcesses):
@@ -30,7 +31,7 @@ class ClientEvaluation(ModelColumns, SeveralProcesses):
         """
         Evaluates each client's personal model ([`~strategies.Strategy.personal_model`]) on its own test rows.
 
-        The scores of the clients, unseen ones included, become `client_table` and `client_metrics.csv` in
+        The scores of the clients, unseen ones included, become `client_table` and `_client_metrics.csv` in
         `args.output_dir`. May be called in a callback during the run, or afterwards, by all processes of a launch;
         where the best model was loaded at the end, what the clients keep is that of its round.
 
@@ -118,7 +119,7 @@ class ClientEvaluation(ModelColumns, SeveralProcesses):
 
     @contextmanager
     def _current_federation(self) -> Iterator[Federation]:
-        """That of the round that has just run, or of the last one."""
+        """Gives the federation of the round that has just run, or of the last one."""
         federation = self._active_federation or self._federation_of_the_last_round()
         try:
             yield federation

@@ -23,8 +23,9 @@ class ModelColumns(TrainerOfRounds):
 
     def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:
         """
-        As in [`~transformers.Trainer`], but for the labels: the data's `label_column` becomes `label`, and classes
-        with names are numbered as the clients' are. With `remove_unused_columns=False` rows stay as they are.
+        Removes columns as [`~transformers.Trainer`] does, but for the labels: the data's `label_column` becomes
+        `label`, and classes with names are numbered as the clients' are. With `remove_unused_columns=False` rows stay
+        as they are.
         """
         data = self.federated_dataset
         if data is not None and self.args.remove_unused_columns and data.label_column in dataset.column_names:

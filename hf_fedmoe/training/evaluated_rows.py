@@ -19,19 +19,19 @@ class EvaluatedRows(ModelColumns):
     """Says in plain words what is wrong with a dataset, for [`FederatedTrainer`]."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in [`~transformers.Trainer`], but for what is no dataset."""
+        """Loads rows as [`~transformers.Trainer`] does, and says so of what is no dataset."""
         _check_is_dataset("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As in [`~transformers.Trainer`], but for what is no dataset."""
+        """Loads rows as [`~transformers.Trainer`] does, and says so of what is no dataset."""
         _check_is_dataset("test_dataset", test_dataset)
         return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """
-        As in [`~transformers.Trainer`]. Where it fails, the rows are looked at, which every evaluation of a run would
-        be too often: `ValueError` names those that no model can read.
+        Evaluates as [`~transformers.Trainer`] does. Where it fails, the rows are looked at, which every evaluation of
+        a run would be too often: `ValueError` names those that no model can read.
         """
         try:
             return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -42,7 +42,7 @@ class EvaluatedRows(ModelColumns):
             raise
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As in [`~transformers.Trainer`], with `ValueError` for a metric that the caller's own do not have."""
+        """Tells as [`~transformers.Trainer`] does; raises `ValueError` for a metric that the caller's do not have."""
         check_best_metric(self.args, [name.removeprefix("eval_") for name in metrics], ())
         return super()._determine_best_metric(metrics, trial)
 

@@ -126,6 +126,8 @@ def evaluate_metrics(
     if not loaded:
         raise ValueError('There is no metric: name one, for instance `evaluate_metrics("accuracy")`.')
     names = [each.name for each in loaded]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"The metric {twice[0]!r} is there {names.count(twice[0])} times: name each once.")
     for name in settings:
         if name not in names:
             raise ValueError(f"There are settings for {name!r}, and the metrics are {', '.join(names)}.")
@@ -146,9 +148,10 @@ def evaluate_metrics(
 
 
 def _try_out(metric: MetricWithSettings) -> None:
-    """Computes a metric of two rows: what fails here would fail after the first round."""
+    """Computes a metric of two rows: what fails here, or is no number, would fail after the first round."""
     try:
-        metric.compute(predictions=[0, 1], references=[0, 1])
+        for value in metric.compute(predictions=[0, 1], references=[0, 1]).values():
+            float(value)
     except Exception as error:
         raise ValueError(
             f"The metric {metric.name!r} cannot be computed of predicted and true classes with the settings "

@@ -33,7 +33,7 @@ class SeveralProcesses(TrainerOfRounds):
 
     @cached_property
     def processes(self) -> Processes:
-        """Those of this launch."""
+        """Makes the processes of this launch."""
         args = self.args
         return Processes(args.process_index, args.world_size, self.accelerator.device, args.ddp_timeout)
 
@@ -66,7 +66,7 @@ class SeveralProcesses(TrainerOfRounds):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As in [`~transformers.Trainer`], but for the loss of the last batch."""
+        """Evaluates a batch as [`~transformers.Trainer`] does, but for the loss of the last one."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         progress, size = self.accelerator.gradient_state, len(next(iter(inputs.values())))
         if progress.end_of_dataloader:

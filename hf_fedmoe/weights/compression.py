@@ -147,4 +147,8 @@ def _encode_top_k(update_U: Tensor, share: float) -> dict[str, Tensor]:
 
 
 def _decode_top_k(sent: dict[str, Tensor], num_elements: int) -> Tensor:
-    return sent["values"].new_zeros(num_elements).scatter_(0, sent["places"].long(), sent["values"])
+    places = sent["places"].long()
+    # A GPU that is asked to write beyond its memory does nothing more for this process.
+    if len(places) and not 0 <= places.min() <= places.max() < num_elements:
+        raise IndexError(f"places from {places.min()} to {places.max()}, of {num_elements} entries")
+    return sent["values"].new_zeros(num_elements).scatter_(0, places, sent["values"])

@@ -47,7 +47,7 @@ def norms(block: Block, layout: StateLayout, names: Collection[str]) -> Tensor:
 def squared_distances(block: Block, layout: StateLayout, names: Collection[str] | None = None) -> Tensor:
     """
     Returns the squared distances `[m, m]` between rows. Where rows have running statistics, these count as much as the
-    parameters: each kind in units of its median between two rows.
+    parameters: each kind in units of what is usual between two rows.
 
     Args:
         block (`Callable`): Gives values of the rows.
@@ -67,7 +67,9 @@ def _squared_distances(block: Block, layout: StateLayout, names: Collection[str]
     products_mm = torch.zeros(())
     for columns in blocks(layout, names):
         rows_mB = block(columns).double()
-        rows_mB = rows_mB - rows_mB[:1]  # what all have in common would only cost digits
+        # What most have in common would only cost digits; with a row that is far from all in its place there were none
+        # left of the distances between the others.
+        rows_mB = rows_mB - rows_mB.median(0).values
         products_mm = products_mm + rows_mB @ rows_mB.T
     square_m = products_mm.diagonal()
     square_mm = (square_m[:, None] + square_m - 2 * products_mm).clamp_min(0)
@@ -75,9 +77,12 @@ def _squared_distances(block: Block, layout: StateLayout, names: Collection[str]
 
 
 def _typical(square_mm: Tensor) -> Tensor:
-    """Returns the median off the diagonal; where most rows are equal, next to nothing."""
+    """
+    Returns the median of the distances from that row whose median is the least: fewer than half of the rows, however
+    far, do not change what it is like. Where most rows are equal it is next to nothing.
+    """
     m = len(square_mm)
-    others = square_mm[~torch.eye(m, dtype=torch.bool, device=square_mm.device)]
-    if not len(others):
+    if m == 1:
         return square_mm.new_ones(())
-    return torch.maximum(others.median(), 1e-9 * others.max()).clamp_min(torch.finfo(others.dtype).tiny)
+    typical = square_mm.sort(1).values[:, 1 + (m - 2) // 2].min()  # the nearest of all is the row itself
+    return torch.where(typical > 0, typical, 1e-9 * square_mm.max()).clamp_min(torch.finfo(square_mm.dtype).tiny)

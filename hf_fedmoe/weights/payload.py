@@ -12,6 +12,8 @@ from .layout import StateLayout
 
 # Beyond it, counting on would lose count.
 MOST_BATCHES = 2**53
+# What a client reports is weighed, multiplied and added up in float64, where numbers of float32 do not overflow.
+MOST_REPORTED = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -88,7 +90,7 @@ def payload_fault(payload: Payload, layout: StateLayout, known: Payload) -> str 
     if not 1 <= payload.num_examples <= known.num_examples:  # a NaN is neither
         return f"it reports num_examples = {payload.num_examples}, and is registered with {known.num_examples}"
     for name, value in payload.metrics.items():
-        if not math.isfinite(value):
+        if not abs(value) <= MOST_REPORTED:  # a NaN is not either
             return f"it reports {name} = {value}"
     for name, tensor in payload.tensors.items():
         if not all_finite([tensor]):

@@ -32,6 +32,8 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 _ROUNDING = 1e-6
 # Of Weiszfeld's steps: as many at most, until no weight moves by more than that.
 _STEPS, _STILL = 200, 1e-10
+# In radii of the ball that holds half of the weight: no distance is less, and what is farther away has no weight.
+_LEAST, _FARTHEST = 1e-6, 1e6
 
 
 def median(sorted_mB: Tensor, share_mB: Tensor) -> Tensor:
@@ -103,15 +105,22 @@ def fuse_geometric_median_(
 def weiszfeld(share_m: Tensor, square_mm: Tensor) -> Tensor:
     """
     Returns the weights `[m]` of the mean that is the geometric median, by smoothed Weiszfeld steps (Pillutla et al.
-    2022, Algorithm 2): each row has its share over its distance from the last mean, and no distance is less than a
-    millionth of the largest between two rows.
+    2022, Algorithm 2): each row has its share over its distance from the last mean.
+
+    All lengths are in units of the smallest ball around a row that holds half of the weight, which rows that are far
+    away, with less than half of it, cannot make any larger. The steps begin at the mean of the ball.
 
     Args:
         share_m (`Tensor` of shape `[m]`): The rows' own weights, in float64, which sum to 1.
         square_mm (`Tensor` of shape `[m, m]`): Squared distances between the rows, in float64.
     """
-    least = max(square_mm.max().item() ** 0.5 * 1e-6, 1e-30)
-    weight_m = share_m
+    radius_m = _radii_of_half(share_m, square_mm)
+    center = radius_m.argmin()
+    radius, distance_m = radius_m[center], square_mm[center].sqrt()
+    share_m = share_m * (distance_m <= _FARTHEST * radius)
+    weight_m = share_m * (distance_m <= radius)
+    weight_m = weight_m / weight_m.sum()
+    least = max(_LEAST * radius.item(), 1e-30)
     for _ in range(_STEPS):
         before_m, away_m = weight_m, square_mm @ weight_m
         distance_m = (away_m - weight_m @ away_m / 2).clamp_min(0).sqrt()
@@ -120,3 +129,11 @@ def weiszfeld(share_m: Tensor, square_mm: Tensor) -> Tensor:
         if (weight_m - before_m).abs().max() <= _STILL:
             break
     return weight_m
+
+
+def _radii_of_half(share_m: Tensor, square_mm: Tensor) -> Tensor:
+    """Returns for each row the least radius `[m]` of a ball around it that holds half of the weight."""
+    near_mm, order_mm = square_mm.sort(1)
+    passed_mm = share_m[order_mm].cumsum(1)
+    place_m1 = (passed_mm < 0.5 - _ROUNDING).sum(1, keepdim=True).clamp_max(len(share_m) - 1)
+    return near_mm.gather(1, place_m1)[:, 0].sqrt()

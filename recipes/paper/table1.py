@@ -92,7 +92,7 @@ def parameters(setting: Setting, num_main_experts: int, num_routed_experts: int)
 
 
 def counts(setting: Setting) -> dict[str, tuple[int, int]]:
-    """By method, what its server model has and what m clients send in a round."""
+    """Counts by method what its server model has and what m clients send in a round."""
     with torch.device("meta"):
         expert = setting.mixture_class.expert_auto_class.from_config(setting.expert).num_parameters()
     fedmix = parameters(setting, 0, setting.num_routed_experts)

@@ -66,7 +66,7 @@ def test_mistakes_are_said_in_a_line(some_gradio, capsys, monkeypatch, tmp_path)
     Path("empty").mkdir()
     tiny_bert(3).save_pretrained("single")
     capsys.readouterr()  # a bar of saving
-    assert "'empty' cannot be loaded: " in refused(capsys, "demo", "empty")
+    assert "'empty' is no folder of a model, nor of a run" in refused(capsys, "demo", "empty")
     told = refused(capsys, "demo", "single")
     assert "'single' is a model of the type 'bert', no mixture of experts" in told and "hf-fedmoe predict" in told
     assert "needs the model's Hub id. Send it there first" in refused(capsys, "demo", "single", "--space", "shown")

@@ -285,7 +285,13 @@ def test_mistakes_with_saved_models(trained, place, capsys, monkeypatch):
     Path("other.csv").write_text("review,mood\nw3,bad\nw4,goood\n")
     told = refused(capsys, "evaluate", "runs/mine", "other.csv", *COLUMNS)
     assert "is 'goood' in row 2, which classes has not: is it 'good'?" in told
-    assert "'runs' is no folder of a model" in refused(capsys, "card", "runs")
+    for command in (["card", "runs"], ["predict", "runs", "latin.txt"], ["evaluate", "runs", "test.csv", *COLUMNS]):
+        Path("latin.txt").write_text("a text\n")
+        assert "'runs' is no folder of a model, nor of a run" in refused(capsys, *command)
+    before = Path("runs/mine/model/README.md").read_bytes()
+    for words in (["--license", ""], ["--language", "en", " "], ["--tags", ""]):
+        assert f"`{words[0][2:]}` is " in refused(capsys, "card", "runs/mine", *words)
+    assert Path("runs/mine/model/README.md").read_bytes() == before
     Path("adapter").mkdir(exist_ok=True)
     Path("adapter", "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "start"}))
     told = refused(capsys, "push", "adapter", "user/model")

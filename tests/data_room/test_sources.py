@@ -226,6 +226,7 @@ def test_errors(tmp_path, columns, arguments, message):
         ),
         ("d.csv", b"text;label\na;b\n", "has one column, 'text;label', whose name holds ';'.* separated by commas"),
         ("d.csv", b"text,label\nfine, but late,a\ndull, and long,b\n", "more values in each row than .*'text,label'"),
+        ("d.csv", b"text,label,text\nfine,a,dull\n", "d.csv' has 2 columns 'text': give each a name of its own"),
         ("d.csv", b"text,label\nfine,a,\ndull,b,\n", "d.csv' has more values in each row than names in its first"),
         ("d.csv", b"text,label\n1,a\n2,b\n", r"has no texts in 'text' but Value\('int64'\)"),
     ],

@@ -5,12 +5,15 @@ Senders of the ninth (twice, unknown, late, of an old round) are in test_failure
 """
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 
-from hf_fedmoe.deployment import Message, Node, NodeTrainer, ServerDataset, ServerTrainer
-from hf_fedmoe.federation import Processes
+from hf_fedmoe.deployment import Answer, Message, MessageError, Node, NodeTrainer, ServerDataset, ServerTrainer
+from hf_fedmoe.deployment.roster import Roster
+from hf_fedmoe.federation import Processes, read_json, write_json
 from hf_fedmoe.federation.participants import Reply
 from hf_fedmoe.federation.uploads import Rows, UploadMemory
 from hf_fedmoe.strategies import AFL, QFFL, FedAvg
@@ -205,6 +208,22 @@ def test_reports_that_are_no_numbers_of_a_computer_are_refused(deployment):
     assert reply.fault == "it reports a number of 1329 bits as steps"
 
 
+@pytest.mark.parametrize("name", ["loss\nRound 2 goes on", "x" * 101])
+def test_metrics_have_names_that_can_be_told(name, deployment):
+    reply, _ = received(deployment, lambda message: message.facts["metrics"].update({name: INF}))
+    assert "where a printable name is due" in reply.fault and "\n" not in reply.fault
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 1e39, -1e39])
+def test_reports_that_would_overflow_are_refused(value, simulation, deployment):
+    participants, task, payload = simulation
+    payload = copy.deepcopy(payload)
+    payload.metrics["start_loss"] = value
+    reply, _ = participants.train(0, 0, task.out_P, (task, payload))
+    elsewhere, _ = received(deployment, lambda message: message.facts["metrics"].update(start_loss=value))
+    assert reply.fault == elsewhere.fault == f"it reports start_loss = {value}"
+
+
 def test_a_report_by_which_clients_are_weighed_must_be_there(simulation):
     participants, _, payload = simulation
     payload = copy.deepcopy(payload)
@@ -213,6 +232,10 @@ def test_a_report_by_which_clients_are_weighed_must_be_there(simulation):
     payload.metrics["start_loss"] = -1.0  # a loss of one's own may be
     assert AFL().upload_fault(participants.server, payload) is None
     assert QFFL().upload_fault(participants.server, payload) == missing.replace("start_loss", "learning_rate")
+    payload.metrics["learning_rate"] = -0.1
+    assert (
+        QFFL().upload_fault(participants.server, payload) == "it reports learning_rate = -0.1, where 0 or more is due"
+    )
 
 
 def test_uploads_of_which_none_weighs_anything_end_the_run_with_the_reason(tmp_path):
@@ -252,11 +275,37 @@ def test_nodes_that_cannot_be_are_refused_when_they_come(deployment):
     assert deployment[0].roster.sizes_M.tolist() == [12]
 
 
+def test_what_nodes_are_known_by_is_not_for_the_hub(deployment, tmp_path):
+    roster = deployment[0].roster
+    assert roster.path.name.startswith("_") and set(read_json(roster.path)["clients"].values()) == {0}
+    table = {"run": "r", "clients": {"a text that only the node has": 0}}
+    write_json(tmp_path / "clients.json", table)  # as it was once called
+    found = Roster(MessageLink({}), tmp_path, np.zeros(1, dtype=int), {})
+    assert found.numbers == table["clients"] and [path.name for path in tmp_path.iterdir()] == ["_nodes.json"]
+
+
 def test_the_bound_of_examples_is_a_setting(tmp_path):
     data = tiny_federation(1)
     rows, link = ServerDataset(1, validation=data.validation), MessageLink({})
     with pytest.raises(ValueError, match="`max_client_examples` is 0: give at least 1"):
         ServerTrainer(image_model("fedavg"), tiny_args(tmp_path), rows, link, max_client_examples=0)
+
+
+def test_a_message_of_impossible_shapes_is_none():
+    shape = {"dtype": "F32", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}  # of which PyTorch has no strides
+    header = json.dumps({"__metadata__": {"hf_fedmoe": '{"protocol": 1, "kind": "trained"}'}, "row/x": shape}).encode()
+    with pytest.raises(MessageError, match=r"bytes are no message: RuntimeError"):
+        Message.unpack(len(header).to_bytes(8, "little") + header)
+
+
+def test_who_sends_a_message_does_not_write_the_log(deployment):
+    engine, asked, _ = deployment
+    asked.reply, asked.message_id, asked.answered = Reply(), "1", False
+    fault = "no memory\n\x1b[2KRound 9 goes on\u202e \ud800 " + "x" * 10_000
+    engine.take(Answer("1", Message("failed", {"fault": fault}).pack()), [asked])
+    told = asked.reply.fault
+    assert told.startswith(r"no memory \x1b[2KRound 9 goes on\u202e \ud800 xxx") and told.isprintable()
+    assert len(told) < 1100 and told.endswith("...")
 
 
 def test_bytes_that_are_too_deep_are_no_message():

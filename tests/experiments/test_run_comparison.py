@@ -78,7 +78,7 @@ def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "<td>1.5</td>" in page and page.count("data:image/png") == 2
-    assert len(read_client_table(tmp_path / "out" / "far" / "seed-0" / "client_metrics.csv")) == 8
+    assert len(read_client_table(tmp_path / "out" / "far" / "seed-0" / "_client_metrics.csv")) == 8
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     # Two uploads of 20 + 32 * 8 + 8 + 90 numbers of four bytes.
@@ -209,7 +209,7 @@ def test_sizes_and_settings_go_before_one_another(tmp_path):
 
 
 def test_a_start_that_has_seen_the_reserved_set_is_that_of_every_method(tmp_path):
-    """With rounds in which clients learn nothing, what is tested is the start."""
+    """Tests the start, by rounds in which clients learn nothing."""
     settings = SETTINGS | {"rounds": 1, "learning_rate": 3.0e-2, "final_expert_epochs": 0, "client_test_share": 0.0}
     settings |= {"unseen_share": 0.0, "reserved_size": 300, "max_train_examples": 600, "max_test_examples": 300}
     experiment, args = parse_settings(ImageExperiment, settings | {"start_epochs": 8}, {"output_dir": str(tmp_path)})

@@ -17,7 +17,7 @@ from tests.eager_graphs import TIMES_SEEN, EagerGraph, IdleGraph, refused_graph,
 
 
 class Model(nn.Module):
-    """With all that a pass may leave behind: statistics, dropout, a parameter without a gradient."""
+    """Has all that a pass may leave behind: statistics, dropout, a parameter without a gradient."""
 
     def __init__(self, draws=lambda: 0.0):
         super().__init__()

@@ -12,9 +12,12 @@ from hf_fedmoe.federation import (
     FileDigest,
     Stream,
     atomic_directory,
+    files,
+    read_json,
     remove_directory,
     remove_leftovers,
     seed_of,
+    write_json,
 )
 
 
@@ -90,6 +93,19 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name / "file").write_text("x")
     remove_leftovers(tmp_path, "checkpoint-*")
     assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
+
+
+def test_a_json_file_that_cannot_be_written_leaves_the_older_one_and_nothing_else(tmp_path, monkeypatch):
+    write_json(tmp_path / "facts.json", {"round": 1})
+    monkeypatch.setattr(files, "sync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "facts.json", {"round": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+    assert read_json(tmp_path / "facts.json") == {"round": 1}
+
+
+def full_disk(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_file_is_known_again_by_its_size_and_content(tmp_path):

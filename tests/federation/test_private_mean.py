@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fedmoe.federation import AdaptiveNorm, BrokenPromiseError, FixedNorm, GaussianMean, PlainMean, Server, Strategy
+from hf_fedmoe.federation import (
+    AdaptiveNorm,
+    BrokenPromiseError,
+    FixedNorm,
+    GaussianMean,
+    PlainMean,
+    Server,
+    Strategy,
+    private_mean,
+)
 from hf_fedmoe.federation.private_mean import NORM, seeded_normals, system_normals
 from hf_fedmoe.federation.uploads import KINDS, NotKeptError
 from hf_fedmoe.weights import StateLayout
@@ -104,6 +113,13 @@ def test_seeded_noise_follows_from_seed_and_round_and_the_systems_from_nothing()
     first, again, later = (seeded_normals(1)(r)(9) for r in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, later)
     assert not torch.equal(system_normals(0)(9), system_normals(0)(9))
+
+
+@pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
+def test_no_draw_of_the_system_is_infinite(byte, monkeypatch):
+    monkeypatch.setattr(private_mean.os, "urandom", lambda count: byte * count)
+    drawn = system_normals(0)(2)
+    assert drawn.isfinite().all() and 8 < drawn.abs().min() < 9
 
 
 def test_absent_clients_are_those_who_did_not_move():

@@ -442,7 +442,7 @@ def test_a_model_that_holds_nan_is_refused_before_the_first_round(tmp_path):
 
 
 def test_the_check_changes_no_bit(tmp_path):
-    """With rows that the server knows, and without."""
+    """Runs with rows that the server knows, and without."""
     data = tiny_federation()
     alone = type(data)(data.pool, data.client_indices)
     runs = [FederatedTrainer(tiny_expert(), tiny_args(tmp_path, rounds=2), d, FedAvg()) for d in (data, alone)]

@@ -181,7 +181,7 @@ def test_mixtures_of_adapters(tmp_path, settings, fusion):
 @pytest.mark.parametrize("start", [0, 2])
 def test_clients_of_smaller_ranks(tmp_path, start, strategy):
     """
-    With adapters that the smallest rank holds whole. What narrow clients leave out of others is missing in their
+    Takes adapters that the smallest rank holds whole. What narrow clients leave out of others is missing in their
     uploads, so that it fades by their share: that is no standstill.
     """
     strategy, config = strategy(), LoraConfig(r=4)

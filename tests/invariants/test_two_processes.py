@@ -286,8 +286,8 @@ def test_two_processes_end_with_the_bits_of_one(name, request, tmp_path):
         assert_same(folder / f"{name}-{index}", tmp_path / "alone")
     assert_equal_kept(folder / name, tmp_path / name)
     if name in PERSONAL_RUNS:
-        table = (tmp_path / name / "client_metrics.csv").read_text()
-        assert (folder / name / "client_metrics.csv").read_text() == table
+        table = (tmp_path / name / "_client_metrics.csv").read_text()
+        assert (folder / name / "_client_metrics.csv").read_text() == table
 
 
 def assert_equal_kept(first, second):

@@ -185,6 +185,14 @@ def test_what_cannot_be_trained_is_refused_before(place, tmp_path):
         assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
     with pytest.raises(OSError, match=r"`base` is '.*nowhere', which cannot be loaded: name a folder"):
         train_expert("court", tmp_path / "nowhere", place / "court.txt", tmp_path / "out")
+    (tmp_path / "untyped").mkdir()
+    (tmp_path / "untyped" / "config.json").write_text("{}")
+    for name in ("no/such/name", tmp_path / "untyped"):
+        with pytest.raises(OSError, match=r"`base` is '.*', which cannot be loaded: name a folder"):
+            train_expert("court", name, place / "court.txt", tmp_path / "out")
+    for name in (tmp_path / "nowhere", "no/such/name"):
+        with pytest.raises(ValueError, match=r"`mixture` is '.*', which cannot be loaded: name a folder that"):
+            remove_owner(name, "court", tmp_path / "out")
 
 
 def test_answers_of_prompts_are_learned_and_files_may_be_of_both_kinds(place, tmp_path):

@@ -42,6 +42,15 @@ def test_clients_of_other_proportions_are_no_groups():
     assert found.num_groups == 1 and counts > 0.25 and "one model for all is right" in found.advice
 
 
+def test_of_clients_without_a_class_in_common_nothing_can_be_told():
+    rows = tiny_rows(120)
+    labels_N = np.array(rows["label"])
+    clients = [half for label in range(3) for half in np.array_split(np.flatnonzero(labels_N == label), 2)]
+    found = of(FederatedDataset(rows, clients))
+    assert found.num_groups == 1 and found.comparable == pytest.approx(3 / 15)
+    assert "only 20% of the pairs of clients have a class in common" in found.advice and "is right" not in found.advice
+
+
 def test_of_many_rows_some_of_all_parts_are_looked_at(monkeypatch):
     """They may be sorted by class."""
     monkeypatch.setattr(client_differences, "MOST_ROWS", 70)

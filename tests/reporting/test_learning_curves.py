@@ -42,3 +42,12 @@ def test_the_reference_is_in_every_panel_and_who_has_no_curve_in_none(axes):
 def test_money_is_no_formula(tmp_path):
     plot_learning_curves({"$5 and $\\frac": runs([0.25, 0.5])}, tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("error:constrained_layout")
+def test_every_name_is_in_the_legend_and_leaves_room_for_the_curves(axes, tmp_path):
+    names = {"_mine": " _mine", "x" * 400: "\n".join(["x" * 40] * 5)}
+    plot_learning_curves({name: runs([0.25, 0.5]) for name in names}, tmp_path / "curves.svg")
+    panel = axes[0][0]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == list(names.values())
+    panel.figure.draw_without_rendering()  # or the warning of a layout without room

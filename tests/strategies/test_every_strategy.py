@@ -86,7 +86,7 @@ def test_each_client_is_evaluated(run):
     seen = [row.accuracy for row in table[:3]]
     assert metrics["clients_accuracy"] == pytest.approx(np.mean(seen)) and metrics["clients_worst"] == min(seen)
     assert metrics["clients_unseen_accuracy"] == table[3].accuracy
-    with open(f"{trainer.args.output_dir}/client_metrics.csv") as file:
+    with open(f"{trainer.args.output_dir}/_client_metrics.csv") as file:
         assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [*seen, table[3].accuracy]
     assert trainer.state.log_history[-1]["clients_bottom_decile"] == metrics["clients_bottom_decile"]
 
@@ -120,7 +120,7 @@ def test_a_known_client_gets_its_own_model_and_a_new_one_what_an_unseen_one_does
 
 @pytest.mark.parametrize("name", METHODS)
 def test_equal_seeds_give_equal_bits(tmp_path, name):
-    """With normalisation layers and augmentation."""
+    """Trains with normalisation layers and augmentation."""
     data = hold_out_client_tests(tiny_image_federation(), unseen_share=0.25)
     evaluated, models = [], []
     for folder in ("first", "second"):

@@ -153,6 +153,23 @@ def test_an_expert_whose_only_client_fails_keeps_its_value(tmp_path):
     assert (report.bytes_down, report.bytes_up) == (3 * each, 2 * each)
 
 
+@pytest.mark.parametrize("had", [-1.0, 0.5, 1e30])
+def test_a_client_has_an_expert_or_has_not(had, tmp_path):
+    class Liar(FedJETs):
+        """Client 3 would weigh so much of expert 0."""
+
+        def train_client(self, local, task):
+            payload, kept = super().train_client(local, task)
+            if task.client == 3:
+                payload.metrics["expert_0"] = had
+            return payload, kept
+
+    lied = run(tmp_path, jets(), Liar(), rounds=1, clients_per_round=4)
+    assert lied.rounds[0].refused == {
+        3: f"it reports expert_0 = {had}, where 1 is due for an expert that it had and 0 for others"
+    }
+
+
 def test_statistics_of_a_frozen_image_expert_do_not_move(tmp_path):
     torch.manual_seed(5)
     common = make_statistics_different(tiny_resnet())

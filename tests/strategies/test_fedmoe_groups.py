@@ -259,7 +259,7 @@ def test_experts_learn_from_the_reserved_set_at_the_end(tmp_path):
 
 
 def test_at_the_end_experts_learn_from_examples_of_their_groups(tmp_path, monkeypatch):
-    """By p(group | input) p(label | input, group): whose labels mean the same."""
+    """Weighs by p(group | input) p(label | input, group): whose labels mean the same."""
     weights = []
 
     def keep(step, given, *settings):

@@ -54,6 +54,16 @@ def test_qffl_matches_the_worked_example():
     assert report["worst_start_loss"] == max(data["losses_m"]) and 0 < report["qffl_step"] < 1
 
 
+def test_a_loss_without_end_does_not_overflow():
+    data, server, uploads = server_and_uploads()
+    losses = [3e38, *data["losses_m"][1:]]
+    uploads.metrics = [{"start_loss": loss, "learning_rate": data["eta"]} for loss in losses]
+    report = QFFL(q=10.0).update(server, uploads, ServerStep(server, None, 0, 0))
+    # The one client that counts moves the model all the way.
+    close(server.bank_SP[0, :7], expected(data, "clients_mP")[0])
+    assert report["qffl_step"] == pytest.approx(1.0)
+
+
 def test_qffl_reports_the_loss_of_the_received_model(tmp_path):
     strategy = QFFL()
     local = tiny_local(tmp_path, strategy)
@@ -80,6 +90,7 @@ def test_projection_to_the_simplex_by_hand():
     close(project_to_simplex(torch.tensor([0.5, 0.5])), torch.tensor([0.5, 0.5]))
     close(project_to_simplex(torch.tensor([1.0, 0.6, -0.9])), torch.tensor([0.7, 0.3, 0.0]))
     close(project_to_simplex(torch.tensor([5.0, 1.0])), torch.tensor([1.0, 0.0]))
+    close(project_to_simplex(torch.tensor([1e30, 1.0])), torch.tensor([1.0, 0.0]))  # beside which a 1 is nothing
 
 
 def test_l2sgd_matches_the_worked_example():

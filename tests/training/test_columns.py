@@ -182,7 +182,7 @@ def test_named_clients_are_called_by_name(tmp_path):
     run.evaluate_clients()
     assert [score.name for score in run.client_table] == data.given_client_names
     assert [score.client for score in run.client_table] == [0, 1, 2, 3]
-    lines = (tmp_path / "client_metrics.csv").read_text().splitlines()
+    lines = (tmp_path / "_client_metrics.csv").read_text().splitlines()
     assert lines[0].startswith("client,name,unseen") and lines[2].startswith("1,south,False")
     other.evaluate_clients()
     assert [score.name for score in other.client_table] == ["0", "1", "2", "3"]

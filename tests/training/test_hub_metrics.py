@@ -100,6 +100,8 @@ def test_the_environment_keeps_the_hub_from_being_asked(monkeypatch):
         (("accuracy",), {"f1": {}}, "There are settings for 'f1', and the metrics are accuracy."),
         (("f1",), {"f1": {"averge": "macro"}}, "The metric 'f1' cannot be computed .* 'averge'"),
         ((), {}, "There is no metric: name one"),
+        (("f1",), {"f1": {"average": None}}, "The metric 'f1' cannot be computed .*'average': None"),
+        (("accuracy", "accuracy"), {}, "The metric 'accuracy' is there 2 times: name each once"),
     ],
 )
 def test_wrong_metrics_are_refused_before_training(metrics, settings, message):

@@ -86,6 +86,14 @@ def test_top_k_sends_the_largest_entries_and_keeps_the_rest(layout):
     torch.testing.assert_close(residual_U, torch.where(sent_U, 0.0, update_U))
 
 
+@pytest.mark.parametrize("place", [-1, 660])
+def test_places_beyond_the_update_are_refused_before_anything_is_written(place, layout):
+    codec = make_codec("top_k", 0.1)
+    sent = {"places": torch.tensor([3, place], dtype=torch.int32), "values": torch.ones(2)}
+    with pytest.raises(IndexError, match=r"places from -?\d+ to \d+, of 660 entries"):
+        codec.decode(sent, 660)
+
+
 def test_error_feedback_loses_nothing_over_rounds(layout):
     """Sum of what was read and of what still waits is the sum of all updates."""
     codec, residual_U, read, wanted = make_codec("top_k", 0.05), None, 0.0, 0.0

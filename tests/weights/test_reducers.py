@@ -146,6 +146,45 @@ def test_the_geometric_median_of_three_points_on_a_line_is_the_middle_one():
     assert torch.equal(weiszfeld(equal_m, torch.zeros(2, 2, dtype=torch.float64)), equal_m)
 
 
+@pytest.mark.parametrize("size", [1e5, 1e9, 1e15])
+@pytest.mark.parametrize("places", [[0], [5], [0, 3, 8]])
+def test_however_far_a_few_rows_are_the_geometric_median_stays_among_the_others(places, size, plain):
+    rows_mP = rows(plain, 10)
+    honest_mP = rows_mP[[place for place in range(10) if place not in places]]
+    for slot in plain.slots:
+        rows_mP[places, slot.start : slot.stop] = size
+    found_1P = rows(plain, 1, seed=1)
+    fuse_geometric_median_(found_1P, rows_mP, torch.full((1, 10), 0.1), torch.zeros(1), plain)
+    assert (found_1P[0] - honest_mP.mean(0)).norm() < torch.cdist(honest_mP, honest_mP).max() / 2
+
+
+def test_the_geometric_median_is_where_half_of_the_weight_is():
+    square_mm = torch.full((3, 3), 1e30, dtype=torch.float64).fill_diagonal_(0)
+    square_mm[0, 1] = square_mm[1, 0] = 0.0  # two that did not move
+    for share_m, wanted_m in (([0.3, 0.3, 0.4], [0.5, 0.5, 0.0]), ([0.05, 0.05, 0.9], [0.0, 0.0, 1.0])):
+        found_m = weiszfeld(torch.tensor(share_m, dtype=torch.float64), square_mm)
+        torch.testing.assert_close(found_m, torch.tensor(wanted_m, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_row_that_is_far_does_not_hide_the_distances_between_the_others(place, plain):
+    rows_mP = rows(plain, 5)
+    others = [other for other in range(5) if other != place]
+    expected_mm = torch.cdist(*[rows_mP[others].double()] * 2, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    rows_mP[place] *= 1e15
+    found_mm = squared_distances(lambda columns: rows_mP[:, columns], plain)[others][:, others]
+    torch.testing.assert_close(found_mm, expected_mm, rtol=1e-9, atol=1e-9)
+
+
+def test_a_few_statistics_that_are_far_are_not_what_distances_are_measured_in(layout):
+    rows_mP = rows(layout, 10)
+    plain_mm = squared_distances(lambda columns: rows_mP[:, columns], layout)[3:, 3:]
+    for slot in layout.batchnorm[0]:
+        rows_mP[:3, slot.start : slot.stop] = 1e9
+    found_mm = squared_distances(lambda columns: rows_mP[:, columns], layout)[3:, 3:]
+    assert found_mm.mean() > 0.6 * plain_mm.mean()  # both kinds still count; a third if one did
+
+
 def test_distances_are_those_of_rows(plain, layout):
     rows_mP = 1000 + rows(plain, 4)  # far from zero, where products of float32 would have lost them
     found_mm = squared_distances(lambda columns: rows_mP[:, columns], plain)
