@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from hf_fedmoe.experiments import TextExperiment, main
-
 
 if __name__ == "__main__":
+    print("Loading PyTorch and transformers ...", flush=True)  # which takes seconds
+    from hf_fedmoe.experiments import TextExperiment, main
+
     main(TextExperiment, Path(__file__).with_suffix(".yaml"))

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from .one_line import announce_loading
 from .sigterm import ending_with_sigterm
 
 
@@ -27,6 +28,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     """Runs the command."""
+    announce_loading()
     from ..experiments import FailedRunsError, compare, read_words
 
     try:

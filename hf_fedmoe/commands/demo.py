@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .one_line import in_one_line, quietly, refuse
+from .one_line import announce_loading, in_one_line, quietly, refuse
 
 
 def add(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -25,6 +25,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     """Runs the command."""
     refuse(parser, words)
+    announce_loading()
     with in_one_line(parser):
         from ..demo import page, serve, write_space
         from ..demo.page import check_port, need_gradio

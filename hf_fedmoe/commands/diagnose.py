@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from .clients import add_clients, told_clients
-from .one_line import in_one_line, quietly, refuse
+from .one_line import announce_loading, in_one_line, quietly, refuse
 
 
 def add(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -25,7 +25,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: lis
     """Runs the command."""
     refuse(parser, words)
     told = told_clients(parser, options)
-    print("Loading PyTorch and transformers ...", flush=True)
+    announce_loading()
     with in_one_line(parser):
         from ..experiments import diagnose_own
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .one_line import in_one_line, refuse
+from .one_line import announce_loading, in_one_line, refuse
 
 
 def add(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -62,6 +62,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
+    announce_loading()
     with in_one_line(parser):
         from ..experiments import read_words, training_arguments
         from ..owners import default_arguments, train_expert
@@ -89,6 +90,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
 
 def _merge(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     refuse(parser, words)
+    announce_loading()
     with in_one_line(parser):
         from ..owners import merge_experts
 
@@ -105,6 +107,7 @@ def _merge(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
 
 def _remove(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     refuse(parser, words)
+    announce_loading()
     with in_one_line(parser):
         from ..owners import remove_owner
 

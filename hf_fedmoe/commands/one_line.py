@@ -1,6 +1,7 @@
-"""Errors and warnings of a command, each in one line, without tracebacks and places in files."""
+"""Lines of a command: that it loads, its errors and its warnings, without tracebacks and places in files."""
 
 import argparse
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,12 @@ def refuse(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Ends a command that was given words which it does not know."""
     if words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
+
+
+def announce_loading() -> None:
+    """Says on the standard error why nothing comes for some seconds, unless PyTorch is there already."""
+    if "torch" not in sys.modules:
+        print("Loading PyTorch and transformers ...", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from .clients import add_clients, told_clients
-from .one_line import in_one_line, quietly
+from .one_line import announce_loading, in_one_line, quietly
 
 
 # Settings that the parser knows besides those of the clients.
@@ -40,7 +40,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: lis
     told |= {name: vars(options)[name] for name in SETTINGS if vars(options)[name] is not None}
     if options.lora:
         told["peft"] = "lora"
-    print("Loading PyTorch and transformers ...", flush=True)
+    announce_loading()
     with in_one_line(parser, "stopped; the same command goes on from the last checkpoint"):
         from ..experiments import read_words, train_own
 

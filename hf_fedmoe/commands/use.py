@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model_folder import model_folder
-from .one_line import in_one_line, quietly, refuse
+from .one_line import announce_loading, in_one_line, quietly, refuse
 
 
 def add(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -65,6 +65,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     refuse(parser, words)
+    announce_loading()
     with in_one_line(parser):
         from ..experiments import evaluate_saved
 
@@ -74,6 +75,7 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace, word
 
 def _predict(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     refuse(parser, words)
+    announce_loading()
     with in_one_line(parser):
         from ..experiments import predict_saved
 

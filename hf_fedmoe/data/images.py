@@ -103,13 +103,11 @@ def _in_row(rows: Mapping[str, Sequence], row: int, error: Exception) -> str:
         count = rows.pa_table.num_rows
     else:
         values, count = {name: rows[name][row] for name in rows}, len(rows["image"])
-    if isinstance(values["image"], dict):
-        values["path"] = values["image"].get("path")
+    path = values["image"].get("path") if isinstance(values["image"], dict) else None
     beside = "".join(f", `{name}` {str(v)[:80]!r}" for name, v in values.items() if isinstance(v, int | str))
-    return (
-        f"`image` of row {row} of this batch of `map` ({count} rows{beside}) cannot be decoded: "
-        f"{str(error)[:300].rstrip('.')}. Mend the image, or leave the row out."
-    )
+    place = f"row {row} of this batch of `map` ({count} rows{beside})"
+    begin = f"The image {path!r}, {place}," if path else f"`image` of {place}"
+    return f"{begin} cannot be decoded: {str(error)[:300].rstrip('.')}. Mend the image, or leave it out."
 
 
 class _Decoder:

@@ -1,8 +1,10 @@
 """Clients' own files, one table of texts and labels for each client, checked and brought to common columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,8 @@ from .sources import FILE_FORMATS, read_files
 
 # Of a .csv: an empty cell is a text of no letters, and "None" and "NA" are texts as well.
 AS_WRITTEN = {"csv": {"keep_default_na": False}}
+# What is wrong in more files is counted.
+MOST_FAULTS = 3
 
 
 def read_own_files(
@@ -38,13 +42,14 @@ def read_own_files(
         columns `text` and `label`, a `datasets.ClassLabel` that is the same for all. Other columns are left out.
 
     Raises:
-        ValueError: Names the file, the column, the row and the remedy.
+        ValueError: Names the file, the column, the row and the remedy, for all files that are wrong.
     """
     if text == label:
         raise ValueError(f"text and label are both {text!r}: name the column of texts and that of labels.")
     paths = named_paths(clients)
     check_paths({**paths, **others}, FILE_FORMATS, "file")
-    found = {path: _read(path, text, label) for path in dict.fromkeys([*paths.values(), *others.values()])}
+    different = list(dict.fromkeys([*paths.values(), *others.values()]))
+    found = dict(zip(different, _each([partial(_read, path, text, label) for path in different]), strict=True))
     kind = one_label_map({repr(str(path)): labels for path, (_, labels) in found.items()}, label, classes)
     tables = {path: _table(texts, labels, kind) for path, (texts, labels) in found.items()}
     return (
@@ -76,7 +81,23 @@ def read_texts(path: OwnPath, text: str) -> list[str]:
 def _read(path: OwnPath, text: str, label: str) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Texts of a file, and its labels `[N]` as strings."""
     rows = _rows(path, text=text, label=label)
-    return _texts(rows, text, path), _labels(rows, label, path)
+    texts, labels_N = _each([partial(_texts, rows, text, path), partial(_labels, rows, label, path)])
+    return texts, labels_N
+
+
+def _each(reads: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Returns the result of each of them, or raises one error for all that fail."""
+    results: list[Any] = []
+    faults: list[str] = []
+    for read in reads:
+        try:
+            results.append(read())
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        more = f" And so on: {len(faults)} files are wrong." if len(faults) > MOST_FAULTS else ""
+        raise ValueError("\n".join(faults[:MOST_FAULTS]) + more)
+    return results
 
 
 def _rows(path: OwnPath, **columns: str) -> Dataset:
@@ -102,8 +123,9 @@ def _check_column(path: OwnPath, role: str, column: str, columns: list[str]) -> 
     near = [folded[name] for name in get_close_matches(column.strip().casefold(), folded, n=2)]
     raise ValueError(
         f"{str(path)!r} has no column {column!r} for {role}: "
-        + (f"is it {' or '.join(map(repr, near))}? " if near else "")
-        + f"It has {', '.join(map(repr, columns))}. All files name their columns alike."
+        + (f"is it {' or '.join(map(repr, near))}? It" if near else "it")
+        + f" has {', '.join(map(repr, columns))}. All files name their columns alike: name "
+        f"one that is there (--{role}_column), or rename it."
     )
 
 

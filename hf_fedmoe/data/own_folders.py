@@ -72,12 +72,27 @@ def _list(folder: OwnPath) -> list[tuple[str, Path]]:
                 stacklevel=5,
             )
         images += own
+    _warn_of_clients_within(folder, images)
     if not images:
         raise ValueError(
             f"{str(folder)!r} has no subfolders: put its images into one for each class, {folder}/cat/1.png, "
             f"{folder}/dog/1.png."
         )
     return images
+
+
+def _warn_of_clients_within(folder: OwnPath, images: list[tuple[str, Path]]) -> None:
+    """Says so where it looks as if subfolders were clients: all images lie deeper, in folders that each has."""
+    deeper: dict[str, set[str]] = {}
+    for name, path in images:
+        deeper.setdefault(name, set()).add(path.parent.name)
+    common = sorted(set.intersection(*deeper.values())) if len(deeper) > 1 else []
+    if len(common) > 1 and not any(name in within for name, within in deeper.items()):
+        warnings.warn(
+            f"The subfolders of {str(folder)!r}, {name_some(list(deeper))}, are taken for classes, but each has "
+            f"folders {name_some(common)}: if they are clients, give each of them by itself.",
+            stacklevel=5,
+        )
 
 
 def image_endings() -> set[str]:

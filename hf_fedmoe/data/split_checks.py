@@ -92,8 +92,7 @@ def warn_equal_rows(splits: Mapping[str, Dataset], label_column: str, against: s
             if count:
                 warnings.warn(
                     f"{count} of {len(splits[second])} rows of {second} are also in {first} (equal "
-                    f"{', '.join(shared)}). Scores will look better than they are; remove the duplicates from "
-                    "one of them.",
+                    f"{', '.join(shared)}). Scores will look better than they are: keep one row of each.",
                     stacklevel=4,
                 )
 

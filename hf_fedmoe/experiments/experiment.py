@@ -251,9 +251,12 @@ def load_pretrained(auto_class: FromPretrained, name: str, **changes: Any) -> An
     try:
         return auto_class.from_pretrained(name, **changes)
     except (OSError, ValueError) as error:
+        shipped = [folder.name for folder in (files("hf_fedmoe") / "assets").iterdir()]
+        near = get_close_matches(name, shipped, n=1, cutoff=0.8)
+        meant = f"is it {near[0]!r}, which is shipped? " if near else ""
         raise ValueError(
-            f"The model {name!r} cannot be loaded: {' '.join(str(error).split())} It can be a shipped one, a folder, "
-            "a name in $HF_FEDMOE_MODELS, or a Hub id."
+            f"The model {name!r} cannot be loaded: {meant}{' '.join(str(error).split())} It can be a shipped one, a "
+            "folder, a name in $HF_FEDMOE_MODELS, or a Hub id."
         ) from error
 
 

@@ -231,7 +231,7 @@ def compare(
         comparison.seeds = seeds
     for row in rows or []:
         if row not in comparison.methods:
-            raise ValueError(f"There is no row {row!r}: {path.name} has {', '.join(comparison.methods)}.")
+            raise ValueError(f"There is no row {row!r}: {path.name} has {', '.join(map(repr, comparison.methods))}.")
     if num_jobs < 1:
         raise ValueError(f"`--jobs` is {num_jobs}: give at least 1.")
     size = size or next(iter(comparison.sizes), None)

@@ -78,8 +78,7 @@ def predict_saved(model: str, file: str, text_column: str = "text", out: str | N
         _check_out(Path(out), Path(file))
     for each in inputs:
         if isinstance(each, Path):
-            with Image.open(each) as image:
-                _check_depth(image, str(each))
+            _check_image(each)
     classify = _load(model, isinstance(inputs[0], Path))
     # By their paths: images are opened one after the other.
     answers = [answer[0] for answer in _ask(classify, [str(each) for each in inputs], top_k=1)]
@@ -119,6 +118,15 @@ def _texts(path: Path, column: str) -> list[Any]:
     return found
 
 
+def _check_image(path: Path) -> None:
+    """Raises `ValueError` with the file's name, which Pillow leaves out, where it is damaged or too deep."""
+    try:
+        with Image.open(path) as image:
+            _check_depth(image, str(path))
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read as an image: {error}. Mend it, or take it out.") from error
+
+
 def _check_depth(image: Image.Image, name: str) -> None:
     """Raises `ValueError` for an image that a pipeline would cut to 8 bits, and that training refuses."""
     if is_deep(image):
@@ -140,7 +148,8 @@ def _load(model: str, images: bool) -> Pipeline:
     except (OSError, ValueError, KeyError) as error:
         what = "images" if images else "texts"
         reason = " ".join(str(error).partition("See the original errors")[0].split())
-        raise ValueError(f"{model!r} cannot be loaded as a classifier of {what}: {reason[:300]}") from error
+        where = "" if Path(model).is_dir() else f"no folder is called so, from {Path.cwd()}, and of the Hub: "
+        raise ValueError(f"{model!r} cannot be loaded as a classifier of {what}: {where}{reason[:300]}") from error
 
 
 def _ask(classify: Pipeline, inputs: list[Any], top_k: int) -> list[list[dict[str, Any]]]:

@@ -255,6 +255,10 @@ COLUMNS = ["--text_column", "review", "--label_column", "mood"]
         ([*CLIENTS, *COLUMNS, "--method", "fedmo"], "There is no method 'fedmo': is it fedmoe"),
         ([*CLIENTS, *COLUMNS, "--control", "fedag"], "There is no method 'fedag': is it fedavg"),
         ([*CLIENTS, *COLUMNS, "--model", "strat"], "The model 'strat' cannot be loaded"),
+        (
+            [*CLIENTS, *COLUMNS, "--model", "gpt2-review"],
+            "'gpt2-review' cannot be loaded: is it 'gpt2-reviews'",
+        ),
         ([*CLIENTS, *COLUMNS, "--test", "0"], "`test` is 0, and nobody would know what the model is worth"),
         ([*CLIENTS, "--text_column", "reviw", "--label_column", "mood"], "'reviw' for text: is it 'review'?"),
         (["--clients", "nort.csv", *COLUMNS], "There is no file 'nort.csv' of 'nort': is it 'north.csv'?"),
@@ -270,10 +274,12 @@ def test_mistakes_are_said_in_a_line_before_anything_is_trained(place, monkeypat
 
 def test_mistakes_with_saved_models(trained, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
-    assert "'runs/mien' cannot be loaded as a classifier of texts" in refused(
+    assert "'runs/mien' cannot be loaded as a classifier of texts: no folder is called so, from" in refused(
         capsys, "predict", "runs/mien", "test.csv", "--text_column", "review"
     )
     assert "no column 'text' for text" in refused(capsys, "predict", "runs/mine", "test.csv")
+    Path("cut.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    assert "'cut.png' cannot be read as an image: " in refused(capsys, "predict", "runs/mine", "cut.png")
     before = Path("test.csv").read_bytes()
     for out, message in (("./test.csv", "the file that is read, which would be lost"), ("no/a.csv", "no file can be")):
         told = refused(capsys, "predict", "runs/mine", "test.csv", "--text_column", "review", "--out", out)

@@ -171,6 +171,22 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(files, content, said):
         of_files(files)
 
 
+def test_all_that_is_wrong_is_said_at_once(files, tmp_path):
+    Path(files["north"]).write_text("review,stars\n,1\nbad,\n")
+    files["east"] = csv(tmp_path / "east.csv", ["a"], [1], heading="id,message,category")
+    with pytest.raises(ValueError) as refused:
+        of_files(files)
+    texts, labels, columns = str(refused.value).split("\n")
+    assert re.search(r"`review` of '.*north.csv' is empty in 1 of 2 rows, row 1 first", texts)
+    assert re.search(r"`stars` of '.*north.csv' is empty in 1 of 2 rows, row 2 first", labels)
+    said = "has no column 'review' for text: it has 'id', 'message', 'category'. All files name their columns alike: "
+    assert said + "name one that is there (--text_column), or rename it." in columns
+    many = [csv(tmp_path / f"{row}.csv", ["a"], [1], heading="id,message,category") for row in range(5)]
+    with pytest.raises(ValueError, match="And so on: 5 files are wrong") as refused:
+        of_files(many)
+    assert str(refused.value).count("has no column") == 3
+
+
 def test_labels_of_several_types_are_refused(tmp_path):
     path = tmp_path / "mixed.jsonl"
     path.write_text('{"review": "a", "stars": 1}\n{"review": "b", "stars": "x"}\n')

@@ -54,3 +54,10 @@ def test_files_that_are_no_images_are_named_and_hidden_ones_are_not(folders, tmp
     with pytest.warns(UserWarning, match=r"1 file of '.*cow' have the ending of no .* out: notes.pdf") as told:
         assert FederatedDataset.from_folders(folders).client_sizes.tolist() == [6, 4]
     assert len(told) == 1
+
+
+def test_a_folder_of_all_clients_is_noticed(tmp_path):
+    fill(tmp_path / "north", cat=4, dog=2)
+    fill(tmp_path / "south", cat=1, dog=2, cow=3)
+    with pytest.warns(UserWarning, match="north, south, are taken for classes, but .*give each of them"):
+        assert FederatedDataset.from_folders([str(tmp_path)]).label_names == ["north", "south"]

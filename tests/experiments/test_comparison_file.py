@@ -139,7 +139,7 @@ def test_odd_yamls_end_with_one_line(change, message, tmp_path, capsys):
     ("words", "message"),
     [
         (["--size", "huge"], "`size` is 'huge': this comparison has one size only"),
-        (["--rows", "fedsgd"], "There is no row 'fedsgd': digits.yaml has FedAvg"),
+        (["--rows", "fedsgd"], "There is no row 'fedsgd': digits.yaml has 'FedAvg'"),
         (["--seeds", "0", "0"], "`seeds` has 0 twice"),
         (["--seeds", "-1"], "`seeds` has -1"),
         (["--seeds", "one"], "argument --seeds: invalid int value: 'one'"),
