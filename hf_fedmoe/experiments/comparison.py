@@ -9,6 +9,8 @@ from .classification import Classification
 from .folders import folder_of
 from .images import ImageExperiment
 from .kind import Kind
+from .language_experiment import LanguageExperiment
+from .language_modelling import LanguageModelling
 from .named_strategies import load_plugin
 from .settings import LARGEST_SEED, nearest
 from .texts import TextExperiment
@@ -19,6 +21,7 @@ KINDS: dict[str, Kind[Any]] = {
     "texts": Classification(TextExperiment),
     "images": Classification(ImageExperiment),
     "characters": Classification(CharacterExperiment),
+    "language": LanguageModelling(LanguageExperiment),
 }
 # Settings that a comparison says elsewhere, and where.
 ELSEWHERE = {
@@ -37,7 +40,7 @@ class Comparison:
     Settings of a comparison, as a YAML of `hf-fedmoe compare` gives them.
 
     Args:
-        kind (`str`): `"texts"`, `"images"` or `"characters"`.
+        kind (`str`): `"texts"`, `"images"`, `"characters"` or `"language"`.
         methods (`dict[str, dict]`): By row of the table: `method`, and settings that differ from those of all. What
             its strategy has an argument for is the strategy's. A method's name alone will do in the YAML.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): One run of each method for each.
