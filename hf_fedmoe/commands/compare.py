@@ -17,7 +17,9 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
         description="Runs every method of a YAML on every seed, with equal clients, initial weights and local steps. "
         "Finished runs are kept, one that was stopped goes on. Any setting can follow: --rounds 5.",
     )
-    compare.add_argument("file", help="the YAML; recipes/paper has examples")
+    compare.add_argument(
+        "file", help="the YAML, of classifiers or of language models; recipes/paper and recipes/language have examples"
+    )
     compare.add_argument("--size", help="one of the YAML's sizes (the first)")
     compare.add_argument("--seeds", type=int, nargs="+", help="in the place of the YAML's")
     compare.add_argument("--rows", nargs="+", help="only these rows of the table")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 from ..data import FederatedDataset
 from ..data.label_maps import merge_names, with_label_map
 from ..data.sources import load_named_classes
-from ..experiments import Experiment, TextExperiment, parse_settings
+from ..experiments import TextExperiment, parse_settings
 from ..experiments.methods import WITHOUT_STRATEGY, check_method, make_strategy
 from ..experiments.named_strategies import STRATEGIES
 from ..experiments.server_models import MIXTURES, MODELS
@@ -159,7 +159,7 @@ def make_node_trainer(
     return NodeTrainer(parts.model, parts.args, data.pool, parts.strategy, **parts.others)
 
 
-def parse(settings: dict[str, Any]) -> tuple[Experiment, FedMoETrainingArguments]:
+def parse(settings: dict[str, Any]) -> tuple[TextExperiment, FedMoETrainingArguments]:
     """Reads settings as recipes do."""
     told = {"use_cpu": True} if settings.get("use_cpu") else {}
     return parse_settings(TextExperiment, {**settings, "dataset": ["elsewhere"]}, told)

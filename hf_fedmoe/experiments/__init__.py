@@ -11,6 +11,7 @@ _MODULES = {
     "Experiment": "experiment",
     "FailedRunsError": "run_comparison",
     "ImageExperiment": "images",
+    "LanguageExperiment": "language_experiment",
     "TextExperiment": "texts",
     "compare": "run_comparison",
     "diagnose_own": "own_differences",

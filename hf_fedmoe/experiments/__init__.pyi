@@ -4,6 +4,7 @@ from .characters import CharacterExperiment as CharacterExperiment
 from .experiment import Experiment as Experiment
 from .experiment import find_model as find_model
 from .images import ImageExperiment as ImageExperiment
+from .language_experiment import LanguageExperiment as LanguageExperiment
 from .language_owners import owners_main as owners_main
 from .methods import make_trainer as make_trainer
 from .named_strategies import method_names as method_names

@@ -24,7 +24,8 @@ from ..models import (
     FedMoEForSequenceClassification,
     MultiHeadForSequenceClassification,
 )
-from .experiment import Experiment, build_classifier, find_model, label_maps
+from .classifier_experiment import ClassifierExperiment, build_classifier, label_maps
+from .experiment import find_model
 
 
 # Characters of a context that are printed, and of its continuation.
@@ -32,7 +33,7 @@ SHOWN = 40
 
 
 @dataclass
-class CharacterExperiment(Experiment):
+class CharacterExperiment(ClassifierExperiment):
     """The next character as a class; a model is the name of an architecture, with random weights, or a trained one."""
 
     model_config: str = field(default="{}", metadata={"help": "JSON: the configuration of an architecture."})
@@ -45,8 +46,8 @@ class CharacterExperiment(Experiment):
     mixture_class = FedMoEForSequenceClassification
     ensemble_class = EnsembleForSequenceClassification
     multi_head_class = MultiHeadForSequenceClassification
-    partitions = (*Experiment.partitions, "natural")
-    lowest = {**Experiment.lowest, "window": 1, "stride": 1, "min_windows": 1, "server_roles": 2}
+    partitions = (*ClassifierExperiment.partitions, "natural")
+    lowest = {**ClassifierExperiment.lowest, "window": 1, "stride": 1, "min_windows": 1, "server_roles": 2}
 
     def load_processor(self) -> None:
         """Characters need none."""

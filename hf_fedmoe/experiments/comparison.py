@@ -5,19 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from .characters import CharacterExperiment
-from .experiment import Experiment
+from .classification import Classification
 from .folders import folder_of
 from .images import ImageExperiment
-from .named_strategies import MAJORITY, load_plugin, method_names
+from .kind import Kind
+from .language_experiment import LanguageExperiment
+from .language_modelling import LanguageModelling
+from .named_strategies import load_plugin
 from .settings import LARGEST_SEED, nearest
 from .texts import TextExperiment
 from .yaml_files import read_yaml
 
 
-KINDS: dict[str, type[Experiment]] = {
-    "texts": TextExperiment,
-    "images": ImageExperiment,
-    "characters": CharacterExperiment,
+KINDS: dict[str, Kind[Any]] = {
+    "texts": Classification(TextExperiment),
+    "images": Classification(ImageExperiment),
+    "characters": Classification(CharacterExperiment),
+    "language": LanguageModelling(LanguageExperiment),
 }
 # Settings that a comparison says elsewhere, and where.
 ELSEWHERE = {
@@ -36,7 +40,7 @@ class Comparison:
     Settings of a comparison, as a YAML of `hf-fedmoe compare` gives them.
 
     Args:
-        kind (`str`): `"texts"`, `"images"` or `"characters"`.
+        kind (`str`): `"texts"`, `"images"`, `"characters"` or `"language"`.
         methods (`dict[str, dict]`): By row of the table: `method`, and settings that differ from those of all. What
             its strategy has an argument for is the strategy's. A method's name alone will do in the YAML.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): One run of each method for each.
@@ -45,7 +49,7 @@ class Comparison:
         settings (`dict`, *optional*): Any of an experiment and of [`FedMoETrainingArguments`].
         sizes (`dict[str, dict]`, *optional*): By name, settings that make the comparison small or large, and under
             `methods` those of single rows. The first is taken unless told.
-        columns (`list[str]`, *optional*): Metrics of the table.
+        columns (`list[str]`, *optional*): Metrics of the table; those of the kind if left out.
         parts (`list[str]`, *optional*): Parts of mixtures with rows of their own.
         reference (`str`, *optional*): The row that the others are counted against.
         published (`dict[str, str]`, *optional*): Figures of a paper, by row.
@@ -57,7 +61,7 @@ class Comparison:
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=lambda: ["accuracy", "macro_f1"])
+    columns: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     reference: str | None = None
     published: dict[str, str] = field(default_factory=dict)
@@ -88,11 +92,12 @@ def read_comparison(path: Path) -> Comparison:
     for name in ("kind", "recipe", "reference"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(f"`{name}` is {given[name]!r}: give a text.")
-    comparison = Comparison(**given)
-    if comparison.kind not in KINDS:
-        raise ValueError(f"`kind` is {comparison.kind!r}: choose one of {', '.join(map(repr, KINDS))}.")
+    if given["kind"] not in KINDS:
+        raise ValueError(f"`kind` is {given['kind']!r}: choose one of {', '.join(map(repr, KINDS))}.")
+    kind = KINDS[given["kind"]]
+    comparison = Comparison(**{"columns": list(kind.columns), **given})
     if not comparison.columns:
-        raise ValueError("`columns` is []: give at least one metric, [accuracy].")
+        raise ValueError(f"`columns` is []: give at least one metric, [{kind.columns[0]}].")
     check_seeds(comparison.seeds)
     check_settings("`settings`", comparison.settings)
     sizes = [given for given in comparison.sizes.values() if isinstance(given, dict)]
@@ -102,7 +107,7 @@ def read_comparison(path: Path) -> Comparison:
     for chosen in (*presets, comparison.settings, *sizes):
         if isinstance(chosen, dict) and isinstance(plugin := chosen.get("plugin"), str):
             load_plugin(plugin)  # before rows name its methods
-    comparison.methods = {row: _method(row, given) for row, given in comparison.methods.items()}
+    comparison.methods = {row: _method(kind, row, given) for row, given in comparison.methods.items()}
     comparison.sizes = {size: given or {} for size, given in comparison.sizes.items()}
     for size, given in comparison.sizes.items():
         _check_mapping(f"sizes: {size}", given, "setting: value")
@@ -136,20 +141,21 @@ def check_settings(where: str, given: dict[str, Any]) -> None:
             raise ValueError(f"{where} has {name!r}, which has no effect in a comparison: {ELSEWHERE[name]}.")
 
 
-def _method(row: str, given: Any) -> dict[str, Any]:
+def _method(kind: Kind, row: str, given: Any) -> dict[str, Any]:
     """A row as a dictionary with its `method`."""
     folder_of(row)
-    choices = f"choose from {', '.join((*method_names(), MAJORITY))}."
+    names = (*kind.method_names(), kind.untrained)
     if isinstance(given, str):
         given = {"method": given}
     if not given:
-        raise ValueError(f"The row {row!r} has no method: {choices}")
+        raise ValueError(f"The row {row!r} has no method: choose from {', '.join(names)}.")
     _check_mapping(f"methods: {row}", given, "method: NAME")
     check_settings(f"`methods: {row}`", given)
     method = given.get("method", row)
-    if method not in (*method_names(), MAJORITY):
+    if method not in names:
+        kind.check_name(str(method))
         told = f"There is no method {method!r}" if "method" in given else f"The row {row!r} has no `method`"
-        raise ValueError(f"{told}{nearest(str(method), (*method_names(), MAJORITY))}")
+        raise ValueError(f"{told}{nearest(str(method), names)}")
     return {**given, "method": method}
 
 

@@ -31,11 +31,12 @@ from ..models import (
     MultiHeadForImageClassification,
     SmallImageProcessor,
 )
-from .experiment import Experiment, build_classifier, find_model, label_maps
+from .classifier_experiment import ClassifierExperiment, build_classifier, label_maps
+from .experiment import find_model
 
 
 @dataclass
-class ImageExperiment(Experiment):
+class ImageExperiment(ClassifierExperiment):
     """Image classification; a model is the name of an architecture, with random weights, or a pretrained one."""
 
     model_config: str = field(default="{}", metadata={"help": "JSON: the configuration of an architecture."})
@@ -56,9 +57,9 @@ class ImageExperiment(Experiment):
     ensemble_class = EnsembleForImageClassification
     multi_head_class = MultiHeadForImageClassification
     source_arguments = ("image_column", "label_column")
-    partitions = (*Experiment.partitions, "natural", "pachinko", "domains")
-    lowest = {**Experiment.lowest, "image_size": 1, "num_groups": 1, "num_domains": 1}
-    shares = (*Experiment.shares, "test_share")
+    partitions = (*ClassifierExperiment.partitions, "natural", "pachinko", "domains")
+    lowest = {**ClassifierExperiment.lowest, "image_size": 1, "num_groups": 1, "num_domains": 1}
+    shares = (*ClassifierExperiment.shares, "test_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -30,6 +29,7 @@ from .language_extraction import CONTINUATION, PREFIX, extraction_table
 from .language_layer_routers import NAMES as LAYER_ROUTERS
 from .language_layer_routers import layer_routers, using
 from .language_scores import PUBLIC_BIASES, bits_per_byte, bytes_of, log_likelihoods, score_domain
+from .owner_texts import Texts, read_owner_texts
 from .recipe_help import presets
 from .settings import read_preset, read_words, settings_of, typed_settings
 
@@ -47,7 +47,7 @@ Scores = dict[str, dict[str, float]]
 
 
 @dataclass
-class LanguageExperiment:
+class OwnersRecipe:
     """Owners of text, their base, and how much each trains."""
 
     base: str = field(metadata={"help": "A shipped one, a folder, a name in $HF_FEDMOE_MODELS, or a Hub id."})
@@ -108,42 +108,19 @@ class LanguageExperiment:
             disable_tqdm=True,
         )
 
-    def read(self) -> dict[str, dict[str, list[str]]]:
-        """
-        Reads the texts of each owner and split.
-
-        Raises:
-            `ValueError`: If somebody has none.
-        """
-        path = files("hf_fedmoe") / "assets" / "owners" / "texts.parquet" if self.texts == "owners" else self.texts
-        try:
-            rows = pq.read_table(str(path), columns=["owner", "split", "text"]).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(
-                f"`texts` is {self.texts!r}, which cannot be read ({error}): name a .parquet with the columns owner, "
-                "split and text."
-            ) from error
-        found: dict[str, dict[str, list[str]]] = {}
-        for row in rows:
-            found.setdefault(row["owner"], {}).setdefault(row["split"], []).append(row["text"])
-        for names, splits in (([*self.owners, self.public], ["train", self.part]), (self.unseen, ["test"])):
-            for name in names:
-                for split in splits:
-                    if not found.get(name, {}).get(split):
-                        raise ValueError(
-                            f"`texts` is {self.texts!r}, which has no {split} text of {name!r}: choose from "
-                            f"{', '.join(sorted(found))}."
-                        )
-        return found
+    def read(self) -> Texts:
+        """Reads the texts of each owner and split; raises `ValueError` if somebody has none."""
+        told = {name: ["train", self.part] for name in (*self.owners, self.public)}
+        return read_owner_texts(self.texts, told | {name: ["test"] for name in self.unseen}, "texts")
 
 
-def run_seed(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]], seed: int) -> Scores:
+def run_seed(experiment: OwnersRecipe, texts: Texts, seed: int) -> Scores:
     """
     Trains, merges, scores and takes out: everything of one seed, by the folders that owners would send.
 
     Args:
-        experiment ([`LanguageExperiment`]): The settings.
-        texts (`dict`): From [`LanguageExperiment.read`].
+        experiment ([`OwnersRecipe`]): The settings.
+        texts (`dict`): From [`OwnersRecipe.read`].
         seed (`int`): Of the adapters and the order of sequences.
 
     Returns:
@@ -214,7 +191,7 @@ def put(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def reported_sequences(
-    experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]], tokenizer: PreTrainedTokenizerBase
+    experiment: OwnersRecipe, texts: Texts, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
     """Returns the sequences that are reported on, `(N, T)` for each domain."""
     found = {}
@@ -235,12 +212,12 @@ def summarise(scores: Scores, owners: list[str]) -> None:
     scores["oracle by domain"]["owners"] = mean(scores["oracle by domain"].values())
 
 
-def tables(experiment: LanguageExperiment, all_scores: list[Scores]) -> str:
+def tables(experiment: OwnersRecipe, all_scores: list[Scores]) -> str:
     """
     Writes what came out as Markdown: the main table, the matrix of experts and domains, and the owner taken out.
 
     Args:
-        experiment ([`LanguageExperiment`]): The settings.
+        experiment ([`OwnersRecipe`]): The settings.
         all_scores (`list[dict]`): Of each seed.
     """
 
@@ -270,7 +247,7 @@ def tables(experiment: LanguageExperiment, all_scores: list[Scores]) -> str:
     )
 
 
-def show(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]]) -> None:
+def show(experiment: OwnersRecipe, texts: Texts) -> None:
     """Prints a continuation of a text of each owner by the mixture, and whose it is; and one without an owner."""
     folder = Path(experiment.output_dir, f"seed-{experiment.seeds[0]}")
     tokenizer = AutoTokenizer.from_pretrained(folder / "mixture")
@@ -290,7 +267,7 @@ def show(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]])
             print(f"  {name} ({said}): {' '.join(prompt.split())} | {' '.join(rest.split())}")
 
 
-def show_extraction(experiment: LanguageExperiment, texts: dict[str, dict[str, list[str]]]) -> str:
+def show_extraction(experiment: OwnersRecipe, texts: Texts) -> str:
     """Returns, of the first seed, how much of the owners' training text comes out again."""
     folder = Path(experiment.output_dir, f"seed-{experiment.seeds[0]}", "mixture")
     tokenizer, length = AutoTokenizer.from_pretrained(folder), PREFIX + CONTINUATION
@@ -322,8 +299,8 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
     datasets.disable_progress_bars()
     wants_help = bool(told.pop("help", False)) or wants_help
     preset = read_preset(settings_file, str(told.pop("preset", "quick")))
-    known = settings_of(LanguageExperiment)
-    experiment = LanguageExperiment(**typed_settings(preset, known) | typed_settings(told, known))
+    known = settings_of(OwnersRecipe)
+    experiment = OwnersRecipe(**typed_settings(preset, known) | typed_settings(told, known))
     if wants_help:
         print(f"{settings_file.stem}.py [--preset NAME] [--SETTING VALUE ...]: {presets(settings_file)}")
         for each in dataclasses.fields(experiment):

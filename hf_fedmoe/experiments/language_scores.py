@@ -4,6 +4,8 @@ Shape suffixes: N sequences, T tokens, S = T - 1 predicted ones, K owners, E = K
 """
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models import FedMoEForCausalLM
 
 
+# From token ids, `(N, T)`, to the logarithm of the probability of each after the first, `(N, S)`.
+Way = Callable[[Tensor], Tensor]
+BASE, SOFT = "base", "mixture, soft"
 BATCH = 16
 # Besides that of the mixture: what staying with the base more or less would give.
 PUBLIC_BIASES = (0.0, 0.3)
@@ -67,6 +72,66 @@ def likelihood_router(found_ENS: Tensor) -> Tensor:
     return (before_ENS + found_ENS).logsumexp(dim=0) - before_ENS.logsumexp(dim=0)
 
 
+def remembered(way: Way) -> Way:
+    """Returns a way that asks the model once for the same tensor."""
+    known: dict[Tensor, Tensor] = {}
+
+    def told(ids_NT: Tensor) -> Tensor:
+        if ids_NT not in known:
+            known[ids_NT] = way(ids_NT)
+        return known[ids_NT]
+
+    return told
+
+
+def single_ways(model: FedMoEForCausalLM, owners: Iterable[str]) -> dict[str, Way]:
+    """
+    Gives the ways to ask a mixture for one forward of the base, of an owner's expert, and of all by its router.
+
+    Args:
+        model ([`FedMoEForCausalLM`]): The mixture.
+        owners (`Iterable[str]`): Names of the owners, among its experts.
+    """
+    alone = {name: partial(log_likelihoods, model, expert=name) for name in (BASE, *owners)}
+    return {**alone, SOFT: partial(log_likelihoods, model)}
+
+
+def ways_of(model: FedMoEForCausalLM, single: Mapping[str, Way]) -> dict[str, Way]:
+    """
+    Gives the ways to use a mixture's experts, by the names that tables have.
+
+    Args:
+        model ([`FedMoEForCausalLM`]): The mixture.
+        single (`Mapping[str, Way]`): From [`single_ways`], as they are or [`remembered`].
+    """
+    experts = [name for name in single if name != SOFT]
+    owners = [name for name in experts if name != BASE]
+    # The mean of the adapters' products is what all of them with equal weights add.
+    soup_11E = torch.zeros(1, 1, len(model.config.expert_names), device=model.device)
+    for name in owners:
+        soup_11E[..., model.config.expert_index(name)] = 1 / len(owners)
+
+    def together(names: Iterable[str], ids_NT: Tensor) -> Tensor:
+        return torch.stack([single[name](ids_NT) for name in names])
+
+    def top_1(ids_NT: Tensor) -> Tensor:
+        top_l, model.config.top_l = model.config.top_l, 1
+        try:
+            return log_likelihoods(model, ids_NT)
+        finally:
+            model.config.top_l = top_l
+
+    return {
+        **single,
+        "soup": partial(log_likelihoods, model, expert_weights=soup_11E),
+        "uniform ensemble": lambda ids_NT: uniform_ensemble(together(owners, ids_NT)),
+        "mixture, top-1": top_1,
+        "likelihood router": lambda ids_NT: likelihood_router(together(experts, ids_NT)),
+        # A bit above the better one in all, at the cost of two forwards.
+        "mixture or base by likelihood": lambda ids_NT: likelihood_router(together((BASE, SOFT), ids_NT)),
+    }
+
+
 def score_domain(
     model: FedMoEForCausalLM, owners: list[str], controls: list[str], ids_NT: Tensor, count: int
 ) -> dict[str, float]:
@@ -83,32 +148,14 @@ def score_domain(
     Returns:
         `dict[str, float]`: Bits per byte by the name of an expert, and of a way to use all of them.
     """
-    names, known = ["base", *owners], model.statistics_of(owners[0])
+    single = {name: remembered(way) for name, way in single_ways(model, owners).items()}
+    ways = ways_of(model, single) | {name: partial(log_likelihoods, model, expert=name) for name in controls}
+    found = {name: bits_per_byte(way(ids_NT), count) for name, way in ways.items()}
+    own_bias, known = model.config.public_bias, model.statistics_of(owners[0])
     assert known is not None
-    found_ENS = torch.stack([log_likelihoods(model, ids_NT, expert=name) for name in names])
-    alone = {name: found_ENS[place] for place, name in enumerate(names)}
-    alone |= {name: log_likelihoods(model, ids_NT, expert=name) for name in controls}
-    # The mean of the adapters' products is what all of them with equal weights add.
-    soup_11E = torch.zeros(1, 1, len(model.config.expert_names), device=model.device)
-    for name in owners:
-        soup_11E[..., model.config.expert_index(name)] = 1 / len(owners)
-    together = {
-        "soup": log_likelihoods(model, ids_NT, expert_weights=soup_11E),
-        "uniform ensemble": uniform_ensemble(found_ENS[1:]),
-        "mixture, soft": log_likelihoods(model, ids_NT),
-        "likelihood router": likelihood_router(found_ENS),
-    }
-    # Whichever of two has told the text so far: a bit above the better one in all, at the cost of two forwards.
-    together["mixture or base by likelihood"] = likelihood_router(
-        torch.stack([alone["base"], together["mixture, soft"]])
-    )
-    model.config.top_l = 1
-    together["mixture, top-1"] = log_likelihoods(model, ids_NT)
-    model.config.top_l = None
-    own_bias = model.config.public_bias
     for bias in (*PUBLIC_BIASES, own_bias):
         model.config.public_bias = bias
         model.set_statistics(owners[0], known)  # finds the router again
         if bias != own_bias:
-            together[f"mixture, public bias {bias}"] = log_likelihoods(model, ids_NT)
-    return {name: bits_per_byte(found_NS, count) for name, found_NS in {**alone, **together}.items()}
+            found[f"mixture, public bias {bias}"] = bits_per_byte(log_likelihoods(model, ids_NT), count)
+    return found

@@ -16,7 +16,7 @@ from ..models import FedMoEPreTrainedModel
 from ..reporting import ExpertAnalysis, analyse_experts, scores
 from ..strategies import Strategy
 from ..training import FederatedTrainer, FedMoETrainer, FedMoETrainingArguments
-from .experiment import Experiment
+from .classifier_experiment import ClassifierExperiment
 from .named_strategies import CENTRALISED, STRATEGIES, method_names
 from .server_models import MIXTURES, MODELS
 from .settings import Setting, nearest, settings_of, typed_settings
@@ -55,7 +55,7 @@ def leave_as_it_is(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
 
 def make_trainer(
     method: str,
-    experiment: Experiment,
+    experiment: ClassifierExperiment,
     args: FedMoETrainingArguments,
     data: FederatedDataset,
     processor: Any,
@@ -66,8 +66,8 @@ def make_trainer(
 
     Args:
         method (`str`): One of [`method_names`].
-        experiment ([`Experiment`]), args ([`FedMoETrainingArguments`]): The settings.
-        data ([`~data.FederatedDataset`]), processor: As [`Experiment.load_data`] and its `load_processor` give them.
+        experiment ([`ClassifierExperiment`]), args ([`FedMoETrainingArguments`]): The settings.
+        data ([`~data.FederatedDataset`]), processor: From `load_data` and `load_processor` of the experiment.
         train_first (`Callable`, *optional*): Trains what a run starts from, where it is trained.
     """
     check_method(method, experiment, args)
@@ -93,7 +93,7 @@ def make_trainer(
     return FederatedTrainer(model, strategy=strategy, **shared)
 
 
-def check_method(method: str, experiment: Experiment, args: FedMoETrainingArguments) -> None:
+def check_method(method: str, experiment: ClassifierExperiment, args: FedMoETrainingArguments) -> None:
     """
     Raises `ValueError` when there is no such method, or one of its settings has another name, type or range. What
     depends on the model is left to [`make_trainer`].
@@ -126,7 +126,7 @@ def own_settings(method: str) -> dict[str, Setting]:
 
 def make_strategy(
     method: str,
-    experiment: Experiment,
+    experiment: ClassifierExperiment,
     args: FedMoETrainingArguments,
     expert: PreTrainedModel | None = None,
 ) -> Strategy:

@@ -13,7 +13,8 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedToken
 from ..data import FederatedDataset
 from ..data.own_paths import OwnPath, named_paths
 from ..training import FedMoETrainingArguments
-from .experiment import Experiment, find_model, load_pretrained
+from .classifier_experiment import ClassifierExperiment
+from .experiment import find_model, load_pretrained
 from .images import ImageExperiment
 from .settings import parse_settings
 from .texts import TextExperiment
@@ -41,7 +42,7 @@ OF_SIMULATIONS = {
 
 
 @dataclass
-class OwnData(Experiment):
+class OwnData(ClassifierExperiment):
     """Clients are what each path holds; the server's splits are paths too, or shares of the clients' rows."""
 
     clients: list[str] = field(default_factory=list, metadata={"help": "A path of each client, or NAME=PATH."})

@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from ..reporting import plot_clients, plot_gate
 from ..training import FedMoETrainingArguments
-from .experiment import Experiment, find_model
+from .classifier_experiment import ClassifierExperiment
+from .experiment import find_model
 from .folders import check_writable
 from .methods import (
     analyse,
@@ -28,8 +29,8 @@ from .settings import parse_settings, read_preset, read_words
 
 
 def parse(
-    experiment_class: type[Experiment], settings_file: Path, argv: list[str]
-) -> tuple[Experiment, FedMoETrainingArguments]:
+    experiment_class: type[ClassifierExperiment], settings_file: Path, argv: list[str]
+) -> tuple[ClassifierExperiment, FedMoETrainingArguments]:
     """
     One preset of a recipe's YAML (`--preset quick` unless told), overridden by the rest of the command line. Fed-MoE's
     own `preset` argument is `--preset_of_method` there.
@@ -49,7 +50,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(experiment_class: type[Experiment], settings_file: Path) -> None:
+def main(experiment_class: type[ClassifierExperiment], settings_file: Path) -> None:
     """
     Runs the recipe as `accelerate launch` calls it; of several processes the main one prints and writes. A setting
     that is wrong ends it with one line and exit code 2.
@@ -70,7 +71,7 @@ def _in_one_line(settings_file: Path) -> Iterator[None]:
         sys.exit(2)
 
 
-def _run(experiment_class: type[Experiment], settings_file: Path, argv: list[str]) -> None:
+def _run(experiment_class: type[ClassifierExperiment], settings_file: Path, argv: list[str]) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs
     with _in_one_line(settings_file):

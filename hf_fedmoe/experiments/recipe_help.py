@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from ..strategies import FedMoESettings
 from ..training import FedMoETrainingArguments
-from .experiment import Experiment
+from .classifier_experiment import ClassifierExperiment
 from .named_strategies import method_names
 from .settings import Setting, read_preset, settings_of
 
@@ -61,13 +61,13 @@ NAMES = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
 
 
 def recipe_help(
-    experiment_class: type[Experiment], settings_file: Path, preset: str = "quick", everything: bool = False
+    experiment_class: type[ClassifierExperiment], settings_file: Path, preset: str = "quick", everything: bool = False
 ) -> str:
     """
     The settings of a recipe by group, each with the value that it has in a preset.
 
     Args:
-        experiment_class (`type[Experiment]`): What the recipe runs.
+        experiment_class (`type[ClassifierExperiment]`): What the recipe runs.
         settings_file (`Path`): Its YAML.
         preset (`str`, *optional*, defaults to `"quick"`): The preset.
         everything (`bool`, *optional*, defaults to `False`): Whether with all of `TrainingArguments`.

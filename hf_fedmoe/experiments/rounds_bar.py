@@ -5,7 +5,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .named_strategies import MAJORITY
 from .noted_rounds import noted_round
 from .runs import Run
 
@@ -23,7 +22,7 @@ class RoundsBar:
     """
 
     def __init__(self, runs: Iterable[Run]):
-        self._rounds = {run.folder: 0 if run.method == MAJORITY else run.parse()[1].rounds for run in runs}
+        self._rounds = {run.folder: run.parse()[1].rounds if run.trains else 0 for run in runs}
         self._ended = 0
 
     def __enter__(self) -> "RoundsBar":

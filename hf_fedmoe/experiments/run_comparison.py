@@ -13,6 +13,7 @@ from typing import Any
 
 from ..reporting import (
     ClientScore,
+    Metric,
     RunResult,
     comparison_table,
     plot_clients,
@@ -26,10 +27,10 @@ from ..training.client_evaluation import CLIENT_TABLE_NAME
 from .comparison import KINDS, Comparison, check_seeds, check_settings, read_comparison
 from .experiment import Experiment
 from .folders import check_writable, claim_folder, folder_of
-from .methods import check_method, own_settings
-from .named_strategies import MAJORITY, STRATEGIES, load_plugin
+from .kind import Kind
+from .named_strategies import STRATEGIES, load_plugin
 from .rounds_bar import RoundsBar
-from .runs import Run, execute, metric_names, part_names, try_out
+from .runs import Run, execute, try_out
 from .settings import Setting, nearest, read_preset, settings_of, typed_settings
 from .side_by_side import Failure, SideBySide
 
@@ -60,7 +61,8 @@ def plan_runs(
         size (`str`, *optional*): One of `comparison.sizes`.
         overrides (`dict`, *optional*): Settings that go before all others; values may be texts of a command line.
     """
-    known = settings_of(KINDS[comparison.kind], FedMoETrainingArguments)
+    kind = KINDS[comparison.kind]
+    known = settings_of(kind.experiment_class, FedMoETrainingArguments)
     common, with_lora = common_settings(comparison, where, size)
     _check_kind(comparison, common, known)
     common, with_lora = typed_settings(common, known), typed_settings(with_lora, known)
@@ -71,7 +73,7 @@ def plan_runs(
     possible: dict[str, tuple[str, Experiment]] = {}
     for row, given in comparison.methods.items():
         try:
-            method, own, differing = _of_row(given | of_rows.get(row, {}), known)
+            method, own, differing = _of_row(kind, given | of_rows.get(row, {}), known)
             differing |= overrides
             rates = with_lora if (common | differing).get("peft") == "lora" else {}
             settings = common | rates | differing | {"method_settings": {method: own} if own else {}}
@@ -80,8 +82,8 @@ def plan_runs(
                 Run(row, comparison.kind, method, settings, seed, folder / f"seed-{seed}") for seed in comparison.seeds
             ]
             experiment, args = runs[row][0].parse()
-            if method != MAJORITY:
-                check_method(method, experiment, args)
+            if method != kind.untrained:
+                kind.check_method(method, experiment, args)
             possible[row] = method, experiment
         except ValueError as error:
             raise ValueError(f"The row {row!r}: {error}") from error
@@ -114,14 +116,16 @@ def common_settings(comparison: Comparison, where: Path, size: str | None) -> tu
     return common, common.pop("with_lora", {})
 
 
-def _of_row(given: dict[str, Any], known: dict[str, Setting]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _of_row(
+    kind: Kind, given: dict[str, Any], known: dict[str, Setting]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A row's method, the settings of its strategy, and the others."""
     given = dict(given)
     method = given.pop("method")
-    own = own_settings(method)
+    own = kind.own_settings(method)
     differing = {name: value for name, value in given.items() if name not in own}
     for name in differing.keys() - known.keys():
-        if having := [other for other in STRATEGIES if name in own_settings(other)]:
+        if having := [other for other in STRATEGIES if name in kind.own_settings(other)]:
             raise ValueError(f"{method!r} has no setting {name!r}, which is one of {', '.join(having)}.")
         if own and not get_close_matches(name, known):
             raise ValueError(f"{method!r} has no setting {name!r}: its own are {', '.join(own)}.")
@@ -132,7 +136,7 @@ def _of_row(given: dict[str, Any], known: dict[str, Setting]) -> tuple[str, dict
 def _check_kind(comparison: Comparison, names: Iterable[str], known: dict[str, Setting]) -> None:
     """Raises `ValueError` for a setting that only experiments of another kind have."""
     for name in names:
-        having = [kind for kind, experiment in KINDS.items() if name in settings_of(experiment)]
+        having = [other for other, kind in KINDS.items() if name in settings_of(kind.experiment_class)]
         if name not in known and having:
             raise ValueError(
                 f"`kind` is {comparison.kind!r}, which has no setting {name!r}: it is one of {' and '.join(having)}."
@@ -140,8 +144,9 @@ def _check_kind(comparison: Comparison, names: Iterable[str], known: dict[str, S
 
 
 def _check_columns(comparison: Comparison, possible: dict[str, tuple[str, Experiment]]) -> None:
-    metrics = list(dict.fromkeys(name for method, told in possible.values() for name in metric_names(method, told)))
-    parts = {name for method, told in possible.values() if method == "fedmoe" for name in part_names(told)}
+    kind = KINDS[comparison.kind]
+    metrics = list(dict.fromkeys(name for method, told in possible.values() for name in kind.metrics(method, told)))
+    parts = {name for method, told in possible.values() for name in kind.part_names(method, told)}
     numbered = ("expert_", "top_")  # too many to list
     for name in comparison.columns:
         if name not in metrics:
@@ -237,6 +242,7 @@ def compare(
     size = size or next(iter(comparison.sizes), None)
     out = Path(out or Path("runs", "compare", path.stem, size or ""))
     runs = plan_runs(comparison, path.parent, out, size, overrides)
+    metrics = _metrics_of(runs)
     if rows:
         runs = {row: runs[row] for row in runs if row in rows}
     check_writable(out, "--out")
@@ -246,7 +252,8 @@ def compare(
     failed = run_all(runs, num_jobs)
     results = {row: [result for run in row_runs if (result := run.result())] for row, row_runs in runs.items()}
     reference = comparison.reference if comparison.reference and results.get(comparison.reference) else None
-    table = comparison_table(results, comparison.columns, comparison.parts, reference, comparison.published)
+    told = (comparison.columns, comparison.parts, reference, comparison.published, metrics)
+    table = comparison_table(results, *told)
     if failed:
         lines = [f"- {run}: {failure.reason} ({run.folder / 'error.txt'})" for run, failure in failed]
         table += "\n\nThese runs failed and are left out; the same command tries them again:\n\n" + "\n".join(lines)
@@ -256,7 +263,8 @@ def compare(
     pictures = {}
     if any(run.curve for found in finished.values() for run in found):
         pictures["Learning curves"] = out / "curves.png"
-        plot_learning_curves(finished, pictures["Learning curves"], reference)
+        watched = metrics[KINDS[comparison.kind].columns[0]]
+        plot_learning_curves(finished, pictures["Learning curves"], reference, watched)
     if tables := _client_tables(runs):
         pictures["Clients"] = out / "clients.png"
         plot_clients(tables, pictures["Clients"])
@@ -265,6 +273,14 @@ def compare(
     if failed:
         raise FailedRunsError(table)
     return table
+
+
+def _metrics_of(runs: dict[str, list[Run]]) -> dict[str, Metric]:
+    """The metrics that any of the rows has."""
+    found: dict[str, Metric] = {}
+    for first, *_ in runs.values():
+        found |= KINDS[first.kind].metrics(first.method, first.parse()[0])
+    return found
 
 
 def _client_tables(runs: dict[str, list[Run]]) -> dict[str, list[ClientScore]]:

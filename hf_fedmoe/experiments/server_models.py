@@ -6,34 +6,36 @@ from transformers import PreTrainedModel
 
 from ..models import EnsemblePreTrainedModel, FedMoEPreTrainedModel, MultiHeadPreTrainedModel
 from ..strategies import freeze_common_expert
-from .experiment import Experiment
+from .classifier_experiment import ClassifierExperiment
 
 
 # Trains a model alone on the reserved set, in place.
 TrainAlone = Callable[[PreTrainedModel], None]
 
 
-def classifier(expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone) -> PreTrainedModel:
+def classifier(
+    expert: PreTrainedModel, experiment: ClassifierExperiment, seed: int, train_alone: TrainAlone
+) -> PreTrainedModel:
     """Returns the classifier itself."""
     return expert
 
 
 def ensemble(
-    expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
+    expert: PreTrainedModel, experiment: ClassifierExperiment, seed: int, train_alone: TrainAlone
 ) -> EnsemblePreTrainedModel:
     """Returns `num_models` classifiers with heads of their own."""
     return experiment.ensemble_class.from_classifier(expert, experiment.num_models, seed)
 
 
 def heads(
-    expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
+    expert: PreTrainedModel, experiment: ClassifierExperiment, seed: int, train_alone: TrainAlone
 ) -> MultiHeadPreTrainedModel:
     """Returns a classifier of `num_models` heads."""
     return experiment.multi_head_class.from_classifier(expert, experiment.num_models, seed)
 
 
 def mixture(
-    expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
+    expert: PreTrainedModel, experiment: ClassifierExperiment, seed: int, train_alone: TrainAlone
 ) -> FedMoEPreTrainedModel:
     """Returns a mixture whose experts all start as the classifier, whole or with adapters."""
     own_gate = experiment.gate not in ("main_features", "adapter")
@@ -48,7 +50,7 @@ def mixture(
 
 
 def mixture_of_prototypes(
-    expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
+    expert: PreTrainedModel, experiment: ClassifierExperiment, seed: int, train_alone: TrainAlone
 ) -> FedMoEPreTrainedModel:
     """Returns a mixture whose experts, and the gate but for its head, start as the classifier."""
     check_whole_experts(experiment)
@@ -62,7 +64,7 @@ def mixture_of_prototypes(
 
 
 def gated_experts(
-    expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
+    expert: PreTrainedModel, experiment: ClassifierExperiment, seed: int, train_alone: TrainAlone
 ) -> FedMoEPreTrainedModel:
     """
     Returns a mixture of `num_models` experts with heads of their own, since equal ones stay equal, and a gate which is
@@ -78,7 +80,7 @@ def gated_experts(
 
 
 def frozen_common_mixture(
-    expert: PreTrainedModel, experiment: Experiment, seed: int, train_alone: TrainAlone
+    expert: PreTrainedModel, experiment: ClassifierExperiment, seed: int, train_alone: TrainAlone
 ) -> FedMoEPreTrainedModel:
     """
     Returns a mixture of routed experts that start as those of all methods do, and a frozen common expert, which is
@@ -91,7 +93,7 @@ def frozen_common_mixture(
     return freeze_common_expert(model)
 
 
-def check_whole_experts(experiment: Experiment) -> None:
+def check_whole_experts(experiment: ClassifierExperiment) -> None:
     """Raises `ValueError` where adapters are asked for."""
     if experiment.peft_config() is not None:
         raise ValueError("`peft` is 'lora', but this method has whole experts here: leave it out for this method.")

@@ -20,7 +20,8 @@ from ..models import (
     FedMoEForSequenceClassification,
     MultiHeadForSequenceClassification,
 )
-from .experiment import Experiment, find_model, label_maps, load_pretrained
+from .classifier_experiment import ClassifierExperiment, label_maps
+from .experiment import find_model, load_pretrained
 
 
 SENTENCES = [
@@ -31,7 +32,7 @@ SENTENCES = [
 
 
 @dataclass
-class TextExperiment(Experiment):
+class TextExperiment(ClassifierExperiment):
     """Text classification with pretrained experts."""
 
     text_column: str | None = field(default=None, metadata={"help": "Column of texts, when it is not obvious."})
@@ -46,7 +47,7 @@ class TextExperiment(Experiment):
     ensemble_class = EnsembleForSequenceClassification
     multi_head_class = MultiHeadForSequenceClassification
     source_arguments = ("text_column", "label_column")
-    lowest = {**Experiment.lowest, "max_length": 1, "rank": 1}
+    lowest = {**ClassifierExperiment.lowest, "max_length": 1, "rank": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()

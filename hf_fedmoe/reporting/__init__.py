@@ -15,21 +15,26 @@ from .expert_analysis import ExpertAnalysis, analyse_experts, scores
 from .expert_facts import ExpertFacts, read_expert_facts, write_expert_facts
 from .gate_heatmap import plot_gate
 from .learning_curves import plot_learning_curves
+from .metric import COSTS, METRICS, Metric, metric_named
 from .model_card import RunFacts, names_of_experts, training_table, write_model_card
 from .privacy_facts import PrivacyFacts
 
 
 __all__ = [
+    "COSTS",
+    "METRICS",
     "ClientDifferences",
     "ClientScore",
     "ExpertAnalysis",
     "ExpertFacts",
+    "Metric",
     "PrivacyFacts",
     "RunFacts",
     "RunResult",
     "analyse_experts",
     "comparison_table",
     "diagnose",
+    "metric_named",
     "names_of_experts",
     "plot_clients",
     "plot_gate",

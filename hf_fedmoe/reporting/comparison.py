@@ -2,29 +2,14 @@
 
 import csv
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .markdown import plain
-
-
-# Metrics that are no shares of 1.
-PLAIN_UNITS = {"megabytes_up": "MB up in a round", "megabytes_down": "MB down in a round", "seconds": "s in a round"}
-HEADINGS = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "auc": "AUC",
-    "clients_accuracy": "clients",
-    "clients_macro_f1": "clients, macro-F1",
-    "clients_auc": "clients, AUC",
-    "clients_bottom_decile": "bottom decile",
-    "clients_worst": "worst client",
-    "clients_unseen_accuracy": "unseen clients",
-    "clients_unseen_bottom_decile": "unseen, bottom decile",
-    **PLAIN_UNITS,
-}
+from .metric import METRICS, Metric, metric_named
 
 
 @dataclass
@@ -35,7 +20,8 @@ class RunResult:
     Args:
         seed (`int`): Of the run.
         metrics (`dict[str, float]`): Of the test, and `megabytes_up`, `megabytes_down` and `seconds` of a mean round.
-        curve (`list[tuple[int, float]]`, *optional*): Accuracy on the validation set after some of the rounds.
+        curve (`list[tuple[int, float]]`, *optional*): Accuracy, or what counts of other models, on the validation set
+            after some of the rounds.
     """
 
     seed: int
@@ -43,14 +29,13 @@ class RunResult:
     curve: list[tuple[int, float]] = field(default_factory=list)
 
 
-def mean_and_spread(values: list[float], metric: str) -> str:
+def mean_and_spread(values: list[float], metric: Metric) -> str:
     """Mean ± standard deviation over seeds, in per cent or in the metric's own unit; empty where one is missing."""
-    scaled = np.array(values) * (1 if metric in PLAIN_UNITS else 100)
+    scaled = np.array(values) * metric.factor
     if len(scaled) == 0 or np.isnan(scaled).any():
         return ""
-    digits = 2 if metric in PLAIN_UNITS else 1
-    spread = f" ± {scaled.std(ddof=1):.{digits}f}" if len(scaled) > 1 else ""
-    return f"{scaled.mean():.{digits}f}{spread}"
+    spread = f" ± {scaled.std(ddof=1):.{metric.digits}f}" if len(scaled) > 1 else ""
+    return f"{scaled.mean():.{metric.digits}f}{spread}"
 
 
 def comparison_table(
@@ -59,6 +44,7 @@ def comparison_table(
     parts: list[str] | None = None,
     reference: str | None = None,
     published: dict[str, str] | None = None,
+    metrics: Mapping[str, Metric] = METRICS,
 ) -> str:
     """
     A Markdown table with a row for each method.
@@ -68,20 +54,22 @@ def comparison_table(
         columns (`list[str]`): Names of metrics.
         parts (`list[str]`, *optional*): Parts of a mixture that have rows of their own below it, `main_expert` say:
             those of which `main_expert_accuracy` and so on are among the metrics.
-        reference (`str`, *optional*): A row; the others get a column that counts the seeds on which it is above them
-            in the first column.
+        reference (`str`, *optional*): A row; the others get a column that counts the seeds on which it is better in
+            the first column: above them, or below where lower is better.
         published (`dict[str, str]`, *optional*): Figures to stand beside, by row.
+        metrics (`Mapping[str, Metric]`, *optional*): How each is shown; those of classifiers if left out.
     """
-    headings = [HEADINGS.get(name, name.replace("_", " ")) for name in columns]
+    shown = [metric_named(name, metrics) for name in columns]
+    headings = [metric.heading for metric in shown]
     if reference is not None:
-        headings.append(plain(f"{reference} above, of seeds"))
+        headings.append(plain(f"{reference} {'below' if shown[0].lower_is_better else 'above'}, of seeds"))
     if published:
         headings.append("published")
     lines = [f"| | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
     for row, runs in results.items():
-        cells = [mean_and_spread([run.metrics.get(name, np.nan) for run in runs], name) for name in columns]
+        cells = _cells(runs, columns, shown)
         if reference is not None:
-            cells.append("" if row == reference else _wins(results[reference], runs, columns[0]))
+            cells.append("" if row == reference else _wins(results[reference], runs, columns[0], shown[0]))
         if published:
             cells.append(plain(published.get(row, "")))
         lines.append(f"| {plain(row)} | {' | '.join(cells)} |")
@@ -89,17 +77,25 @@ def comparison_table(
             names = [f"{part}_{name}" for name in columns]
             if not any(name in run.metrics for name in names for run in runs):
                 continue
-            cells = [mean_and_spread([run.metrics.get(name, np.nan) for run in runs], name) for name in names]
+            cells = _cells(runs, names, shown)
             empty = [""] * (len(headings) - len(columns))
             lines.append(f"| — {part.replace('_', ' ')} | {' | '.join(cells + empty)} |")
     return "\n".join(lines)
 
 
-def _wins(reference: list[RunResult], runs: list[RunResult], metric: str) -> str:
-    """On how many of the common seeds the reference is above."""
-    theirs = {run.seed: run.metrics.get(metric, np.nan) for run in runs}
-    pairs = [(run.metrics[metric], theirs[run.seed]) for run in reference if run.seed in theirs]
-    return f"{sum(mine > other for mine, other in pairs)} / {len(pairs)}"
+def _cells(runs: list[RunResult], names: list[str], shown: list[Metric]) -> list[str]:
+    """Metrics of the same kinds as the columns, `names` of a row's own or of one of its parts."""
+    return [
+        mean_and_spread([run.metrics.get(name, np.nan) for run in runs], metric)
+        for name, metric in zip(names, shown, strict=True)
+    ]
+
+
+def _wins(reference: list[RunResult], runs: list[RunResult], name: str, metric: Metric) -> str:
+    """On how many of the common seeds the reference is better."""
+    theirs = {run.seed: run.metrics.get(name, np.nan) for run in runs}
+    pairs = [(run.metrics[name], theirs[run.seed]) for run in reference if run.seed in theirs]
+    return f"{sum(metric.is_better(mine, other) for mine, other in pairs)} / {len(pairs)}"
 
 
 def write_comparison(results: dict[str, list[RunResult]], path: str | os.PathLike) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .comparison import RunResult
+from .metric import METRICS, Metric
 
 
 # More in a panel cannot be told apart.
@@ -20,16 +21,20 @@ _LONGEST_NAME, _LINE = 200, 40
 
 
 def plot_learning_curves(
-    results: dict[str, list[RunResult]], path: str | os.PathLike, reference: str | None = None
+    results: dict[str, list[RunResult]],
+    path: str | os.PathLike,
+    reference: str | None = None,
+    metric: Metric = METRICS["accuracy"],
 ) -> None:
     """
-    Saves validation accuracy by round, and below by what was sent and received until then: four methods in a panel,
+    Saves a validation metric by round, and below by what was sent and received until then: four methods in a panel,
     each seed as a thin line, their mean as a thick one.
 
     Args:
         results (`dict[str, list[RunResult]]`): By row; those without a curve are left out.
         path (`str`): Where the picture goes; its ending chooses the format.
         reference (`str`, *optional*): The row that is in every panel, in black.
+        metric ([`Metric`], *optional*): The one that the curves are of; accuracy if left out.
     """
     from matplotlib.figure import Figure  # drawing without pyplot needs no display and no backend
 
@@ -43,15 +48,16 @@ def plot_learning_curves(
         if reference in drawn:
             colors[str(reference)] = "black"
         for row, color in colors.items():
-            _draw(by_round, drawn[row], 1.0, color=color, label=_label(row))
-            _draw(by_megabytes, drawn[row], _megabytes(drawn[row]), color=color)
+            _draw(by_round, drawn[row], 1.0, metric.factor, color=color, label=_label(row))
+            _draw(by_megabytes, drawn[row], _megabytes(drawn[row]), metric.factor, color=color)
         by_round.set_xlabel("Round")
         by_round.xaxis.get_major_locator().set_params(integer=True)
         by_megabytes.set_xlabel("MB sent and received by all participants")
         if colors:
-            by_round.legend(fontsize="small", loc="lower right")
+            # Where curves are not: they rise to the right, or fall.
+            by_round.legend(fontsize="small", loc="upper right" if metric.lower_is_better else "lower right")
     for axes in panels[:, 0]:
-        axes.set_ylabel("Validation accuracy of the server's model, %")
+        axes.set_ylabel(f"Validation {metric.heading} of the server's model{', %' if metric.factor == 100 else ''}")
     figure.savefig(path, dpi=150)
 
 
@@ -61,15 +67,19 @@ def _label(row: str) -> str:
     return f" {name}" if name.startswith("_") else name  # which Matplotlib takes for one that nobody is to see
 
 
-def _draw(axes: Any, runs: list[RunResult], unit: float, label: str | None = None, **style: Any) -> None:
-    """Draws the runs of a method; `unit` is what a round takes on the axis below."""
+def _draw(
+    axes: Any, runs: list[RunResult], unit: float, factor: float, label: str | None = None, **style: Any
+) -> None:
+    """Draws the runs of a method; `unit` is what a round takes on the axis below, `factor` what values are told in."""
     length = min(len(run.curve) for run in runs)
     x_N = unit * np.array([number for number, _ in runs[0].curve[:length]])
-    accuracies_RN = 100 * np.array([[accuracy for _, accuracy in run.curve[:length]] for run in runs])
-    axes.plot(x_N, accuracies_RN.mean(0), linewidth=1.8, label=label, **style)
-    for accuracies_N in accuracies_RN if len(runs) > 1 else ():
-        axes.plot(x_N, accuracies_N, linewidth=0.6, alpha=0.5, **style)
+    values_RN = factor * np.array([[value for _, value in run.curve[:length]] for run in runs])
+    axes.plot(x_N, values_RN.mean(0), linewidth=1.8, label=label, **style)
+    for values_N in values_RN if len(runs) > 1 else ():
+        axes.plot(x_N, values_N, linewidth=0.6, alpha=0.5, **style)
 
 
 def _megabytes(runs: list[RunResult]) -> float:
-    return float(np.mean([run.metrics["megabytes_up"] + run.metrics["megabytes_down"] for run in runs]))
+    """Sums up what a round sends and receives; NaN, which nothing is drawn at, where that is no model."""
+    up, down = ([run.metrics.get(name, np.nan) for run in runs] for name in ("megabytes_up", "megabytes_down"))
+    return float(np.mean(np.add(up, down)))

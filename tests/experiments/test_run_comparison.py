@@ -9,11 +9,11 @@ import yaml
 
 from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import FailedRunsError, ImageExperiment, compare, make_trainer, method_names, parse_settings
-from hf_fedmoe.experiments.comparison import read_comparison
+from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.named_strategies import CENTRALISED
 from hf_fedmoe.experiments.run_comparison import plan_runs
-from hf_fedmoe.experiments.runs import execute, metric_names
+from hf_fedmoe.experiments.runs import execute
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
 from hf_fedmoe.reporting import read_client_table
@@ -107,7 +107,7 @@ def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeyp
         execute(run)
         scores[row] = json.loads((run.folder / "result.json").read_text())["metrics"]
         # What `columns` may name is what there will be.
-        assert set(scores[row]) == set(metric_names(run.method, run.parse()[0]))
+        assert set(scores[row]) == set(KINDS[run.kind].metrics(run.method, run.parse()[0]))
     # FedJETs trains its common expert first, on the only client that is the reserved set.
     rounds = {row: drawn[-1] for row, drawn in draws.items() if row not in CENTRALISED}
     assert all(drawn == rounds["fedavg"] for drawn in rounds.values())

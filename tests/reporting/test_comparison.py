@@ -1,6 +1,6 @@
 """Tables over seeds, by hand."""
 
-from hf_fedmoe.reporting import RunResult, comparison_table, write_comparison
+from hf_fedmoe.reporting import Metric, RunResult, comparison_table, write_comparison
 
 
 RESULTS = {
@@ -24,6 +24,26 @@ def test_means_spreads_parts_and_wins():
         "| FedAvg | 60.0 ± 14.1 | 1.50 ± 0.00 | 1 / 2 | 51.44 |",
         "| Fed-MoE | 65.0 ± 7.1 | 3.00 ± 0.00 |  |  |",
         "| — main expert | 40.0 ± 0.0 |  |  |  |",
+    ]
+
+
+def test_the_lower_one_wins_where_lower_is_better_and_units_are_a_metrics_own():
+    metrics = {
+        "bits_per_byte": Metric("bits per byte", 1, 3, lower_is_better=True),
+        "tokens_per_second": Metric("tokens a second", 1, 0),
+    }
+    rows = {
+        name: [
+            RunResult(seed, {"bits_per_byte": bits, "tokens_per_second": 1500.0}) for seed, bits in enumerate(found)
+        ]
+        for name, found in {"mixture": (2.5, 2.75), "fedavg": (2.625, 2.5)}.items()
+    }
+    table = comparison_table(rows, [*metrics], reference="mixture", metrics=metrics)
+    assert table.split("\n") == [
+        "| | bits per byte | tokens a second | mixture below, of seeds |",
+        "|---|---|---|---|",
+        "| mixture | 2.625 ± 0.177 | 1500 ± 0 |  |",
+        "| fedavg | 2.562 ± 0.088 | 1500 ± 0 | 1 / 2 |",
     ]
 
 

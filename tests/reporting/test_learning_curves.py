@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
-from hf_fedmoe.reporting import RunResult, plot_learning_curves
+from hf_fedmoe.reporting import Metric, RunResult, plot_learning_curves
 
 
 def runs(*curves):
@@ -37,6 +38,19 @@ def test_the_reference_is_in_every_panel_and_who_has_no_curve_in_none(axes):
     shown = [{text.get_text() for text in panel.get_legend().get_texts()} for panel in axes[0][:2]]
     assert shown == [{"best", "m0", "m1", "m2", "m3"}, {"best", "m4", "m5"}]
     assert {line.get_color() for line in axes[0][0].get_lines() if line.get_ydata()[0] == 90} == {"black"}
+
+
+def test_another_metric_has_its_own_unit_and_who_sends_no_model_no_curve_by_megabytes(axes):
+    bits = Metric("bits per byte", 1, 3, lower_is_better=True)
+    pooled = [RunResult(0, {}, [(1, 2.5)])]
+    plot_learning_curves({"FedAvg": runs([3.0, 2.75])}, "curves.png", metric=bits)
+    plot_learning_curves({"pooled": pooled}, "curves.png", metric=bits)
+    (by_round, by_megabytes), (_, without) = axes
+    assert by_round.get_ylabel() == "Validation bits per byte of the server's model"
+    assert np.allclose(by_round.get_lines()[0].get_ydata(), [3.0, 2.75])
+    assert by_round.get_legend()._loc == Legend.codes["upper right"]
+    assert np.allclose(by_megabytes.get_lines()[0].get_xdata(), [2, 4])
+    assert np.isnan(without.get_lines()[0].get_xdata()).all()
 
 
 def test_money_is_no_formula(tmp_path):
