@@ -7,16 +7,16 @@ import subprocess
 from pathlib import Path
 
 
-def make_certificates(folder: Path) -> dict[str, Path]:
-    """Writes a certificate authority and a certificate of 127.0.0.1 that it has signed; returns the server's files."""
+def make_certificates(folder: Path, address: str) -> dict[str, Path]:
+    """Writes an authority of certificates and one that it has signed, of an address; returns the server's files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.pem" for name in ("ca_certfile", "certfile", "keyfile")}
     authority, request = folder / "ca_key.pem", folder / "request.pem"
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp384r1", "-nodes"]
     _run("openssl", "req", "-x509", *key, "-keyout", authority, "-out", files["ca_certfile"], "-subj", "/CN=trial")
-    _run("openssl", "req", *key, "-keyout", files["keyfile"], "-out", request, "-subj", "/CN=127.0.0.1")
+    _run("openssl", "req", *key, "-keyout", files["keyfile"], "-out", request, "-subj", f"/CN={address}")
     names = folder / "names.txt"
-    names.write_text("subjectAltName = IP:127.0.0.1\n")
+    names.write_text(f"subjectAltName = IP:{address}\n")
     signer = ["-CA", files["ca_certfile"], "-CAkey", authority, "-CAcreateserial", "-extfile", names]
     _run("openssl", "x509", "-req", "-in", request, *signer, "-out", files["certfile"], "-days", "30")
     return files

@@ -1,5 +1,6 @@
 """Flower's processes: SuperLink with a run at the server, SuperNode at a client."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -100,6 +101,8 @@ LOOK_SECONDS = 3
 FORGOTTEN = -1000
 # What SuperNode says of a SuperLink that does not know its key.
 NOT_LET_IN = "Exit Code: 305"
+# Of Linux' prctl: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 # What the server's app leaves behind when it ends: how it ended.
 END_NAME = "_server_app.json"
 
@@ -131,11 +134,12 @@ def run_server(
         raise ValueError(f"`node_keys` names {missing[0]!r}, which is no file: give the nodes' public keys.")
     folder = Path(output_dir).resolve() / "_flower"  # which is not for the Hub
     end, log = Path(output_dir).resolve() / END_NAME, folder / "superlink.log"
-    end.unlink(missing_ok=True)
     environment = _environment(folder)
     app = write_app(folder, Path(federation).resolve(), f"{_reachable(host)}:{port}", certificates)
     command = ["flower-superlink", "--host", host, "--port", str(port), *_server_security(certificates)]
     command += ["--disable-runtime-dependency-installation", *(["--enable-supernode-auth"] if node_keys else [])]
+    _wait_for_the_last_one(_reachable(host), port, Path(output_dir).resolve())
+    end.unlink(missing_ok=True)
     try:
         with log.open("w") as output, _running(command, environment, output) as superlink:
             _wait_for_port(_reachable(host), port, superlink, log)
@@ -305,7 +309,12 @@ def _running(command: list[str], environment: dict[str, str], output: TextIO) ->
     if found is None:
         raise RuntimeError(f"{command[0]} is not there: pip install 'hf_fedmoe[flower]'.")
     process = subprocess.Popen(
-        [found, *command[1:]], env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        [found, *command[1:]],
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     try:
         yield process
@@ -316,6 +325,27 @@ def _running(command: list[str], environment: dict[str, str], output: TextIO) ->
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _end_with_parent() -> None:
+    """Has this process end when its parent does, which may be killed and then stops nothing (Linux only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_for_the_last_one(host: str, port: int, folder: Path) -> None:
+    """Waits until a server that was killed a moment ago has left its port and its folder."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            if _listens((host, port)):
+                raise RuntimeError(f"Something listens on {host}:{port} already: end it, or give another --port.")
+            FolderLock(folder).release()
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 def _reachable(host: str) -> str:

@@ -41,6 +41,8 @@ logger = logging.get_logger(__name__)
 ACCEPTED = "deployment.accepted_M"
 # As much longer than `max_update_norm` may an update come.
 ROUNDING = 1e-3
+# Of the link, until a node that could not answer is asked again.
+PAUSES = 10
 
 
 class MessageEngine(EachItsOwn):
@@ -156,7 +158,7 @@ class MessageEngine(EachItsOwn):
 
     def collect(self, asked: list[Asked], round_index: int, uploads: Rows, on_client: Callable[[int], None]) -> None:
         """Asks participants, and takes their uploads until all are there, or the time is up and there are enough."""
-        waiting, deadline, warned = deque(asked), time.monotonic() + self.round_timeout, False
+        waiting, deadline = deque(asked), time.monotonic() + self.round_timeout
         while waiting:
             # In the order of the draw, whoever was first: sums are rounded.
             while waiting and (waiting[0].answer is not None or waiting[0].reply.fault is not None):
@@ -170,12 +172,13 @@ class MessageEngine(EachItsOwn):
                     for each in missing:
                         self.give_up(each)
                     continue
-                if not warned:
-                    logger.warning(
-                        f"Round {round_index + 1} has {came} uploads after `round_timeout` = "
-                        f"{self.round_timeout:g} s, and waits for `min_clients` = {self.min_clients}."
-                    )
-                    warned = True
+                logger.warning(
+                    f"Round {round_index + 1} has {came} uploads after `round_timeout` = "
+                    f"{self.round_timeout:g} s, waits for `min_clients` = {self.min_clients}, and asks again."
+                )
+                deadline = time.monotonic() + self.round_timeout
+                for each in missing:  # its message may have been lost; whichever is answered first counts
+                    each.node = None
             if missing:
                 self.exchange(missing)
 
@@ -194,18 +197,32 @@ class MessageEngine(EachItsOwn):
         """Puts an answer where it belongs; one that nobody waits for, a second one say, belongs nowhere."""
         if self.roster.take(answer):
             return
-        asked = next((each for each in missing if each.message_id == answer.message_id and not each.answered), None)
+        asked = next((each for each in missing if answer.message_id in each.message_ids and not each.answered), None)
         if asked is None:
             return
+        if answer.packed is None:
+            self.ask_later(asked, answer)
+            return
         try:
-            if answer.packed is None:
-                raise MessageError(f"its node gives no answer: {answer.fault}")
             message = Message.unpack(answer.packed)
             if message.kind == "failed":
                 raise MessageError(str(message.facts.get("fault")))
             asked.answer, asked.answered = message, True
         except MessageError as error:
             asked.reply.fault = str(error)
+        self.forget(asked)
+
+    def ask_later(self, asked: Asked, answer: Answer) -> None:
+        """Has a participant asked again whose node was cut off, was killed, or whose message was lost."""
+        last = answer.message_id == asked.message_ids[-1]
+        asked.message_ids.remove(answer.message_id)
+        if not last:  # it has been asked again already
+            return
+        fault = f"its node gives no answer: {answer.fault}"
+        if asked.fault is None:
+            logger.warning(f"{self.name(asked)} is asked again, {fault}.")
+        asked.fault, asked.node = fault, None
+        asked.not_before = time.monotonic() + PAUSES * self.link.pause
 
     @property
     def link(self) -> Any:
@@ -215,23 +232,31 @@ class MessageEngine(EachItsOwn):
     def ask(self, asked: Asked) -> None:
         """Sends a participant its task, if its node is here and has not got it."""
         node = self.roster.node_of(asked.task.client)
-        if node is None or node == asked.node:
+        if node is None:
+            asked.node = (
+                None  # it has lost what it was asked if it was killed, whether or not it has another number then
+            )
+        if node is None or node == asked.node or time.monotonic() < asked.not_before:
             return
-        if asked.message_id is not None:
-            self.link.forget(asked.message_id)
         try:
-            asked.message_id = self.link.send(node, "train", self.message(asked).pack())
+            asked.message_ids.append(self.link.send(node, "train", self.message(asked).pack()))
             asked.node = node
         except ConnectionError as error:
             logger.warning(f"{self.name(asked)} cannot be asked: {error}.")
 
     def give_up(self, asked: Asked) -> None:
         """Goes on without a participant."""
-        if asked.message_id is not None:
-            self.link.forget(asked.message_id)
+        if asked.message_ids:
             asked.reply.fault = f"no answer in `round_timeout` = {self.round_timeout:g} s"
         else:
-            asked.reply.fault = "no node of this client is connected"
+            asked.reply.fault = asked.fault or "no node of this client is connected"
+        self.forget(asked)
+
+    def forget(self, asked: Asked) -> None:
+        """Waits for no further answers of a participant."""
+        for message_id in asked.message_ids:
+            self.link.forget(message_id)
+        asked.message_ids.clear()
 
     def name(self, asked: Asked) -> str:
         """Calls a participant in messages."""

@@ -1,6 +1,6 @@
 """An upload from the wire, read with suspicion: whoever sent it may have sent anything."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -36,7 +36,10 @@ class Asked:
         names (`frozenset[str]`): Tensors of the model that travel in this round.
         due (`dict[str, Tensor]`): Likes of what it sends beside its model.
         reply ([`~federation.participants.Reply`]): What is known of its answer.
-        message_id (`str`, *optional*), node (`int`, *optional*): Of the last message to it.
+        node (`int`, *optional*): Which has its task, as far as is known.
+        message_ids (`list[str]`, *optional*): Of the messages to it that may be answered, the last one last.
+        fault (`str`, *optional*): Why its node could not answer, if it could not.
+        not_before (`float`, *optional*, defaults to 0): Until when it is not asked again, by the monotonic clock.
         answer ([`Message`], *optional*): What it has answered, until that is read.
         answered (`bool`, *optional*, defaults to `False`): Whether there has been an answer.
     """
@@ -47,8 +50,10 @@ class Asked:
     names: frozenset[str]
     due: dict[str, Tensor]
     reply: Reply
-    message_id: str | None = None
     node: int | None = None
+    message_ids: list[str] = field(default_factory=list)
+    fault: str | None = None
+    not_before: float = 0.0
     answer: Message | None = None
     answered: bool = False
 

@@ -198,15 +198,93 @@ def test_bytes_that_are_no_message_are_refused(tmp_path):
     assert server.rounds[0].refused[0].startswith("8 bytes are no message: ")
 
 
-def test_an_answer_that_the_transport_cannot_bring_is_a_fault(tmp_path):
-    class Broken(MessageLink):
-        def receive(self):
-            return [
-                each if each.message_id != "4" else Answer(each.message_id, None, "the line is cut")
-                for each in super().receive()
-            ]
+class Broken(MessageLink):
+    """Cannot bring what nodes say of a message whose number is in `lines`."""
 
-    link = Broken(link_to(nodes_of(tmp_path, "fedavg")).answers)
-    server = start(tmp_path, link, "fedavg", min_clients=2, rounds=1, keep_client_optimizer=False)
+    lines: frozenset[str] = frozenset()
+
+    def receive(self):
+        return [
+            Answer(each.message_id, None, "the line is cut") if each.message_id in self.lines else each
+            for each in super().receive()
+        ]
+
+
+def broken(nodes, lines):
+    link = Broken(link_to(nodes).answers)
+    link.lines = frozenset(lines)
+    return link
+
+
+def test_one_whose_answer_the_transport_cannot_bring_is_asked_again(tmp_path, uninterrupted):
+    # Greetings are messages 1 to 3, the tasks of the first round 4 to 6.
+    link = broken(nodes_of(tmp_path, "fedavg_top_k", **KEEPS), {"5"})
+    server = start(tmp_path, link, min_clients=3)
     server.train()
-    assert list(server.rounds[0].refused.values()) == ["its node gives no answer: the line is cut"]
+    assert [report.refused for report in server.rounds] == [{}, {}, {}]
+    assert_equal_states(state(server.model), state(uninterrupted.model))
+
+
+def test_one_whose_answers_never_come_is_missing_when_the_time_is_up(tmp_path):
+    link = broken(nodes_of(tmp_path, "fedavg_top_k", **KEEPS), map(str, range(4, 10**5)))
+    link.pause = 0.01
+    for node in (100, 101):  # these two are heard all the same
+        link.answers[node] = unnumbered(link, link.answers[node])
+    server = start(tmp_path, link, min_clients=2, round_timeout=1.0, rounds=1)
+    server.train()
+    assert server.rounds[0].refused == {2: "its node gives no answer: the line is cut"}
+
+
+def unnumbered(link, answer):
+    def answered(packed):
+        link.lines -= {name for name, (_, waiting) in link.waiting.items() if waiting is packed}
+        return answer(packed)
+
+    return answered
+
+
+def test_a_round_that_has_too_few_uploads_asks_again_for_what_was_lost(tmp_path, uninterrupted):
+    link, lost = link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)), []
+
+    def lose(packed, answer):
+        (name,) = (name for name, (_, waiting) in link.waiting.items() if waiting is packed)
+        lost.append(link.waiting.pop(name)[0])  # on its way to the node, which knows nothing of it
+
+    for node in (101, 102):
+        plain = link.answers[node]
+        losing = in_train(1, lose)(plain)
+        link.answers[node] = lambda packed, node=node, losing=losing, plain=plain: (plain if node in lost else losing)(
+            packed
+        )
+    server = start(tmp_path, link, min_clients=3, round_timeout=0.3)
+    server.train()
+    assert lost == [101, 102] and [report.refused for report in server.rounds] == [{}, {}, {}]
+    assert_equal_states(state(server.model), state(uninterrupted.model))
+
+
+def test_one_that_comes_back_under_its_old_number_is_asked_again(tmp_path, uninterrupted):
+    # So Flower knows a node by its key.
+    link, away = link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)), []
+    plain = link.answers[101]
+
+    def die(packed, answer):
+        if not away:
+            away.append(link.answers.pop(101))
+            link.waiting = {name: each for name, each in link.waiting.items() if each[0] != 101}
+            return None
+        return plain(packed)
+
+    link.answers[101], looks = in_train(1, die)(plain), []
+
+    def nodes():
+        if away and 101 not in link.answers:
+            looks.append(None)
+            if len(looks) > 3:
+                link.answers[101] = plain
+        return set(link.answers)
+
+    link.nodes = nodes
+    server = start(tmp_path, link, min_clients=3)
+    server.train()
+    assert len(looks) > 3 and [report.refused for report in server.rounds] == [{}, {}, {}]
+    assert_equal_states(state(server.model), state(uninterrupted.model))

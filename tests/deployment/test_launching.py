@@ -1,15 +1,21 @@
 """The arguments and settings of Flower's processes; the processes themselves are tested by test_flower_link.py."""
 
 import ast
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hf_fedmoe.cli import main
 from hf_fedmoe.deployment import launching
+from hf_fedmoe.federation import FolderLock
 
 
 def test_the_app_is_two_files_of_which_a_node_imports_nothing_but_flower(tmp_path):
@@ -116,6 +122,42 @@ def test_commands_say_in_one_line_what_is_wrong(words, said, capsys, monkeypatch
         main(words)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_what_a_command_has_started_ends_when_the_command_is_killed(tmp_path):
+    script = f"""if True:
+        import os, signal, sys
+        from hf_fedmoe.deployment.launching import _running
+        with open({str(tmp_path / "log")!r}, "w") as log:
+            with _running(["sleep", "60"], {{"PATH": os.environ["PATH"]}}, log) as process:
+                print(process.pid, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    stat = Path("/proc", killed.stdout.strip(), "stat")
+    deadline = time.monotonic() + 10
+    while stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert killed.returncode == -signal.SIGKILL
+
+
+def test_a_port_and_a_folder_that_are_in_use_are_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(launching, "START_SECONDS", 0)
+    looks, naps = [True, False, False], []
+    monkeypatch.setattr(launching, "_listens", lambda address: looks.pop(0))
+    with pytest.raises(RuntimeError, match=r"Something listens on 127\.0\.0\.1:1 already: end it, or give another"):
+        launching._wait_for_the_last_one("127.0.0.1", 1, tmp_path)
+    lock = FolderLock(tmp_path)
+    with pytest.raises(RuntimeError, match="is in use by another run"):
+        launching._wait_for_the_last_one("127.0.0.1", 1, tmp_path)
+    monkeypatch.setattr(launching, "START_SECONDS", 60)
+    monkeypatch.setattr(launching, "time", SimpleNamespace(monotonic=time.monotonic, sleep=naps.append))
+    looks[:] = [True, False]
+    lock.release()
+    launching._wait_for_the_last_one("127.0.0.1", 1, tmp_path)
+    assert naps == [1] and looks == []
 
 
 def test_without_flower_the_command_says_what_to_install(monkeypatch):
