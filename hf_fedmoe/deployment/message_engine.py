@@ -233,9 +233,8 @@ class MessageEngine(EachItsOwn):
         """Sends a participant its task, if its node is here and has not got it."""
         node = self.roster.node_of(asked.task.client)
         if node is None:
-            asked.node = (
-                None  # it has lost what it was asked if it was killed, whether or not it has another number then
-            )
+            # If it was killed it has lost what it was asked, whether or not it comes back under the same number.
+            asked.node = None
         if node is None or node == asked.node or time.monotonic() < asked.not_before:
             return
         try:
