@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..data.counted import counted
 from ..federation import (
     AdaptiveNorm,
     Federation,
@@ -140,9 +141,10 @@ class PrivacyBudget(NoBudget):
         target = self.args.target_epsilon
         if target is None or self.epsilon(self.releases + 1) <= target:
             return True
+        spent = f"{counted(self.releases, 'private mean')}, epsilon {self.epsilon(self.releases):.4g}"
         logger.warning(
-            f"The run stops after {self.releases} private means, epsilon {self.epsilon(self.releases):.4g}: one more "
-            f"would exceed `target_epsilon` = {target:g} at `delta` = {self.args.delta:g}."
+            f"The run stops after {spent}: one more would exceed `target_epsilon` = {target:g} at `delta` = "
+            f"{self.args.delta:g}."
         )
         return False
 
