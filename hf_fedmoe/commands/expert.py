@@ -64,6 +64,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     announce_loading()
     with in_one_line(parser):
+        from ..data.counted import counted
         from ..experiments import read_words, training_arguments
         from ..owners import default_arguments, train_expert
 
@@ -84,7 +85,8 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, words: 
             args=default_arguments(options.out, **told),
         )
         print(
-            f"{options.out}: an expert of {facts.name}, {facts.tokens} tokens, {facts.steps} steps, loss {facts.loss}"
+            f"{options.out}: an expert of {facts.name}, {counted(facts.tokens, 'token')}, "
+            f"{counted(facts.steps, 'step')}, loss {facts.loss}"
         )
 
 

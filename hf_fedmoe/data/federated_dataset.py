@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset
 
 from .client_names import check_client_names, names_and_parts, place_of_name
 from .common_features import check_clients, check_dataset, one_table
+from .counted import counted
 from .division import Partition, divide
 from .fingerprint import partition_fingerprint
 from .label_distribution import MAX_TABLE_CLIENTS, clients_table, count_labels, plot_labels
@@ -455,12 +456,11 @@ class FederatedDataset:
         shown = [f"client {self.client_name(i)}" for i in range(min(self.num_clients, MAX_TABLE_CLIENTS))]
         table = clients_table(shown, self.label_counts(), self._labels_of_splits(), self.label_names)
         sizes = self.client_sizes
-        title = f"{self.num_clients} clients with {sizes.sum()} rows ({sizes.min()} to {sizes.max()} each), "
-        title += f"{self.num_labels} classes"
-        if self.client_test_indices:
-            title += f"; {sum(map(len, self.client_test_indices))} test rows of the clients' own"
-        if self.unseen_indices:
-            title += f"; {len(self.unseen_indices)} unseen clients"
+        title = f"{counted(self.num_clients, 'client')} with {counted(int(sizes.sum()), 'row')} "
+        title += f"({sizes.min()} to {sizes.max()} each), {self.num_labels} classes"
+        tests, unseen = sum(map(len, self.client_test_indices)), len(self.unseen_indices)
+        title += f"; {counted(tests, 'test row')} of the clients' own" if tests else ""
+        title += f"; {counted(unseen, 'unseen client')}" if unseen else ""
         return f"{title}\n{table}"
 
     def plot(self, path: str | os.PathLike) -> None:

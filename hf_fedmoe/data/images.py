@@ -16,6 +16,9 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 from transformers.image_utils import load_image
 
+from .counted import counted
+from .labels import name_some
+
 
 Augmentation = Callable[[Tensor], Tensor]
 
@@ -44,7 +47,7 @@ def decode_images(rows: Mapping[str, Sequence], image_processor: BaseImageProces
         [`ImageCollator`].
 
     Raises:
-        ValueError: When there is no such column, or names the row whose image cannot be decoded.
+        ValueError: When there is no such column, or names the images of the batch that cannot be decoded.
     """
     if "image" not in rows:
         raise ValueError(
@@ -63,7 +66,7 @@ def decode_images(rows: Mapping[str, Sequence], image_processor: BaseImageProces
         except StopIteration:
             break
         except Exception as error:
-            raise ValueError(_in_row(rows, row, error)) from error
+            raise ValueError(_in_row(rows, row, error) + _others(decode, rows, row)) from error
         pixels += math.prod(waiting[-1].size if isinstance(waiting[-1], Image.Image) else np.shape(waiting[-1]))
         if pixels >= PIXELS_AT_ONCE:
             decoded += _decode_all(decode, waiting, rows, len(decoded))
@@ -74,11 +77,17 @@ def decode_images(rows: Mapping[str, Sequence], image_processor: BaseImageProces
 def _one_by_one(rows: Mapping[str, Sequence]) -> Iterator[Any]:
     """The images of a batch of `map`, which by itself would decode all of them before it gives the first."""
     if isinstance(rows, LazyBatch) and "image" in rows.keys_to_format:
-        column = rows.pa_table.select(["image"])
-        for row in range(len(column)):
-            yield rows.formatter.format_column(column.slice(row, 1))[0]
+        for row in range(rows.pa_table.num_rows):
+            yield _image(rows, row)
     else:
         yield from rows["image"]
+
+
+def _image(rows: Mapping[str, Sequence], row: int) -> Any:
+    """One image of a batch of `map`, and of it alone."""
+    if isinstance(rows, LazyBatch) and "image" in rows.keys_to_format:
+        return rows.formatter.format_column(rows.pa_table.select(["image"]).slice(row, 1))[0]
+    return rows["image"][row]
 
 
 def _decode_all(decode: "_Decoder", images: list[Any], rows: Mapping[str, Sequence], start: int) -> list[bytes]:
@@ -93,21 +102,44 @@ def _decode_all(decode: "_Decoder", images: list[Any], rows: Mapping[str, Sequen
             try:
                 decoded += decode([image])
             except Exception as error:
-                raise ValueError(_in_row(rows, row, error)) from error
+                raise ValueError(_in_row(rows, row, error) + _others(decode, rows, row)) from error
         return decoded
 
 
 def _in_row(rows: Mapping[str, Sequence], row: int, error: Exception) -> str:
-    if isinstance(rows, LazyBatch):  # whose columns would be decoded whole
-        values = rows.pa_table.slice(row, 1).to_pylist()[0]
-        count = rows.pa_table.num_rows
-    else:
-        values, count = {name: rows[name][row] for name in rows}, len(rows["image"])
-    path = values["image"].get("path") if isinstance(values["image"], dict) else None
+    values, count = _values(rows, row), _count(rows)
+    path = _path(values)
     beside = "".join(f", `{name}` {str(v)[:80]!r}" for name, v in values.items() if isinstance(v, int | str))
     place = f"row {row} of this batch of `map` ({count} rows{beside})"
     begin = f"The image {path!r}, {place}," if path else f"`image` of {place}"
     return f"{begin} cannot be decoded: {str(error)[:300].rstrip('.')}. Mend the image, or leave it out."
+
+
+def _others(decode: "_Decoder", rows: Mapping[str, Sequence], first: int) -> str:
+    """Names those of a batch after the first that cannot be read either: copies that broke off leave many."""
+    faults = []
+    for row in range(first + 1, _count(rows)):
+        try:
+            decode([decode.read(_image(rows, row))])
+        except Exception:
+            faults.append(_path(_values(rows, row)) or f"row {row}")
+    if not faults:
+        return ""
+    return f" So it is with {counted(len(faults), 'more image')} of this batch: {name_some(faults)}."
+
+
+def _values(rows: Mapping[str, Sequence], row: int) -> dict[str, Any]:
+    if isinstance(rows, LazyBatch):  # whose columns would be decoded whole
+        return rows.pa_table.slice(row, 1).to_pylist()[0]
+    return {name: rows[name][row] for name in rows}
+
+
+def _count(rows: Mapping[str, Sequence]) -> int:
+    return rows.pa_table.num_rows if isinstance(rows, LazyBatch) else len(rows["image"])
+
+
+def _path(values: Mapping[str, Any]) -> str | None:
+    return values["image"].get("path") if isinstance(values["image"], dict) else None
 
 
 class _Decoder:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .counted import counted
+
 
 MAX_LEGEND_CLASSES = 20
 MAX_TABLE_CLASSES = 12
@@ -87,7 +89,7 @@ def clients_table(
     counts += [np.bincount(labels, minlength=len(label_names)) for labels in splits.values()]
     table = label_table([*shown, "all clients", *splits], np.stack(counts), label_names).splitlines()
     if len(shown) < len(counts_MC):
-        table.insert(1 + len(shown), f"... and {len(counts_MC) - len(shown)} more clients")
+        table.insert(1 + len(shown), f"... and {counted(len(counts_MC) - len(shown), 'more client')}")
     return "\n".join(table)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
 
+from .counted import counted
 from .labels import name_some
 from .own_labels import one_label_map
 from .own_paths import OwnPath, check_paths, named_paths
@@ -67,8 +68,8 @@ def _list(folder: OwnPath) -> list[tuple[str, Path]]:
             )
         if left_out := [path.name for path in files if path.suffix.lower() not in endings]:
             warnings.warn(
-                f"{len(left_out)} file{'s' if len(left_out) > 1 else ''} of {str(subfolder)!r} have the ending of no "
-                f"image that Pillow reads, and are left out: {name_some(left_out)}.",
+                f"{str(subfolder)!r} has {counted(len(left_out), 'file')} with the ending of no image that Pillow "
+                f"reads, left out: {name_some(left_out)}.",
                 stacklevel=5,
             )
         images += own

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import numpy as np
 from datasets import ClassLabel
 
+from .counted import counted
 from .labels import check_few_classes, name_some
 
 
@@ -117,7 +118,7 @@ def _warn_of_slips(counts: Mapping[str, Counter], total: Counter, column: str) -
         common = [other for other in total if total[other] >= RARER * count]
         for near in get_close_matches(name, common, n=1, cutoff=0.8):
             warnings.warn(
-                f"`{column}` is {name!r} in {count} row{'s' if count > 1 else ''} of {_where(counts, name)} and "
+                f"`{column}` is {name!r} in {counted(count, 'row')} of {_where(counts, name)} and "
                 f"nowhere else: is it {near!r}? Mend the file, or, if it is a class of its own, say so, "
                 f"classes={in_natural_order(total)}.",
                 stacklevel=5,

@@ -24,6 +24,8 @@ DATA_FOLDER_VARIABLE = "HF_FEDMOE_DATA"
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 # Splits of each; the class of a character of Shakespeare is yet to be made, see `next_character_windows`.
 SHIPPED = {"reviews": ("train", "test"), "shakespeare": ("train",)}
+# What needs neither a folder of data nor a network.
+WITH_PACKAGES = (*SHIPPED, "digits")
 # What `datasets` calls the first values of rows that have more than there are names.
 UNNAMED = "__index_level_0__"
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from ..data.counted import counted
 from ..federation import read_json, write_json
 from .link import Answer, Link
 from .messages import Message, MessageError
@@ -80,7 +81,7 @@ class Roster:
         while len(self.connected) < count:
             if len(self.connected) > told:
                 told = len(self.connected)
-                logger.warning(f"{told} of {count} nodes are connected, which the first round waits for.")
+                logger.warning(f"{told} of {counted(count, 'node')} connected; the first round waits.")
             self.welcome()
             for answer in self.link.receive():
                 self.take(answer)
@@ -135,7 +136,7 @@ class Roster:
         self.connected[client] = node
         self.starts[client] = start
         self.sizes_M[client] = size
-        logger.info(f"Node {node} is client {client}, with {size} examples.")
+        logger.info(f"Node {node} is client {client}, with {counted(size, 'example')}.")
 
     def _check(self, facts: dict[str, Any]) -> None:
         assert self.identity is not None  # or nobody was greeted

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from ..data.counted import counted
 from ..models import FedMoEForCausalLM
 from ..owners import default_arguments, load_base, merge_experts, new_adapter, pack, remove_owner, train_expert
 from ..reporting.markdown import table
@@ -147,7 +148,7 @@ def run_seed(experiment: OwnersRecipe, texts: Texts, seed: int) -> Scores:
             epsilon=experiment.epsilon or None,
             args=args,
         )
-        print(f"  {name}: {experiment.steps} steps, loss {facts.loss:.3f}", flush=True)
+        print(f"  {name}: {counted(experiment.steps, 'step')}, loss {facts.loss:.3f}", flush=True)
     public = folder / "texts" / f"{experiment.public}.parquet"
     experts = [folder / name for name in experiment.owners]
     mixture = merge_experts(base, experts, folder / "mixture", public, sequence_length=length)
@@ -157,11 +158,11 @@ def run_seed(experiment: OwnersRecipe, texts: Texts, seed: int) -> Scores:
     start = new_adapter(load_base(base)[0], rank, 2 * rank, seed=seed)
     args = experiment.arguments(folder / "fedavg", seed, steps // rounds, experiment.fedavg_learning_rate)
     fedavg = train_fedavg(start, packed, args, rounds, experiment.fedavg_fusion)
-    print(f"  FedAvg of LoRA ({experiment.fedavg_fusion}): {rounds} rounds", flush=True)
+    print(f"  FedAvg of LoRA ({experiment.fedavg_fusion}): {counted(rounds, 'round')}", flush=True)
     start = new_adapter(load_base(base)[0], rank, 2 * rank, seed=seed)
     args = experiment.arguments(folder / "pooled", seed, K * steps, experiment.pooled_learning_rate)
     pooled = train_pooled(start, packed, args)
-    print(f"  pooled training: {K * steps} steps", flush=True)
+    print(f"  pooled training: {counted(K * steps, 'step')}", flush=True)
 
     everything = mixture
     for name, control in zip(CONTROLS, (fedavg, pooled), strict=True):
@@ -312,7 +313,7 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
     check_writable(out, "output_dir")
     all_scores = []
     for seed in experiment.seeds:
-        print(f"\nseed {seed}: {len(experiment.owners)} owners on {experiment.base}", flush=True)
+        print(f"\nseed {seed}: {counted(len(experiment.owners), 'owner')} on {experiment.base}", flush=True)
         all_scores.append(run_seed(experiment, texts, seed))
         found = dict(zip(map(str, experiment.seeds), all_scores, strict=False))
         (out / "results.json").write_text(json.dumps(found, indent=2))  # of what there is, should a later one fail

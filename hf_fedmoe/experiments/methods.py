@@ -172,6 +172,7 @@ def train_or_go_on(trainer: FederatedTrainer) -> None:
     """Trains from the start, or from the last checkpoint of a run that was stopped in the same folder."""
     folder = trainer.args.output_dir
     assert folder is not None  # `TrainingArguments` have one by now
+    trainer.goes_on_by = "the same command"
     started = Path(folder).is_dir() and get_last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=started or None)
 

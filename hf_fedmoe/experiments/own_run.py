@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from ..data import FederatedDataset
+from ..data.counted import counted
 from ..reporting import plot_clients, plot_gate
 from ..training import FederatedTrainer, FedMoETrainingArguments
 from .folders import check_writable
@@ -47,8 +48,8 @@ class _Run:
         """Trains a method in a folder of its own, or goes on there: its trainer, metrics and seconds."""
         args = self.args
         print(
-            f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {self.data.num_clients} clients, "
-            f"learning rate {args.learning_rate:g}, seed {args.seed}",
+            f"\n{method}: {counted(args.rounds, 'round')} of {args.clients_per_round} of "
+            f"{counted(self.data.num_clients, 'client')}, learning rate {args.learning_rate:g}, seed {args.seed}",
             flush=True,
         )
         args.output_dir = str(self.folder / method)
@@ -81,7 +82,8 @@ def train_own(told: dict[str, Any], images: bool, method: str = "fedmoe", contro
     assert args.output_dir is not None  # `TrainingArguments` have one by now
     folder = Path(args.output_dir)
     check_writable(folder, "output_dir")
-    print(f"Reading {len(experiment.clients)} clients, and starting from {_shown(experiment.model_name)}", flush=True)
+    reading = counted(len(experiment.clients), "client")
+    print(f"Reading {reading}, and starting from {_shown(experiment.model_name)}", flush=True)
     processor = experiment.load_processor()
     data = experiment.read(args.seed)
     print(data.summary(), flush=True)

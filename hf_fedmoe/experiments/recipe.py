@@ -10,6 +10,7 @@ import datasets
 from accelerate import PartialState
 from transformers.utils import logging
 
+from ..data.counted import counted
 from ..reporting import plot_clients, plot_gate
 from ..training import FedMoETrainingArguments
 from .classifier_experiment import ClassifierExperiment
@@ -108,7 +109,8 @@ def _run(experiment_class: type[ClassifierExperiment], settings_file: Path, argv
     assert data.test is not None
     results, client_tables = {"majority_class": majority_scores(data)}, {}
     for method in experiment.compare:
-        say(f"\n{method}: {args.rounds} rounds of {args.clients_per_round} of {data.num_clients} clients")
+        clients = counted(data.num_clients, "client")
+        say(f"\n{method}: {counted(args.rounds, 'round')} of {args.clients_per_round} of {clients}")
         args.output_dir = str(output_dir / method)
         trainer = make_trainer(method, experiment, args, data, processor)
         try:

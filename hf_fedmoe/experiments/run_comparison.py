@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..data.sources import DATA_FOLDER_VARIABLE, WITH_PACKAGES
 from ..reporting import (
     ClientScore,
     Metric,
@@ -249,7 +250,10 @@ def compare(
     common, with_lora = common_settings(comparison, path.parent, size)
     common["with_lora"] = with_lora
     claim_folder(out, {"file": path.name, "kind": comparison.kind, "size": size}, common)
-    failed = run_all(runs, num_jobs)
+    try:
+        failed = run_all(runs, num_jobs)
+    except ValueError as error:
+        raise ValueError(f"{error}{_other_sizes(comparison, path.parent, str(error))}") from error
     results = {row: [result for run in row_runs if (result := run.result())] for row, row_runs in runs.items()}
     reference = comparison.reference if comparison.reference and results.get(comparison.reference) else None
     told = (comparison.columns, comparison.parts, reference, comparison.published, metrics)
@@ -273,6 +277,18 @@ def compare(
     if failed:
         raise FailedRunsError(table)
     return table
+
+
+def _other_sizes(comparison: Comparison, where: Path, problem: str) -> str:
+    """Names the sizes whose data come with packages, where a problem is that there is no folder of data."""
+    if f"{DATA_FOLDER_VARIABLE} is not set" not in problem:
+        return ""
+    needless = [
+        f"`--size {size}`"
+        for size in comparison.sizes
+        if {*WITH_PACKAGES}.intersection(common_settings(comparison, where, size)[0].get("dataset", ()))
+    ]
+    return f" Without data there is {' or '.join(needless)}, of what comes with packages." if needless else ""
 
 
 def _metrics_of(runs: dict[str, list[Run]]) -> dict[str, Metric]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import Pipeline, pipeline
 
+from ..data.counted import counted
 from ..data.images import is_deep
 from ..data.own_files import read_own_files, read_texts
 from ..data.own_folders import image_endings, read_own_folders
@@ -53,7 +54,7 @@ def evaluate_saved(model: str, files: Sequence[str], text_column: str = "text", 
     for name, rows in given.items():
         results[name] = _score(classify, rows, names)
         results[f"{name}, most frequent class"] = _most_frequent(rows, len(names))
-    return result_table(results, f"{sum(map(len, given.values()))} rows")
+    return result_table(results, counted(sum(map(len, given.values())), "row"))
 
 
 def predict_saved(model: str, file: str, text_column: str = "text", out: str | None = None) -> str:
@@ -92,7 +93,9 @@ def predict_saved(model: str, file: str, text_column: str = "text", out: str | N
         writer.writerow(["input", "label", "score"])
         writer.writerows([each, a["label"], f"{a['score']:.4f}"] for each, a in zip(inputs, answers, strict=True))
     counts = Counter(answer["label"] for answer in answers)
-    return f"{out}: {len(answers)} rows, " + ", ".join(f"{name}: {count}" for name, count in counts.most_common())
+    return f"{out}: {counted(len(answers), 'row')}, " + ", ".join(
+        f"{name}: {count}" for name, count in counts.most_common()
+    )
 
 
 def _images(path: Path) -> list[Any]:

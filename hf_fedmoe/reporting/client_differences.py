@@ -117,7 +117,8 @@ def diagnose(
         statistics_size (`int`, *optional*, defaults to 64): d, the features, at most.
 
     Raises:
-        ValueError: When there is one client, which differs from nobody, or the model cannot tell the classes.
+        ValueError: When there is one client, which differs from nobody, clients have too few rows, or the model cannot
+            tell the classes.
     """
     if data.num_clients < 2:
         raise ValueError(f"`data` has {data.num_clients} client, which differs from nobody: give two or more.")
@@ -128,6 +129,8 @@ def diagnose(
             f"`model` has {model.config.num_labels} classes, `data` has {data.num_labels}: load it with "
             f"num_labels={data.num_labels}."
         )
+    counts_MC = data.label_counts()
+    _check_enough_rows(counts_MC)
     taken = {*inspect.signature(model.forward).parameters, "label", "label_ids"}
     pool = labels_for_collators(data.pool, data.label_column)
     pool = pool.select_columns([name for name in pool.column_names if name in taken])
@@ -146,12 +149,22 @@ def diagnose(
     classes = count_MC.cpu(), sum_MCd.cpu(), together.within_covariance().cpu()
     shift_MM = shifts(*classes)
     groups, clearness = _clearest_groups(shift_MM, lambda count: groups_of(*classes, count).tolist())
-    counts_MC = data.label_counts()
     shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)
     skew = np.abs(shares_MC - counts_MC.sum(0) / counts_MC.sum()).sum(1).mean() / 2
     has_MC = (counts_MC > 0).astype(int)
     comparable = ((has_MC @ has_MC.T) > 0)[~np.eye(len(has_MC), dtype=bool)].mean()
     return ClientDifferences(float(skew), shift_MM.numpy(), groups, clearness, float(comparable))
+
+
+def _check_enough_rows(counts_MC: np.ndarray) -> None:
+    """Raises `ValueError` where nothing is known of how much a class varies, at a client or at all of them."""
+    if counts_MC.sum(1).max() > 1 and counts_MC.sum(0).max() > 1:
+        return
+    most = "no class has two rows" if counts_MC.sum(1).max() > 1 else "none has more than one"
+    raise ValueError(
+        f"The {len(counts_MC)} clients of `data` have too few rows, {counts_MC.sum()} together, and {most}: how much "
+        "rows of a class differ by chance is not known. Give each client 2 rows or more of each of its classes."
+    )
 
 
 def _batches(rows: Dataset, model: PreTrainedModel, collate: Callable) -> Iterator[dict[str, torch.Tensor]]:

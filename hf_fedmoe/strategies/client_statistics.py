@@ -145,7 +145,8 @@ def covariance_factor(covariance_dd: Tensor) -> Tensor:
     if not 0 < variance_d.max() < torch.inf:
         raise ValueError(
             f"Features of the model vary by {variance_d.max().item():.3g} within classes, so that nothing can be told "
-            "of them: take a model whose features depend on its input, and are finite."
+            "of them: take a model whose features depend on its input, and are finite, and clients that together have "
+            "two rows or more of a class."
         )
     return torch.linalg.cholesky(covariance_dd + (1e-3 * variance_d + 1e-9 * variance_d.max()).diag())
 

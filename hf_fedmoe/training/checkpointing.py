@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from ..data.counted import counted
 from ..federation import (
     ClientStore,
     FolderLock,
@@ -49,6 +50,8 @@ class Checkpointing(ModelColumns, SeveralProcesses):
 
     _lock: FolderLock | None = None
     _identity_of_run: dict[str, Any] | None = None
+    # By which a run that was stopped goes on; commands know a way of their own.
+    goes_on_by = "`train(resume_from_checkpoint=True)`"
     # The checkpoint that this run has written last, or gone on from.
     _newest_checkpoint: Path | None = None
 
@@ -281,13 +284,12 @@ class Checkpointing(ModelColumns, SeveralProcesses):
             return
         step, target = self.state.global_step, self._checkpoint_of(self.state.global_step)
         if self.args.save_strategy == "no" or self.args.save_only_model or step == 0:
-            logger.warning(f"SIGTERM ends the run after {step} rounds, without a checkpoint to go on from.")
+            logger.warning(f"SIGTERM ends the run after {counted(step, 'round')}, without a checkpoint to go on from.")
             return
         if self._newest_checkpoint is None or self._newest_checkpoint.resolve() != target.resolve():
             self._write_checkpoint(target)
         logger.warning(
-            f"SIGTERM ends the run after round {step}: {target.name} is written, `train(resume_from_checkpoint=True)` "
-            "goes on from there."
+            f"SIGTERM ends the run after round {step}: {target.name} is written, {self.goes_on_by} goes on from there."
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

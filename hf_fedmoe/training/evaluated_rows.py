@@ -11,6 +11,7 @@ from ..data import FederatedDataset
 from ..models.configuration_checks import class_names
 from .checks import check_best_metric
 from .columns import ModelColumns
+from .metrics import classification_metrics, first_logits, try_metrics
 from .readers import Part, Reader, scan_readers
 from .trainer_of_rounds import client_model_of
 
@@ -45,6 +46,20 @@ class EvaluatedRows(ModelColumns):
         """Tells as [`~transformers.Trainer`] does; raises `ValueError` for a metric that the caller's do not have."""
         check_best_metric(self.args, [name.removeprefix("eval_") for name in metrics], ())
         return super()._determine_best_metric(metrics, trial)
+
+    def _try_metrics(self) -> None:
+        """Raises `ValueError` for a caller's `compute_metrics` that fails on as many rows and classes as there are."""
+        args, compute = self.args, self.compute_metrics
+        # The scores that others get are not known before the model gives them.
+        plain = self.preprocess_logits_for_metrics is first_logits
+        if args.prediction_loss_only or args.batch_eval_metrics or args.include_for_metrics or not plain:
+            return
+        if compute is None or compute is classification_metrics:
+            return
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for rows in named.values():
+            if isinstance(rows, datasets.Dataset):
+                try_metrics(compute, len(class_names(self.model.config)), len(rows))
 
     def _fault(self, dataset: datasets.Dataset) -> str | None:
         """Says what is wrong with the rows, `None` if nothing is known to be."""

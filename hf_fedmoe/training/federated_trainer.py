@@ -59,7 +59,7 @@ from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
 from .known_rows import trial_on_known_rows
 from .label_names import settle_label_names
-from .metrics import OF_CLASSES, OF_EVALUATION, classification_metrics
+from .metrics import OF_CLASSES, OF_EVALUATION, classification_metrics, first_logits
 from .precision import train_in_float32
 from .privacy_budget import NoBudget, make_budget
 from .progress import Watch, one_line_a_round, without_bars_of_files
@@ -94,8 +94,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             For `evaluate`; `train_dataset.validation` if left out.
         data_collator, processing_class, compute_metrics, callbacks, preprocess_logits_for_metrics (*optional*):
             As in [`~transformers.Trainer`]. `compute_metrics` defaults to accuracy, macro-F1 and AUC, of classes;
-            [`~training.evaluate_metrics`] makes one of metrics of `evaluate`. With an image processor
-            `data_collator` defaults to [`~data.ImageCollator`].
+            [`~training.evaluate_metrics`] makes one of metrics of `evaluate`. Yours is tried once on made-up scores
+            before the first round. With an image processor `data_collator` defaults to [`~data.ImageCollator`].
         peft_config (`peft.PeftConfig`, *optional*):
             Puts an adapter into `model`, as TRL's trainers do. A mixture takes it when it is built.
         compute_loss_func, optimizer_cls_and_kwargs (*optional*):
@@ -166,7 +166,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics or _first_logits,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics or first_logits,
             compute_loss_func=compute_loss_func,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
@@ -193,6 +193,8 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             of_classes = () if self.compute_metrics is None or self.args.prediction_loss_only else OF_CLASSES
             named = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
             check_best_metric(self.args, [*OF_EVALUATION, *of_classes], named)
+        if self.federated_dataset.has_classes:
+            self._try_metrics()
         logger.info(self._where_clients_are)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -480,8 +482,3 @@ def _only_one(name: str, value: str | list[str] | None) -> str | None:
     if len(value) > 1:
         raise ValueError(f"`{name}` is {value!r}: a card is that of one data set, give one.")
     return value[0] if value else None
-
-
-def _first_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Picks the logits, all that is gathered of outputs: those of gate and experts would fill memory for nothing."""
-    return logits[0] if isinstance(logits, tuple) else logits

@@ -5,7 +5,7 @@ Shape suffixes: B rows, C classes.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import sklearn.metrics
 from huggingface_hub import is_offline_mode
@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@runtime_checkable
 class Metric(Protocol):
     """The part of an `evaluate.EvaluationModule` that is used here."""
 
@@ -112,7 +113,8 @@ def evaluate_metrics(
         settings (`dict[str, Any]`, *optional*): By name, what goes to a metric's `compute`: `f1={"average": "micro"}`.
 
     Raises:
-        ValueError: When a metric cannot be reached, cannot be computed of classes, or `settings` name another one.
+        ValueError: When something is no metric, a metric cannot be reached or cannot be computed of classes, or
+            `settings` name another one.
 
     Example:
 
@@ -122,6 +124,12 @@ def evaluate_metrics(
     """
     import evaluate
 
+    for given in metrics:
+        if not isinstance(given, str | Metric):
+            raise ValueError(
+                f"`metrics` has {given!r}, a {type(given).__name__}: give names one by one, "
+                '`evaluate_metrics("accuracy", "f1")`, or what `evaluate.load` returns.'
+            )
     loaded = [load_metric(each) if isinstance(each, str) else each for each in metrics]
     if not loaded:
         raise ValueError('There is no metric: name one, for instance `evaluate_metrics("accuracy")`.')
@@ -131,6 +139,11 @@ def evaluate_metrics(
     for name in settings:
         if name not in names:
             raise ValueError(f"There are settings for {name!r}, and the metrics are {', '.join(names)}.")
+        if not isinstance(settings[name], dict):
+            raise ValueError(
+                f"`{name}` is {settings[name]!r}: give the settings of that metric by name, for example "
+                f'`{name}={{"average": "macro"}}`.'
+            )
     with_settings = [
         MetricWithSettings(each, SETTINGS.get(each.name, {}) | settings.get(each.name, {})) for each in loaded
     ]

@@ -1,7 +1,7 @@
 """The accounting of a private run: its noise, what is spent, when it stops, and what may be told of it."""
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from logging import LogRecord, getLogger
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..data.counted import counted
 from ..federation import (
     AdaptiveNorm,
     Federation,
@@ -33,6 +34,8 @@ logger = logging.get_logger(__name__)
 SPENT = "privacy.spent"
 # In `output_dir`: the same, written before each release. The underscore keeps it from the Hub.
 SPENT_FILE = "_privacy_spent.json"
+# The width of the steps into which losses are rounded up: dp-accounting's own default.
+PLD_INTERVAL = 1e-4
 # Logged numbers of clients that have no noise.
 NOT_TOLD = (
     *("loss", "train_loss", "train_samples_per_second", "bytes_up", "bytes_down", "refused_clients"),
@@ -80,7 +83,8 @@ class PrivacyBudget(NoBudget):
         self.args, self.num_clients = args, num_clients
         self.noise_multiplier = args.noise_multiplier
         self.server: Server | None = None
-        self.epsilon = cache(self._epsilon)
+        # At little noise an answer takes a minute, and rounds, logs and the card ask the same.
+        self._epsilon_once, self._loss_once = cache(self._epsilon), lru_cache(maxsize=1)(self._loss_of_one)
         if self.noise_multiplier != 0:
             dp_accounting()  # here, not after hours of training
 
@@ -98,7 +102,6 @@ class PrivacyBudget(NoBudget):
         elif self.noise_multiplier is None:
             self.noise_multiplier = self.find_noise()
         assert self.noise_multiplier is not None and args.clipping_norm is not None  # the arguments are checked
-        self.epsilon.cache_clear()
         clipping = FixedNorm(args.clipping_norm)
         if args.clipping_quantile is not None:
             check_noise_of_count(self.noise_multiplier, args.clients_per_round)
@@ -138,9 +141,10 @@ class PrivacyBudget(NoBudget):
         target = self.args.target_epsilon
         if target is None or self.epsilon(self.releases + 1) <= target:
             return True
+        spent = f"{counted(self.releases, 'private mean')}, epsilon {self.epsilon(self.releases):.4g}"
         logger.warning(
-            f"The run stops after {self.releases} private means, epsilon {self.epsilon(self.releases):.4g}: one more "
-            f"would exceed `target_epsilon` = {target:g} at `delta` = {self.args.delta:g}."
+            f"The run stops after {spent}: one more would exceed `target_epsilon` = {target:g} at `delta` = "
+            f"{self.args.delta:g}."
         )
         return False
 
@@ -194,22 +198,38 @@ class PrivacyBudget(NoBudget):
             )
         )
 
-    def _epsilon(self, releases: int) -> float:
-        """Returns the epsilon of so many private means."""
+    def epsilon(self, releases: int) -> float:
+        """Returns the epsilon of so many private means; computes each once."""
         if not self.noise_multiplier:
             return math.inf
-        if releases == 0:
-            return 0.0
-        accountant = self._accountant(self.args.privacy_accountant).compose(
-            self._event(self.noise_multiplier), releases
+        return self._epsilon_once(self.noise_multiplier, releases) if releases else 0.0
+
+    def _epsilon(self, noise_multiplier: float, releases: int) -> float:
+        delta = self.args.delta
+        if self.args.privacy_accountant == "pld":
+            # As its accountant composes, which would find the loss of one mean anew each time.
+            none, one = self._loss_once(noise_multiplier)
+            return float(none.compose(one.self_compose(releases)).get_epsilon_for_delta(delta))
+        accountant = self._accountant("rdp").compose(self._event(noise_multiplier), releases)
+        return float(accountant.get_epsilon(delta))
+
+    def _loss_of_one(self, noise_multiplier: float) -> tuple[Any, Any]:
+        """Returns the privacy loss distributions of no mean, and of one of clients drawn by the Poisson scheme."""
+        losses = import_module("dp_accounting.pld.privacy_loss_distribution")
+        rate = self.args.clients_per_round / self.num_clients
+        of_one = losses.from_gaussian_mechanism(
+            noise_multiplier,
+            value_discretization_interval=PLD_INTERVAL,
+            sampling_prob=rate,
+            neighboring_relation=dp_accounting().NeighboringRelation.ADD_OR_REMOVE_ONE,
         )
-        return float(accountant.get_epsilon(self.args.delta))
+        return losses.identity(value_discretization_interval=PLD_INTERVAL), of_one
 
     def _accountant(self, name: str) -> Any:
         relations = dp_accounting().NeighboringRelation
         relation = relations.ADD_OR_REMOVE_ONE if self.args.client_choice == "poisson" else relations.REPLACE_ONE
         if name == "pld":
-            return import_module("dp_accounting.pld").PLDAccountant(neighboring_relation=relation)
+            return import_module("dp_accounting.pld").PLDAccountant(relation, PLD_INTERVAL)
         return import_module("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
 
     def _event(self, noise_multiplier: float) -> Any:

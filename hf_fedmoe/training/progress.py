@@ -17,6 +17,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from ..data.counted import counted
 from ..federation import RoundReport
 
 
@@ -245,7 +246,7 @@ def score_parts(prefix: str, logs: dict[str, Any], chosen: Collection[str]) -> l
 
 def last_line(rounds: int, logs: dict[str, Any]) -> str:
     """The end of a run in a line."""
-    parts = [f"{rounds} rounds", f"{logs['train_runtime']:.1f} s"]
+    parts = [counted(rounds, "round"), f"{logs['train_runtime']:.1f} s"]
     if logs.get("train_samples_per_second") == 0:
         return "  ".join([*parts, "no round was left to train"])
     if "train_loss" in logs:  # a private run tells neither

@@ -160,6 +160,10 @@ def test_a_damaged_file_is_named():
     decode = partial(decode_images, image_processor=PROCESSORS["ViT"]())
     with pytest.raises(ValueError, match=r"^The image 'scans/cut.png', row 1 of .*`label` '1'\), cannot be decoded"):
         rows.map(decode, batched=True)
+    whole, cut = ({"bytes": content, "path": None} for content in (sound, sound[:60]))
+    more = image_rows([cut | {"path": "scans/cut.png"}, whole, cut, cut | {"path": "b.png"}])
+    with pytest.raises(ValueError, match=r"'scans/cut.png', row 0 of .* with 2 more images .*: row 2, b.png\.$"):
+        more.map(decode, batched=True)
     with pytest.raises(ValueError, match="give `map` the argument `batched=True`"):
         rows.select([0]).map(decode)
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import os
+import signal
 
 import pytest
 import yaml
@@ -117,7 +119,7 @@ def test_every_method_runs_from_equal_weights_on_equal_clients(tmp_path, monkeyp
     assert scores["local"]["megabytes_up"] == 0 < scores["fedavg"]["megabytes_up"] < scores["fedem"]["megabytes_up"]
 
 
-def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, warm_processes):
+def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, caplog, warm_processes):
     path, out = written(tmp_path, seeds=[0, 1]), tmp_path / "out"
     whole = compare(path, tmp_path / "whole", num_jobs=2)
     (first, second) = runs_of(path, out)["fedavg"]
@@ -135,10 +137,34 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, wa
         execute(second)
     monkeypatch.undo()
     assert (second.folder / "checkpoint-1").is_dir()
+
+    def terminated(self, round_index, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run_round(self, round_index, *args)
+
+    # As `hf-fedmoe compare` ends its processes: nobody who gave a command calls `train`.
+    monkeypatch.setattr(Federation, "run_round", terminated)
+    with pytest.raises(SystemExit), caplog.at_level("WARNING"):
+        execute(second)
+    monkeypatch.undo()
+    assert "checkpoint-1 is written, the same command goes on from there" in caplog.text
+    assert "resume_from_checkpoint" not in caplog.text
     assert compare(path, out) == whole
     assert (first.folder / "result.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="a finished run with another rounds: choose another `--out`"):
         compare(path, out, overrides={"rounds": 3})
+
+
+def test_a_size_that_needs_no_data_is_named(tmp_path, monkeypatch, warm_processes):
+    monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
+    sizes = {"small": {"dataset": ["unipen"]}, "paper": {"dataset": ["nobody/femnist"]}, "tiny": {}}
+    path = written(tmp_path, sizes=sizes)
+    with pytest.raises(ValueError, match=r"No dataset 'unipen'.* Without data there is `--size tiny`, of what comes"):
+        compare(path, tmp_path / "out")
+    path = written(tmp_path, sizes={"small": sizes["small"]})
+    with pytest.raises(ValueError, match=r"No dataset 'unipen'") as told:
+        compare(path, tmp_path / "out")
+    assert "Without data" not in str(told.value)
 
 
 def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path, warm_processes):

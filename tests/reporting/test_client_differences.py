@@ -69,6 +69,27 @@ def test_features_that_do_not_vary_are_refused():
         diagnose(federation_of_groups(), model, lambda rows: with_padding(list(rows)))
 
 
+@pytest.mark.parametrize(
+    ("clients", "message"),
+    [
+        (
+            lambda first: [[row] for row in first],
+            "The 3 clients of `data` have too few rows, 3 together, and none",
+        ),
+        (
+            lambda first: [first[:2], first[2:]],
+            "The 2 clients .*, 3 together, and no class has two rows: .* 2 rows",
+        ),
+        (lambda first: [[row] for row in range(6)], "The 6 clients .*, 6 together, and none has more than one"),
+    ],
+)
+def test_clients_of_too_few_rows_are_told_so(clients, message):
+    rows = tiny_rows(60)
+    first = np.unique(rows["label"], return_index=True)[1].tolist()
+    with pytest.raises(ValueError, match=message):
+        of(FederatedDataset(rows, clients(first)))
+
+
 def test_of_few_clients_no_groups_can_be_told():
     found = of(FederatedDataset(tiny_rows(60), iid(60, 3)))
     assert found.num_groups == 1 and "cannot be told of fewer than 4 clients" in found.advice

@@ -100,6 +100,9 @@ def test_the_environment_keeps_the_hub_from_being_asked(monkeypatch):
         (("accuracy",), {"f1": {}}, "There are settings for 'f1', and the metrics are accuracy."),
         (("f1",), {"f1": {"averge": "macro"}}, "The metric 'f1' cannot be computed .* 'averge'"),
         ((), {}, "There is no metric: name one"),
+        ((3,), {}, r"`metrics` has 3, a int: give names one by one, `evaluate_metrics\(\"accuracy\", \"f1\"\)`"),
+        ((["accuracy"],), {}, r"`metrics` has \['accuracy'\], a list: give names one by one"),
+        (("f1",), {"f1": "micro"}, "`f1` is 'micro': give the settings of that metric by name"),
         (("f1",), {"f1": {"average": None}}, "The metric 'f1' cannot be computed .*'average': None"),
         (("accuracy", "accuracy"), {}, "The metric 'accuracy' is there 2 times: name each once"),
     ],
@@ -107,6 +110,34 @@ def test_the_environment_keeps_the_hub_from_being_asked(monkeypatch):
 def test_wrong_metrics_are_refused_before_training(metrics, settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate_metrics(*metrics, **settings)
+
+
+def test_metrics_of_fewer_classes_are_refused_before_training(tmp_path):
+    data = tiny_federation()
+
+    def train(compute_metrics, **changes):
+        run = FederatedTrainer(
+            tiny_expert(), tiny_args(tmp_path, **{"rounds": 1, **changes}), data, compute_metrics=compute_metrics
+        )
+        try:
+            run.train()
+        finally:
+            assert run.rounds == [] or compute_metrics is fits
+        return run
+
+    with pytest.raises(ValueError, match=r"`compute_metrics` fails on .* 3 classes, .*average='binary'.* Mend it"):
+        train(evaluate_metrics("f1", f1={"average": "binary"}))
+    with pytest.raises(ValueError, match=r"`compute_metrics` returns 0.5 of .*: return a `dict`"):
+        train(lambda prediction: 0.5)
+    seen = []
+
+    def fits(prediction):
+        assert len(prediction.label_ids) == len(data.validation)  # one that knows its rows
+        seen.append(set(prediction.label_ids.tolist()))
+        return {"mine": 1.0}
+
+    assert train(fits, eval_strategy="steps").state.log_history[-1]["train_loss"] > 0
+    assert len(seen) == 2 and seen[0] == {0, 1, 2}
 
 
 def test_metrics_of_the_docs(newcomer):  # noqa: F811

@@ -90,6 +90,34 @@ def test_the_noise_is_the_least_for_the_target(accountant, tmp_path):
     assert budget(tmp_path, noise_multiplier=z - 0.01, **kind).epsilon(20) > 2.0
 
 
+def test_no_question_is_computed_twice(tmp_path, monkeypatch):
+    from dp_accounting.pld import privacy_loss_distribution as losses
+
+    calls = []
+
+    def count(owner, name):
+        computed = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls.append((name, args[-1]))
+            return computed(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(losses, "from_gaussian_mechanism")
+    count(losses.PrivacyLossDistribution, "self_compose")
+    run = trainer(tmp_path, rounds=2, privacy_accountant="pld", noise_source="system", target_epsilon=100.0)
+    run.train()
+    run.create_model_card()
+    run.train()  # counts on
+    composed = [("self_compose", releases) for releases in (1, 2, 3, 4)]
+    assert calls == [("from_gaussian_mechanism", 1.0), *composed]
+    found = [entry["epsilon"] for entry in run.state.log_history if "epsilon" in entry]
+    monkeypatch.undo()
+    drawn = dp.PoissonSampledDpEvent(run.args.clients_per_round / 4, dp.GaussianDpEvent(1.0))
+    assert found[-1] == dp.pld.PLDAccountant().compose(drawn, 4).get_epsilon(1e-2)
+
+
 def test_without_noise_there_is_no_epsilon(tmp_path):
     found = budget(tmp_path, noise_multiplier=0.0, delta=None)
     assert found.epsilon(1) == math.inf and found.spent() == {} and found.facts() is None
