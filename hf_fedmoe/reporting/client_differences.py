@@ -73,7 +73,8 @@ class ClientDifferences:
         if self.num_groups > 1:
             return (
                 f"Classes look different in {self.num_groups} groups of clients: no single compact model serves all. "
-                f"Compare `fedmoe_groups` with {self.num_groups} routed experts; `ifca` and `fedavg_plus` are its controls."
+                f"Compare `fedmoe_groups` with {self.num_groups} routed experts; its controls are `ifca` and "
+                "`fedavg_plus`."
             )
         if self.comparable < COMPARABLE:
             return (

@@ -300,7 +300,7 @@ def test_a_message_of_impossible_shapes_is_none():
 
 def test_who_sends_a_message_does_not_write_the_log(deployment):
     engine, asked, _ = deployment
-    asked.reply, asked.message_id, asked.answered = Reply(), "1", False
+    asked.reply, asked.message_ids, asked.answered = Reply(), ["1"], False
     fault = "no memory\n\x1b[2KRound 9 goes on\u202e \ud800 " + "x" * 10_000
     engine.take(Answer("1", Message("failed", {"fault": fault}).pack()), [asked])
     told = asked.reply.fault
