@@ -1,5 +1,6 @@
 """Flower as a link: messages go by its Message API, from a `Grid` to SuperNodes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
@@ -11,27 +12,35 @@ from .link import Answer
 
 logger = logging.get_logger(__name__)
 
-# Our message in one of Flower's: the bytes of a file of safetensors, which Flower sends in chunks and never reads.
-RECORD = ENTRY = "hf_fedmoe"
+# Our message in one of Flower's: the bytes of a file of safetensors, which Flower never reads, in pieces by their
+# numbers. Flower puts an array together from its chunks in two more copies of it: no array is long.
+RECORD = "hf_fedmoe"
+PIECE_BYTES = 20 * 2**20
 SERIALISATION = "safetensors"
 TYPES = {"hello": MessageType.QUERY, "train": MessageType.TRAIN}
 
 
 def to_record(packed: bytes) -> RecordDict:
-    """Puts bytes into a record of Flower's."""
-    array = Array(dtype="uint8", shape=(len(packed),), stype=SERIALISATION, data=packed)
-    return RecordDict({RECORD: ArrayRecord({ENTRY: array})})
+    """Puts bytes into a record of Flower's, in pieces."""
+    pieces = ArrayRecord()
+    for place, start in enumerate(range(0, len(packed), PIECE_BYTES)):
+        data = packed[start : start + PIECE_BYTES]
+        pieces[str(place)] = Array(dtype="uint8", shape=(len(data),), stype=SERIALISATION, data=data)
+    return RecordDict({RECORD: pieces})
 
 
 def from_record(record: RecordDict) -> bytes:
     """Takes bytes out of a record of Flower's; raises `ValueError` if it is none of ours."""
-    try:
-        array = record.array_records[RECORD][ENTRY]
-    except KeyError:
-        raise ValueError("the record holds no message of hf_fedmoe") from None
-    if array.stype != SERIALISATION:
-        raise ValueError(f"the record holds an array as {array.stype!r}, where {SERIALISATION!r} is due")
-    return array.data
+    # Not by `record.array_records`: its view makes a cycle, which keeps the bytes until garbage is collected.
+    found = record.get(RECORD)
+    names = [str(place) for place in range(len(found or ()))]
+    if not isinstance(found, ArrayRecord) or found.keys() != set(names):
+        raise ValueError("the record holds no message of hf_fedmoe")
+    pieces = [found[name] for name in names]
+    for piece in pieces:
+        if piece.stype != SERIALISATION:
+            raise ValueError(f"the record holds an array as {piece.stype!r}, where {SERIALISATION!r} is due")
+    return b"".join(piece.data for piece in pieces)
 
 
 class FlowerLink:
@@ -46,7 +55,7 @@ class FlowerLink:
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self._waiting: set[str] = set()
+        self._waiting: dict[str, None] = {}  # in the order in which they were sent
 
     def nodes(self) -> set[int]:
         """Returns the SuperNodes that SuperLink calls online."""
@@ -54,28 +63,36 @@ class FlowerLink:
 
     def send(self, node: int, kind: str, packed: bytes) -> str:
         """Hands a message to SuperLink; raises `ConnectionError` if that does not take it."""
-        message = Message(to_record(packed), dst_node_id=node, message_type=TYPES[kind])
+        record = to_record(packed)
+        del packed  # Flower makes another copy on its way
+        message = Message(record, dst_node_id=node, message_type=TYPES[kind])
         ids: list[Any] = list(self.grid.push_messages([message]))
         if not ids or not ids[0]:
             raise ConnectionError("SuperLink does not take the message")
-        self._waiting.add(ids[0])
+        self._waiting[ids[0]] = None
         return str(ids[0])
 
-    def receive(self) -> list[Answer]:
-        """Returns the answers that SuperLink has."""
-        if not self._waiting:
-            return []
-        came = []
-        for reply in self.grid.pull_messages(sorted(self._waiting)):
-            message_id = reply.metadata.reply_to_message_id
-            if message_id in self._waiting:
-                self._waiting.discard(message_id)
-                came.append(_answer(message_id, reply))
+    def receive(self) -> Iterator[Answer]:
+        """
+        Gives the answers that SuperLink has, in the order of the messages. Each is pulled when the one before has been
+        dealt with: Flower needs four times the memory of an answer while it puts its chunks together.
+        """
+        for message_id in list(self._waiting):
+            if message_id in self._waiting:  # it may have been forgotten meanwhile
+                came = self._pull(message_id)
+                while came:
+                    yield came.pop()  # which nothing here holds any more
+
+    def _pull(self, message_id: str) -> list[Answer]:
+        """Returns the answer to a message if it has come. Nothing of Flower's that holds its bytes is left behind."""
+        came = [_answer(message_id, reply) for reply in self.grid.pull_messages([message_id])]
+        if came:
+            self.forget(message_id)
         return came
 
     def forget(self, message_id: str) -> None:
         """Leaves the answers to a message where they are."""
-        self._waiting.discard(message_id)
+        self._waiting.pop(message_id, None)
 
 
 def _answer(message_id: str, reply: Message) -> Answer:

@@ -1,5 +1,6 @@
 """The interface of a transport, which is all that the engine of messages knows of it."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 
@@ -33,8 +34,8 @@ class Link(Protocol):
         node is gone.
         """
 
-    def receive(self) -> list[Answer]:
-        """Returns the answers that have come since the last call, without waiting for any."""
+    def receive(self) -> Iterable[Answer]:
+        """Gives the answers that have come since the last call, one by one, without waiting for any."""
 
     def forget(self, message_id: str) -> None:
         """Answers to a message are not waited for any more."""

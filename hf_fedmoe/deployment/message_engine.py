@@ -160,11 +160,7 @@ class MessageEngine(EachItsOwn):
         """Asks participants, and takes their uploads until all are there, or the time is up and there are enough."""
         waiting, deadline = deque(asked), time.monotonic() + self.round_timeout
         while waiting:
-            # In the order of the draw, whoever was first: sums are rounded.
-            while waiting and (waiting[0].answer is not None or waiting[0].reply.fault is not None):
-                each = waiting.popleft()
-                self.receive(each, uploads)
-                on_client(each.task.client)
+            self.read(waiting, uploads, on_client)
             missing = [each for each in waiting if each.answer is None and each.reply.fault is None]
             if missing and time.monotonic() > deadline:
                 came = sum(each.answered for each in asked)
@@ -179,19 +175,28 @@ class MessageEngine(EachItsOwn):
                 deadline = time.monotonic() + self.round_timeout
                 for each in missing:  # its message may have been lost; whichever is answered first counts
                     each.node = None
-            if missing:
-                self.exchange(missing)
+            if missing and not self.exchange(missing, lambda: self.read(waiting, uploads, on_client)):
+                time.sleep(self.link.pause)
 
-    def exchange(self, missing: list[Asked]) -> None:
-        """Asks those whose nodes are here, and takes the answers that have come."""
+    def read(self, waiting: deque[Asked], uploads: Rows, on_client: Callable[[int], None]) -> None:
+        """Reads the uploads that have come, in the order of the draw, whoever was first: sums are rounded."""
+        while waiting and (waiting[0].answer is not None or waiting[0].reply.fault is not None):
+            each = waiting.popleft()
+            self.receive(each, uploads)
+            on_client(each.task.client)
+
+    def exchange(self, missing: list[Asked], read: Callable[[], None]) -> int:
+        """Asks those whose nodes are here, and takes the answers that have come; returns how many."""
         self.roster.welcome()
         for each in missing:
             self.ask(each)
-        came = self.link.receive()
-        for answer in came:
+        came = 0
+        for answer in self.link.receive():
+            came += 1
             self.take(answer, missing)
-        if not came:
-            time.sleep(self.link.pause)
+            del answer  # with its bytes, before the next one comes
+            read()
+        return came
 
     def take(self, answer: Answer, missing: list[Asked]) -> None:
         """Puts an answer where it belongs; one that nobody waits for, a second one say, belongs nowhere."""

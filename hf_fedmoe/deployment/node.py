@@ -106,6 +106,7 @@ class TrainedClient:
         client, round_index, rank = int(facts["client"]), int(facts["round"]), facts["rank"]
         self.trainer.state.global_step = round_index  # of schedules that span the rounds
         task = self.task(message, self.store.get(client, int(facts["accepted"]), int(facts["oldest"])))
+        message.tensors.clear()  # the task has copies, and training needs the memory
         due = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             for name, (dtype, shape) in facts["due"].items()

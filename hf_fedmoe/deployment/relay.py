@@ -36,7 +36,9 @@ def _answer(node: Node, connection: Connection) -> bool:
     if packed == STOP:
         return False
     try:
-        answer = node.answer(Message.unpack(packed))
+        message = Message.unpack(packed)
+        del packed  # training needs the memory
+        answer = node.answer(message)
     except MessageError as error:
         answer = Message("failed", {"fault": str(error)})
     with suppress(OSError):  # gone meanwhile; the server will ask again

@@ -58,7 +58,7 @@ def test_a_record_holds_the_bytes_and_nothing_else():
         from_record(flower.RecordDict())
     pickled = flower.Array(dtype="object", shape=(1,), stype="pickle", data=b"x")
     with pytest.raises(ValueError, match="holds an array as 'pickle', where 'safetensors' is due"):
-        from_record(flower.RecordDict({"hf_fedmoe": flower.ArrayRecord({"hf_fedmoe": pickled})}))
+        from_record(flower.RecordDict({"hf_fedmoe": flower.ArrayRecord({"0": pickled})}))
 
 
 def test_apps_over_a_grid_end_with_the_bits_of_our_own_link(tmp_path):
@@ -78,7 +78,7 @@ def test_apps_over_a_grid_end_with_the_bits_of_our_own_link(tmp_path):
         return trainers[-1]
 
     link = FlowerLink(Grid({}))
-    assert link.receive() == []
+    assert list(link.receive()) == []
     context = flower.Context(1, 0, {}, flower.RecordDict(), {})
     server_app(make_trainer)(Grid({100 + client: node(client) for client in range(2)}), context)
     ours = tiny_run(tmp_path / "ours", "fedprox", data)
@@ -86,15 +86,43 @@ def test_apps_over_a_grid_end_with_the_bits_of_our_own_link(tmp_path):
     assert (tmp_path / "server" / "README.md").is_file()
 
 
+def test_a_record_holds_long_bytes_in_pieces(monkeypatch):
+    """Of which some are alike, as zeros are, and which Flower takes apart and puts together."""
+    inflate = import_module("flwr.supercore.inflatable.inflatable_utils").inflate_object_from_contents
+    nested = import_module("flwr.supercore.inflatable.inflatable_object").get_all_nested_objects
+    monkeypatch.setattr("hf_fedmoe.deployment.flower_link.PIECE_BYTES", 4)
+    packed = b"0000" * 9 + b"1234" + b"0000" + b"567"
+    record = to_record(packed)
+    assert [len(piece.data) for piece in record["hf_fedmoe"].values()] == [4] * 11 + [3]
+    contents = {name: each.deflate() for name, each in nested(record).items()}
+    assert from_record(inflate(record.object_id, contents)) == packed
+    assert from_record(to_record(b"")) == b""
+    del record["hf_fedmoe"]["3"]
+    with pytest.raises(ValueError, match="holds no message of hf_fedmoe"):
+        from_record(record)
+
+
+def test_answers_are_pulled_one_by_one_in_the_order_of_the_messages():
+    grid = Grid({node: lambda message: flower.Message(to_record(b"x"), reply_to=message) for node in (7, 8, 9)})
+    link = FlowerLink(grid)
+    names = [link.send(node, "train", b"x") for node in (9, 7, 8)]
+    answers = link.receive()
+    assert next(answers) == (names[0], b"x", None)
+    assert list(grid.replies) == names[1:]
+    link.forget(names[1])
+    assert list(answers) == [(names[2], b"x", None)]
+    assert list(grid.replies) == [names[1]]
+
+
 def test_errors_of_flower_are_faults(tmp_path):
     error = flower.Error(code=3, reason="the SuperNode has gone")
     grid = Grid({7: lambda message: flower.Message(error, reply_to=message)})
     link = FlowerLink(grid)
     name = link.send(7, "train", b"x")
-    assert link.receive() == [(name, None, "Flower's error 3, the SuperNode has gone")]
+    assert list(link.receive()) == [(name, None, "Flower's error 3, the SuperNode has gone")]
     name = link.send(7, "train", b"x")
     link.forget(name)
-    assert link.receive() == []
+    assert list(link.receive()) == []
     grid.push_messages = lambda messages: [None]
     with pytest.raises(ConnectionError, match="SuperLink does not take the message"):
         link.send(7, "train", b"x")
