@@ -101,7 +101,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 # At a node Flower's chunks, of 5 MB, go back to the system when they are freed (glibc): in its threads they leave
-# holes otherwise, as large as a model. Not at the server, whose app computes: steps take a third longer by it, or more.
+# holes otherwise, as large as a model. Not at the server, whose app computes: a step takes a third longer or more.
 NODE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 START_SECONDS = 60
 # How often a client looks whether SuperLink is there, and how the end of its SuperNode is called when it was not.
