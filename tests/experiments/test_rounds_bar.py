@@ -51,4 +51,5 @@ def test_tasks_at_work_are_watched(watched_often):
     seen: list[list[float]] = []
     with SideBySide(2) as processes:
         assert all(failure is None for _, failure in processes.run(time.sleep, [0.6, 0.7, 0.8], seen.append))
-    assert [0.6, 0.7] in seen and seen[-1] == [0.8]
+    # Which of the last two is seen alone is the machine's affair.
+    assert [0.6, 0.7] in seen and 0.8 in seen[-1] and max(map(len, seen)) == 2
