@@ -87,7 +87,7 @@ def test_apps_over_a_grid_end_with_the_bits_of_our_own_link(tmp_path):
 
 
 def test_a_record_holds_long_bytes_in_pieces(monkeypatch):
-    """Of which some are alike, as zeros are, and which Flower takes apart and puts together."""
+    """Has Flower take pieces apart and put them together, also where some are alike, as zeros are."""
     inflate = import_module("flwr.supercore.inflatable.inflatable_utils").inflate_object_from_contents
     nested = import_module("flwr.supercore.inflatable.inflatable_object").get_all_nested_objects
     monkeypatch.setattr("hf_fedmoe.deployment.flower_link.PIECE_BYTES", 4)
