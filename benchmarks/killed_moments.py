@@ -241,10 +241,8 @@ def disturbed(options: argparse.Namespace, folder: Path, chance: random.Random) 
     finally:
         federation.stop()
         link.cut()
-    log = (folder / "server.log").read_text()
-    missing = {(int(r), NODES[int(c)]) for r, c in re.findall(r"Round (\d+) goes on without client (\d)", log)}
-    same = "bits equal" if bits_equal(folder, {(r - 1, NODES.index(n)) for r, n in missing}) else "BITS DIFFER"
-    absent = ", ".join(f"{name} in round {r}" for r, name in sorted(missing)) or "nobody"
+    missing, same = compared(folder)
+    absent = ", ".join(f"{NODES[place]} in round {r + 1}" for r, place in sorted(missing)) or "nobody"
     return f"kills {kills}, {federation.restarts} commands given again, missing: {absent}; {same}"
 
 
@@ -285,6 +283,13 @@ class Direct:
 
     def forget(self, message_id: str) -> None:
         pass
+
+
+def compared(folder: Path) -> tuple[set[tuple[int, int]], str]:
+    """Reads from the server's log who was missing, by round (from 0) and client, and says whether bits are equal."""
+    log = (folder / "server.log").read_text()
+    missing = {(int(r) - 1, int(c)) for r, c in re.findall(r"Round (\d+) goes on without client (\d)", log)}
+    return missing, "bits equal" if bits_equal(folder, missing) else "BITS DIFFER"
 
 
 def bits_equal(folder: Path, missing: set[tuple[int, int]]) -> bool:

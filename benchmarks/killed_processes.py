@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import queue
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from killed_moments import FEDERATION, NODES, ROUTED, bits_equal
+from killed_moments import FEDERATION, NODES, ROUTED, compared
 from on_the_wire import write_files
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -153,9 +152,7 @@ def disturbed(folder: Path, options: argparse.Namespace, kills: int, chance: ran
     finally:
         for process in running.values():
             process.kill()
-    log = (folder / "server.log").read_text()
-    missing = {(int(r) - 1, int(c)) for r, c in re.findall(r"Round (\d+) goes on without client (\d)", log)}
-    same = "bits equal" if bits_equal(folder, missing) else "BITS DIFFER"
+    missing, same = compared(folder)
     return sum(count.values()), f"{dict(count)}: {same}, {len(missing)} missing (client, round) {sorted(missing)}"
 
 

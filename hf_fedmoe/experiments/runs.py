@@ -13,6 +13,7 @@ import torch
 from transformers import PrinterCallback
 from transformers.utils import logging
 
+from ..federation import write_json
 from ..reporting import RunResult
 from ..training import FedMoETrainingArguments
 from .comparison import KINDS
@@ -120,9 +121,7 @@ def execute(run: Run) -> None:
     else:
         metrics, curve = kind.measure_untrained(experiment, data, processor), []
     run.folder.mkdir(parents=True, exist_ok=True)
-    unfinished = run.folder / "unfinished.json"
-    unfinished.write_text(json.dumps({"metrics": metrics, "curve": curve, "settings": run.identity}, indent=2) + "\n")
-    unfinished.rename(run.result_file)
+    write_json(run.result_file, {"metrics": metrics, "curve": curve, "settings": run.identity})
     (run.folder / NOTE).unlink(missing_ok=True)
     for leftover in ("checkpoint-*", "_clients"):
         for folder in run.folder.glob(leftover):
