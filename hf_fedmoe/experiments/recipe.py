@@ -1,12 +1,15 @@
 """A recipe: one seed of one experiment, the methods side by side, and a model on disk."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import psutil
+import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -40,7 +43,21 @@ def parse(
     preset = str(told.pop("preset", "quick"))
     if "preset_of_method" in told:
         told["preset"] = told.pop("preset_of_method")
-    return parse_settings(experiment_class, read_preset(settings_file, preset), told)
+    settings = {"disable_tqdm": False, **read_preset(settings_file, preset)}  # whose default follows the log level
+    return parse_settings(experiment_class, settings, told)
+
+
+def use_all_cores() -> None:
+    """
+    Gives the only process on a CPU all cores where `accelerate launch` left it one thread, its default unless
+    `--num_cpu_threads_per_process` or `OMP_NUM_THREADS` say more.
+    """
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and PartialState().num_processes == 1 and PartialState().device.type == "cpu":
+        cores = psutil.cpu_count(logical=False) or 1
+        if hasattr(os, "sched_getaffinity"):  # on Linux: a container or `taskset` may allow fewer
+            cores = min(cores, len(os.sched_getaffinity(0)))
+        torch.set_num_threads(max(cores, torch.get_num_threads()))
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -82,6 +99,7 @@ def _run(experiment_class: type[ClassifierExperiment], settings_file: Path, argv
             print(recipe_help(experiment_class, settings_file, str(told.get("preset", "quick")), everything))
             return
         experiment, args = parse(experiment_class, settings_file, argv)
+        use_all_cores()
         if args.resume_from_checkpoint:
             raise ValueError(
                 f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}: leave it out, a recipe goes on from "
