@@ -29,6 +29,7 @@ from .language_scores import (
     BASE,
     BATCH,
     SOFT,
+    TOP_1,
     Way,
     bits_per_byte,
     bytes_of,
@@ -45,7 +46,7 @@ SPEED: str = "tokens_per_second"
 CLIENTS: str = "clients_bits_per_byte"
 # Ways to use a mixture's experts, by the names of rows below its own.
 WAYS = {
-    "top_1": "mixture, top-1",
+    "top_1": TOP_1,
     "uniform_ensemble": "uniform ensemble",
     "soup": "soup",
     "likelihood_router": "likelihood router",

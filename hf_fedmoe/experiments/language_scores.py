@@ -17,10 +17,8 @@ from ..models import FedMoEForCausalLM
 
 # From token ids, `(N, T)`, to the logarithm of the probability of each after the first, `(N, S)`.
 Way = Callable[[Tensor], Tensor]
-BASE, SOFT = "base", "mixture, soft"
+BASE, SOFT, TOP_1 = "base", "mixture, soft", "mixture, top-1"
 BATCH = 16
-# Besides that of the mixture: what staying with the base more or less would give.
-PUBLIC_BIASES = (0.0, 0.3)
 
 
 @torch.no_grad()
@@ -125,37 +123,8 @@ def ways_of(model: FedMoEForCausalLM, single: Mapping[str, Way]) -> dict[str, Wa
         **single,
         "soup": partial(log_likelihoods, model, expert_weights=soup_11E),
         "uniform ensemble": lambda ids_NT: uniform_ensemble(together(owners, ids_NT)),
-        "mixture, top-1": top_1,
+        TOP_1: top_1,
         "likelihood router": lambda ids_NT: likelihood_router(together(experts, ids_NT)),
         # A bit above the better one in all, at the cost of two forwards.
         "mixture or base by likelihood": lambda ids_NT: likelihood_router(together((BASE, SOFT), ids_NT)),
     }
-
-
-def score_domain(
-    model: FedMoEForCausalLM, owners: list[str], controls: list[str], ids_NT: Tensor, count: int
-) -> dict[str, float]:
-    """
-    Scores everything on the text of one domain.
-
-    Args:
-        model ([`FedMoEForCausalLM`]): The mixture, with experts of the controls that the router does not know.
-        owners (`list[str]`): Names of the owners.
-        controls (`list[str]`): Names of the other experts.
-        ids_NT (`torch.Tensor` of shape `(N, T)`): Token ids.
-        count (`int`): From [`bytes_of`].
-
-    Returns:
-        `dict[str, float]`: Bits per byte by the name of an expert, and of a way to use all of them.
-    """
-    single = {name: remembered(way) for name, way in single_ways(model, owners).items()}
-    ways = ways_of(model, single) | {name: partial(log_likelihoods, model, expert=name) for name in controls}
-    found = {name: bits_per_byte(way(ids_NT), count) for name, way in ways.items()}
-    own_bias, known = model.config.public_bias, model.statistics_of(owners[0])
-    assert known is not None
-    for bias in (*PUBLIC_BIASES, own_bias):
-        model.config.public_bias = bias
-        model.set_statistics(owners[0], known)  # finds the router again
-        if bias != own_bias:
-            found[f"mixture, public bias {bias}"] = bits_per_byte(log_likelihoods(model, ids_NT), count)
-    return found

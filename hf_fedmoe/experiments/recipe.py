@@ -1,15 +1,12 @@
 """A recipe: one seed of one experiment, the methods side by side, and a model on disk."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import psutil
-import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
@@ -17,6 +14,7 @@ from ..data.counted import counted
 from ..reporting import plot_clients, plot_gate
 from ..training import FedMoETrainingArguments
 from .classifier_experiment import ClassifierExperiment
+from .cores import use_all_cores
 from .experiment import find_model
 from .folders import check_writable
 from .methods import (
@@ -45,19 +43,6 @@ def parse(
         told["preset"] = told.pop("preset_of_method")
     settings = {"disable_tqdm": False, **read_preset(settings_file, preset)}  # whose default follows the log level
     return parse_settings(experiment_class, settings, told)
-
-
-def use_all_cores() -> None:
-    """
-    Gives the only process on a CPU all cores where `accelerate launch` left it one thread, its default unless
-    `--num_cpu_threads_per_process` or `OMP_NUM_THREADS` say more.
-    """
-    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if launched and PartialState().num_processes == 1 and PartialState().device.type == "cpu":
-        cores = psutil.cpu_count(logical=False) or 1
-        if hasattr(os, "sched_getaffinity"):  # on Linux: a container or `taskset` may allow fewer
-            cores = min(cores, len(os.sched_getaffinity(0)))
-        torch.set_num_threads(max(cores, torch.get_num_threads()))
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

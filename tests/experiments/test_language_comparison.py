@@ -16,7 +16,7 @@ from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import LanguageExperiment, compare, parse_settings
 from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.language_methods import language_methods, make_language_trainer
-from hf_fedmoe.experiments.language_scores import bits_per_byte, score_domain
+from hf_fedmoe.experiments.language_scores import bits_per_byte, single_ways, ways_of
 from hf_fedmoe.experiments.methods import train_or_go_on
 from hf_fedmoe.experiments.run_comparison import plan_runs
 from hf_fedmoe.experiments.runs import execute, try_out
@@ -119,8 +119,7 @@ def test_figures_are_those_of_the_models(place):
     assert found["local"]["megabytes_up"] == 0 < found["fedavg"]["megabytes_up"] < owners["megabytes_up"]
 
 
-def test_parts_are_the_figures_of_the_recipe(place):
-    """Compares them with how `recipes/owners_lm.py` measures a mixture of the same weights."""
+def test_parts_are_the_figures_of_ways_to_use_the_experts(place):
     path = written(place, {"owners": "owners"})
     ((run,),) = runs_of(path, place / "out").values()
     execute(run)
@@ -135,7 +134,7 @@ def test_parts_are_the_figures_of_the_recipe(place):
     assert isinstance(mixture, FedMoEForCausalLM)
     for domain in experiment.domains:
         ids, count = rows_of(domain)
-        scores = score_domain(mixture, OWNERS, [], ids, count)
+        ways = ways_of(mixture, single_ways(mixture, OWNERS))
         for name, row in {
             "": "mixture, soft",
             "top_1_": "mixture, top-1",
@@ -145,7 +144,7 @@ def test_parts_are_the_figures_of_the_recipe(place):
             "mixture_or_base_": "mixture or base by likelihood",
             "expert_press_": "press",
         }.items():
-            assert found[f"{name}bits_per_byte_{domain}"] == scores[row]
+            assert found[f"{name}bits_per_byte_{domain}"] == bits_per_byte(ways[row](ids), count)
         with torch.no_grad():
             logits = mixture.without("press")(input_ids=ids).logits[:, :-1].log_softmax(-1)
         told = logits.gather(-1, ids[:, 1:, None])[..., 0]

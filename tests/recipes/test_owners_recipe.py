@@ -10,21 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import get_peft_model_state_dict
 
 from hf_fedmoe import FedMoEForCausalLM
 from hf_fedmoe.experiments import owners_main
-from hf_fedmoe.experiments.language_controls import train_fedavg
 from hf_fedmoe.experiments.language_scores import bits_per_byte, likelihood_router, log_likelihoods, uniform_ensemble
-from hf_fedmoe.owners import default_arguments, fit_adapter, new_adapter, pack
-from tests.tiny_decoders import tiny_decoder, tiny_mixture
+from hf_fedmoe.owners import pack
+from tests.tiny_decoders import tiny_mixture
 from tests.tiny_owners import save_base, text_of
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ["--owners", "court", "press", "--opt_out", "press", "--unseen", "films", "--sequence_length", "16"]
-SMALL += ["--steps", "4", "--fedavg_rounds", "2", "--lora_rank", "4", "--test_sequences", "5"]
+SMALL += ["--steps", "4", "--lora_rank", "4", "--test_sequences", "5"]
 
 
 @pytest.fixture
@@ -46,19 +44,19 @@ def run(monkeypatch, *words):
 
 
 def test_the_recipe_from_texts_to_tables(place, monkeypatch, capsys):
-    run(monkeypatch, "--seeds", "0", "1")
+    run(monkeypatch, "--seed", "1")
     said = capsys.readouterr().out
-    table = Path("runs/owners_lm/table.md").read_text()
-    assert table in said and "| mixture, soft |" in table and " ± " in table
-    assert (
-        "| DUME, by token and layer |" in table
-        and "| mixture, public bias 0.3 |" in table
-        and "Sequences are shorter than the 64 tokens" in table
-    )
-    assert said.count("press (") == 2 and "runs/owners_lm/seed-0/without-press goes on:" in said
-    found = json.loads(Path("runs/owners_lm/results.json").read_text())["0"]
-    mixture = FedMoEForCausalLM.from_pretrained("runs/owners_lm/seed-0/mixture")
-    fewer = FedMoEForCausalLM.from_pretrained("runs/owners_lm/seed-0/without-press")
+    folder = Path("runs/owners_lm/seed-1")
+    table = (folder / "table.md").read_text()
+    assert table in said and "Sequences are shorter than the 64 tokens" in table
+    assert said.count("press (") == 2 and "runs/owners_lm/seed-1/without-press goes on:" in said
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found) == ["base", "court", "press", "mixture, soft", "mixture, top-1", "without"]
+    soft = found["mixture, soft"]
+    cells = [f"{value:.3f}" for value in ((soft["court"] + soft["press"]) / 2, *soft.values())]
+    assert f"| mixture, soft | {' | '.join(cells)} |" in table and "| without press |" in table
+    mixture = FedMoEForCausalLM.from_pretrained(folder / "mixture")
+    fewer = FedMoEForCausalLM.from_pretrained(folder / "without-press")
     text = text_of("presstest")
     ids = torch.tensor(pack(tiny_tokenizer(), [text], 16)[:5])
     count = sum(len(each.encode()) for each in tiny_tokenizer().batch_decode(ids[:, 1:]))
@@ -71,8 +69,17 @@ def test_the_recipe_from_texts_to_tables(place, monkeypatch, capsys):
         ):
             bits = model(input_ids=ids, labels=ids, **how).loss.item() * ids[:, 1:].numel() / math.log(2)
             assert found[row]["press"] == pytest.approx(bits / count, rel=1e-5)
-    assert found["oracle by domain"]["owners"] == (found["court"]["court"] + found["press"]["press"]) / 2
-    assert found["best single expert"]["owners"] == min(found[owner]["owners"] for owner in ("court", "press"))
+
+
+def test_an_earlier_run_is_kept(place, monkeypatch, capsys):
+    kept = place / "runs" / "owners_lm" / "seed-0" / "table.md"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of an hour")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch)
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "`output_dir` is 'runs/owners_lm', which holds seed-0 of an earlier run" in said
+    assert kept.read_text() == "of an hour"
 
 
 def test_figures_by_hand():
@@ -98,34 +105,12 @@ def test_the_soup_is_the_mean_of_the_updates():
     torch.testing.assert_close(soup, logits.gather(-1, ids[:, 1:, None])[..., 0])
 
 
-def test_federated_averaging_is_the_mean_of_what_owners_train(tmp_path):
-    texts = {name: pack(tiny_tokenizer(), [text_of(name)], 16) for name in ("court", "press")}
-    # All sequences of an owner in one step: their order does not matter.
-    sizes = {"max_steps": 1, "per_device_train_batch_size": 25, "use_cpu": True, "disable_tqdm": True}
-
-    def adapter():
-        return new_adapter(tiny_decoder("gpt2"), 4, 8, seed=3)
-
-    def args():
-        return default_arguments(tmp_path, learning_rate=0.05, lr_scheduler_type="constant", **sizes)
-
-    found = get_peft_model_state_dict(train_fedavg(adapter(), texts, args(), 1))
-    alone = []
-    for rows in texts.values():
-        model = adapter()
-        fit_adapter(model, [{"input_ids": row, "labels": row} for row in rows], args())
-        alone.append(get_peft_model_state_dict(model))
-    for name, value in found.items():
-        torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)
-    # In its first step, from B = 0, only B moves.
-    assert not any(torch.equal(alone[0][name], alone[1][name]) for name in found if "lora_B" in name)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--opt_out", "code"], r"`opt_out` is 'code': choose one of the owners ['court', 'press']."),
-        (["--fedavg_rounds", "3"], "`steps` is 4, and `fedavg_rounds` is 3, which does not divide it"),
+        (["--steps", "0"], "`steps` is 0: give a whole number of at least 1."),
+        (["--seed", "-1"], "`seed` is -1: give a whole number from 0 to"),
         (["--unseen", "tweets"], "`texts` is 'texts.parquet', which has no test text of 'tweets': choose from"),
         (["--texts", "none.parquet"], "`texts` is 'none.parquet', which cannot be read"),
         (["--part", "train"], "`part` is 'train'"),

@@ -1,17 +1,13 @@
 """The recipes run as a newcomer would call them, on a few examples."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
 
 from hf_fedmoe.experiments import TextExperiment, main, parse
-from hf_fedmoe.experiments.recipe import use_all_cores
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -101,20 +97,3 @@ def test_bars_are_shown_unless_told_otherwise():
     for words, hidden in (([], False), (["--disable_tqdm", "True"], True), (["--preset", "paper"], False)):
         _, args = parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", [*words, "--use_cpu", "True", "--bf16", "False"])
         assert args.disable_tqdm is hidden
-
-
-@pytest.mark.parametrize(
-    ("threads", "launched", "allowed", "expected"),
-    [("1", True, 4, 4), ("1", True, 64, 8), ("3", True, 4, 1), ("1", False, 4, 1), (None, True, 4, 1)],
-)
-def test_the_only_process_that_accelerate_launches_takes_all_cores(threads, launched, allowed, expected, monkeypatch):
-    """A number of threads that somebody chose is kept."""
-    counts = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(torch, "set_num_threads", counts.append)
-    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16 if logical else 8)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
-    for name, value in (("OMP_NUM_THREADS", threads), ("ACCELERATE_DYNAMO_BACKEND", "NO" if launched else None)):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    use_all_cores()
-    assert counts == ([expected] if expected > 1 else [])

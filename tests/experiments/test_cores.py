@@ -1,0 +1,26 @@
+"""Threads of a process that `accelerate launch` started."""
+
+import os
+
+import psutil
+import pytest
+import torch
+
+from hf_fedmoe.experiments.cores import use_all_cores
+
+
+@pytest.mark.parametrize(
+    ("threads", "launched", "allowed", "expected"),
+    [("1", True, 4, 4), ("1", True, 64, 8), ("3", True, 4, 1), ("1", False, 4, 1), (None, True, 4, 1)],
+)
+def test_the_only_process_that_accelerate_launches_takes_all_cores(threads, launched, allowed, expected, monkeypatch):
+    """A number of threads that somebody chose is kept."""
+    counts = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16 if logical else 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
+    for name, value in (("OMP_NUM_THREADS", threads), ("ACCELERATE_DYNAMO_BACKEND", "NO" if launched else None)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    use_all_cores()
+    assert counts == ([expected] if expected > 1 else [])
