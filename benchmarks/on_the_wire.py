@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 import hf_fedmoe
@@ -76,18 +77,18 @@ class CountingProxy:
 
 
 def peak_memory(processes: dict[int, tuple[str, int]]) -> None:
-    """Takes note of the most resident memory of all processes of interest, by their ids."""
-    for path in Path("/proc").glob("[0-9]*"):
+    """Takes note of the most resident memory of this process's descendants that are of interest, by their ids."""
+    for process in psutil.Process().children(recursive=True):
         try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            status = (path / "status").read_text()
-        except OSError:
+            words = process.cmdline()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except (psutil.Error, OSError):
             continue
-        names = {Path(os.fsdecode(word)).name for word in words[:5]}
+        names = {Path(word).name for word in words[:5]}
         kind = next((kind for kind in KINDS if kind in names), None)
         if kind is not None and "VmHWM:" in status:
             kilobytes = int(status.split("VmHWM:")[1].split()[0])
-            processes[int(path.name)] = kind, max(kilobytes, processes.get(int(path.name), ("", 0))[1])
+            processes[process.pid] = kind, max(kilobytes, processes.get(process.pid, ("", 0))[1])
 
 
 def write_files(folder: Path, layers: int, width: int, rounds: int) -> int:

@@ -13,17 +13,14 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 
 from ..data import (
     AUGMENTATIONS,
-    DOMAIN_COLUMN,
     SHIFTS,
     FederatedDataset,
     ImageCollator,
     decode_images,
     dirichlet,
-    domains,
     hold_out_ids,
     natural,
     pachinko,
-    with_domains,
 )
 from ..models import (
     EnsembleForImageClassification,
@@ -31,12 +28,13 @@ from ..models import (
     MultiHeadForImageClassification,
     SmallImageProcessor,
 )
-from .classifier_experiment import ClassifierExperiment, build_classifier, label_maps
+from .classifier_experiment import build_classifier, label_maps
+from .domain_experiment import DomainExperiment
 from .experiment import find_model
 
 
 @dataclass
-class ImageExperiment(ClassifierExperiment):
+class ImageExperiment(DomainExperiment):
     """Image classification; a model is the name of an architecture, with random weights, or a pretrained one."""
 
     model_config: str = field(default="{}", metadata={"help": "JSON: the configuration of an architecture."})
@@ -47,7 +45,6 @@ class ImageExperiment(ClassifierExperiment):
     client_column: str = field(default="writer_id", metadata={"help": "Whose row it is, for partition natural."})
     coarse_column: str = field(default="coarse_label", metadata={"help": "Groups of classes, for pachinko."})
     num_groups: int | None = field(default=None, metadata={"help": "Groups of classes that Dirichlet draws share."})
-    num_domains: int = field(default=4, metadata={"help": "Groups of clients, for partition domains."})
     domain_shift: str = field(
         default="rotations", metadata={"help": f"What differs between domains: {', '.join(SHIFTS)}."}
     )
@@ -57,16 +54,14 @@ class ImageExperiment(ClassifierExperiment):
     ensemble_class = EnsembleForImageClassification
     multi_head_class = MultiHeadForImageClassification
     source_arguments = ("image_column", "label_column")
-    partitions = (*ClassifierExperiment.partitions, "natural", "pachinko", "domains")
-    lowest = {**ClassifierExperiment.lowest, "image_size": 1, "num_groups": 1, "num_domains": 1}
-    shares = (*ClassifierExperiment.shares, "test_share")
+    partitions = (*DomainExperiment.partitions, "natural", "pachinko")
+    lowest = {**DomainExperiment.lowest, "image_size": 1, "num_groups": 1}
+    shares = (*DomainExperiment.shares, "test_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(f"`augmentation` is {self.augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
-        if self.domain_shift not in SHIFTS:
-            raise ValueError(f"`domain_shift` is {self.domain_shift!r}: choose one of {', '.join(SHIFTS)}.")
         if self.num_channels not in (1, 3):
             raise ValueError(f"`num_channels` is {self.num_channels}: give 1 for grey images or 3 for colour.")
 
@@ -82,8 +77,6 @@ class ImageExperiment(ClassifierExperiment):
             self._check_column("client_column", "whose row it is", rows)
             test, train = hold_out_ids(rows[self.client_column], self.test_share, seed=0)
             source = datasets.DatasetDict(train=rows.select(train), test=rows.select(test))
-        if self.partition == "domains":
-            source = self._with_domains(source, seed)
         return super().split(source, seed)
 
     def _check_column(self, name: str, meaning: str, rows: datasets.Dataset) -> None:
@@ -93,22 +86,7 @@ class ImageExperiment(ClassifierExperiment):
                 f"that says {meaning}, or take another `partition`."
             )
 
-    def _with_domains(self, source: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
-        """Rows of domains: those of the data, or of this shift, of as few rows as are needed."""
-        if DOMAIN_COLUMN in source["train"].column_names:
-            return source
-        needed = self.num_clients * self.examples_per_client + self.reserved_size + self.validation_size
-        train = source["train"].shuffle(seed=seed)
-        # A tenth more, since domains have equally many rows only as long as nobody holds any out.
-        source["train"] = train.select(range(min(len(train), self.max_train_examples or round(1.1 * needed))))
-        source["test"] = source["test"].shuffle(seed=0).select(range(min(self.max_test_examples, len(source["test"]))))
-        return datasets.DatasetDict(
-            {split: with_domains(rows, self.num_domains, self.domain_shift) for split, rows in source.items()}
-        )
-
     def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:
-        if self.partition == "domains":
-            return domains(rows[DOMAIN_COLUMN], self.num_clients, seed, self.examples_per_client)
         if self.partition == "natural":
             return natural(
                 rows[self.client_column], self.num_clients, seed, min_size=10, max_size=self.examples_per_client

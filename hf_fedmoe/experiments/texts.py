@@ -20,7 +20,8 @@ from ..models import (
     FedMoEForSequenceClassification,
     MultiHeadForSequenceClassification,
 )
-from .classifier_experiment import ClassifierExperiment, label_maps
+from .classifier_experiment import label_maps
+from .domain_experiment import DomainExperiment
 from .experiment import find_model, load_pretrained
 
 
@@ -32,7 +33,7 @@ SENTENCES = [
 
 
 @dataclass
-class TextExperiment(ClassifierExperiment):
+class TextExperiment(DomainExperiment):
     """Text classification with pretrained experts."""
 
     text_column: str | None = field(default=None, metadata={"help": "Column of texts, when it is not obvious."})
@@ -47,7 +48,7 @@ class TextExperiment(ClassifierExperiment):
     ensemble_class = EnsembleForSequenceClassification
     multi_head_class = MultiHeadForSequenceClassification
     source_arguments = ("text_column", "label_column")
-    lowest = {**ClassifierExperiment.lowest, "max_length": 1, "rank": 1}
+    lowest = {**DomainExperiment.lowest, "max_length": 1, "rank": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()

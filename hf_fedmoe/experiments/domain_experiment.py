@@ -1,0 +1,49 @@
+"""Experiments whose clients are in groups, to each of which inputs look different or mean something else."""
+
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+
+from ..data import DOMAIN_COLUMN, SHIFTS, FederatedDataset, domains, with_domains
+from .classifier_experiment import ClassifierExperiment
+
+
+@dataclass
+class DomainExperiment(ClassifierExperiment):
+    """Classification with a partition by domains: those of the data, or made by a shift."""
+
+    num_domains: int = field(default=4, metadata={"help": "Groups of clients, for partition domains."})
+    domain_shift: str = field(
+        default="labels", metadata={"help": f"What differs between domains: {', '.join(SHIFTS)}."}
+    )
+
+    partitions = (*ClassifierExperiment.partitions, "domains")
+    lowest = {**ClassifierExperiment.lowest, "num_domains": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.domain_shift not in SHIFTS:
+            raise ValueError(f"`domain_shift` is {self.domain_shift!r}: choose one of {', '.join(SHIFTS)}.")
+
+    def split(self, source: datasets.DatasetDict, seed: int) -> FederatedDataset:
+        return super().split(self._with_domains(source, seed) if self.partition == "domains" else source, seed)
+
+    def _with_domains(self, source: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
+        """Rows of domains: those of the data, or of this shift, of as few rows as are needed."""
+        if DOMAIN_COLUMN in source["train"].column_names:
+            return source
+        needed = self.num_clients * self.examples_per_client + self.reserved_size + self.validation_size
+        train = source["train"].shuffle(seed=seed)
+        # A tenth more, since domains have equally many rows only as long as nobody holds any out.
+        train = train.select(range(min(len(train), self.max_train_examples or round(1.1 * needed))))
+        test = source["test"].shuffle(seed=0).select(range(min(self.max_test_examples, len(source["test"]))))
+        splits = {"train": train, "test": test}
+        return datasets.DatasetDict(
+            {split: with_domains(rows, self.num_domains, self.domain_shift) for split, rows in splits.items()}
+        )
+
+    def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:
+        if self.partition == "domains":
+            return domains(rows[DOMAIN_COLUMN], self.num_clients, seed, self.examples_per_client)
+        return super().divide(rows, seed)
