@@ -59,6 +59,32 @@ def test_what_is_our_own_can_be_planned(name, tmp_path):
     assert len({str(args.to_dict()) for args in settings}) == len(settings) >= 11
 
 
+@pytest.mark.parametrize("name", ["labels", "reviews", "rotations"])
+def test_comparisons_of_groups_can_be_planned(name, tmp_path):
+    path = RECIPES / "groups" / f"{name}.yaml"
+    comparison = read_comparison(path)
+    runs = plan_runs(comparison, path.parent, tmp_path)
+    assert list(runs) == list(comparison.methods) and comparison.reference in runs
+    experiment, args = runs["Fed-MoE of groups"][0].parse()
+    assert (experiment.partition, experiment.num_domains, args.rounds) == (
+        "domains",
+        4,
+        runs["FedAvg"][0].parse()[1].rounds,
+    )
+    assert f"`hf-fedmoe compare recipes/groups/{name}.yaml`" in path.read_text().split("\n")[1]
+
+
+def test_the_shipped_comparison_of_groups_can_be_made(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
+    path = RECIPES / "groups" / "reviews.yaml"
+    comparison = read_comparison(path)
+    comparison.seeds = [0]
+    small = {"num_clients": 8, "examples_per_client": 40, "clients_per_round": 2, "reserved_size": 40}
+    runs = plan_runs(comparison, path.parent, tmp_path / "out", None, small | {"validation_size": 0})
+    try_out([run for row in runs.values() for run in row])
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_list_of_tables_names_each_file():
     text = (RECIPES / "paper" / "README.md").read_text()
     named = {name for name in re.findall(r"`(\w+)`", text) if (RECIPES / "paper" / f"{name}.yaml").is_file()}

@@ -1,0 +1,59 @@
+"""Clients in groups, of texts and of images."""
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from hf_fedmoe.experiments import ImageExperiment, TextExperiment
+
+
+SETTINGS = {"dataset": ["own"], "model": ["own"], "partition": "domains", "num_domains": 2, "num_clients": 4}
+SETTINGS |= {"examples_per_client": 5, "reserved_size": 8, "validation_size": 0}
+FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "fair", "good", "best"])})
+
+
+def rows_of(start, stop):
+    numbers = range(start, stop)
+    return Dataset.from_dict(
+        {"text": [f"row {row}" for row in numbers], "label": [row % 4 for row in numbers]}, FEATURES
+    )
+
+
+def test_a_text_means_another_class_to_each_group():
+    experiment = TextExperiment(**SETTINGS)
+    data = experiment.split(DatasetDict(train=rows_of(0, 60), test=rows_of(60, 80)), seed=0)
+    for client in range(4):
+        rows = data.client(client)
+        assert len(rows) == 5 and set(rows["domain"]) == {client % 2}
+        truly = np.array([int(text.removeprefix("row ")) % 4 for text in rows["text"]])
+        assert (np.array(rows["label"]) == (truly + 2 * (client % 2)) % 4).all()
+    assert set(data.test["domain"]) == {0, 1} and len(data.reserved) == 8
+
+
+def test_domains_of_the_data_are_taken_as_they_are():
+    told = [row % 2 for row in range(60)]
+    train = rows_of(0, 60).add_column("domain", told)
+    test = rows_of(60, 80).add_column("domain", told[:20])
+    data = TextExperiment(**SETTINGS).split(DatasetDict(train=train, test=test), seed=0)
+    for client in range(4):
+        rows = data.client(client)
+        assert set(rows["domain"]) == {client % 2}
+        assert rows["label"][:] == [int(text.removeprefix("row ")) % 4 for text in rows["text"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (TextExperiment, {"domain_shift": "turns"}, "`domain_shift` is 'turns': choose one of rotations, labels"),
+        (ImageExperiment, {"num_domains": 0}, "`num_domains` is 0: give at least 1"),
+    ],
+)
+def test_wrong_settings_are_told(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**SETTINGS | changes)
+
+
+def test_texts_cannot_be_turned():
+    experiment = TextExperiment(**SETTINGS, domain_shift="rotations")
+    with pytest.raises(ValueError, match="Only images can be turned"):
+        experiment.split(DatasetDict(train=rows_of(0, 60), test=rows_of(60, 80)), seed=0)
