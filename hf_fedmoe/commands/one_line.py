@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from ..experiments.library_warnings import without_library_warnings
 
 
 def refuse(parser: argparse.ArgumentParser, words: list[str]) -> None:
@@ -43,16 +43,9 @@ def quietly() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving weights; rounds keep theirs
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", category=UserWarning, module="hf_fedmoe")
-            warnings.showwarning = _note  # which `catch_warnings` puts back
+        with without_library_warnings():
             yield
     finally:
         logging.set_verbosity(before[0])
         if before[1]:
             logging.enable_progress_bar()
-
-
-def _note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    print(f"Note: {message}", flush=True)

@@ -28,6 +28,7 @@ from .experiment import find_model
 from .folders import check_writable
 from .language_extraction import CONTINUATION, PREFIX, extraction_table
 from .language_scores import SOFT, TOP_1, Way, bits_per_byte, bytes_of, log_likelihoods, single_ways, ways_of
+from .library_warnings import without_library_warnings
 from .owner_texts import Texts, read_owner_texts
 from .recipe_help import presets
 from .settings import LARGEST_SEED, read_preset, read_words, settings_of, typed_settings
@@ -213,7 +214,8 @@ def show_extraction(experiment: OwnersRecipe, texts: Texts) -> str:
 def owners_main(settings_file: Path) -> None:
     """Runs the recipe as `accelerate launch` calls it; a wrong setting ends it with one line and exit code 2."""
     try:
-        _run(settings_file, read_words([word for word in sys.argv[1:] if word != "-h"]), "-h" in sys.argv)
+        with without_library_warnings():
+            _run(settings_file, read_words([word for word in sys.argv[1:] if word != "-h"]), "-h" in sys.argv)
     except (ValueError, OSError, ImportError) as error:
         print(f"{settings_file.stem}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ from .classifier_experiment import ClassifierExperiment
 from .cores import use_all_cores
 from .experiment import find_model
 from .folders import check_writable
+from .library_warnings import without_library_warnings
 from .methods import (
     analyse,
     check_method,
@@ -59,7 +60,8 @@ def main(experiment_class: type[ClassifierExperiment], settings_file: Path) -> N
     that is wrong ends it with one line and exit code 2.
     """
     try:
-        _run(experiment_class, settings_file, sys.argv[1:])
+        with without_library_warnings():
+            _run(experiment_class, settings_file, sys.argv[1:])
     except KeyboardInterrupt:
         print(f"\n{settings_file.stem}: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -18,6 +18,7 @@ from ..reporting import RunResult
 from ..training import FedMoETrainingArguments
 from .comparison import KINDS
 from .experiment import Experiment
+from .library_warnings import without_library_warnings
 from .methods import train_or_go_on
 from .named_strategies import source_of
 from .noted_rounds import NOTE, NotesRounds
@@ -104,6 +105,7 @@ def _canonical(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: typed(name, value, known[name]) if name in known else value for name, value in settings.items()}
 
 
+@without_library_warnings()
 def execute(run: Run) -> None:
     """Trains and tests one method on one seed, and leaves `result.json` in its folder."""
     _be_quiet(run.threads)
@@ -128,6 +130,7 @@ def execute(run: Run) -> None:
             shutil.rmtree(folder)
 
 
+@without_library_warnings()
 def try_out(runs: list[Run]) -> None:
     """
     Makes everything that runs need up to their training: data sets are loaded and divided for every seed, models and
