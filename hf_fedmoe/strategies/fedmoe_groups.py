@@ -49,7 +49,7 @@ class FedMoEGroups(Strategy):
     Args:
         own (`tuple[str]`, *optional*): Beginnings of the names of the tensors that each group has for itself;
             `("",)` for whole experts. By default all that lie outside of the backbone of a Hugging Face model.
-        statistics_size (`int`, *optional*, defaults to 64): d, the features that statistics are of, at most.
+        statistics_size (`int`, *optional*, defaults to 256): d, the features that statistics are of, at most.
         calibrates (`bool`, *optional*, defaults to `True`): Whether temperature and alpha are those with which the
             mixture is surest of the reserved labels, or 1 and what the model starts with, without a reserved set.
         final_expert_epochs (`int`, *optional*, defaults to 5): Passes over the reserved set in which every expert is
