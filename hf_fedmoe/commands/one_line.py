@@ -22,13 +22,19 @@ def announce_loading() -> None:
 
 @contextmanager
 def in_one_line(parser: argparse.ArgumentParser, stopped: str = "stopped") -> Iterator[None]:
-    """Ends a command with one line: exit code 2 where what it was told is wrong, 130 where it is `stopped`."""
+    """Ends a command with a line for each fault: exit code 2 where what it was told is wrong, 130 where `stopped`."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+        parser.exit(2, f"{parser.prog}: {_said(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: {stopped}.\n")
+
+
+def _said(error: Exception) -> str:
+    """Returns what an error says: in one line, or where several files are wrong, in one for each fault."""
+    several = str(error).splitlines() if type(error) is ValueError else [str(error)]  # libraries' have other lines
+    return "\n".join(line for each in several if (line := " ".join(each.split())))
 
 
 @contextmanager

@@ -35,13 +35,13 @@ def read_own_folders(
         ValueError: Names the folder and the remedy.
 
     Warns:
-        UserWarning: When files are left out, because their endings are those of no image.
+        UserWarning: When files are left out: images in no subfolder, and what has the ending of no image.
     """
     paths = named_paths(clients)
     check_paths({**paths, **others}, (), "folder")
     found = {path: _list(path) for path in dict.fromkeys([*paths.values(), *others.values()])}
     labels = {repr(str(path)): np.array([name for name, _ in images], dtype=object) for path, images in found.items()}
-    kind = one_label_map(labels, "the name of a subfolder", classes)
+    kind = one_label_map(labels, "subfolder", classes)
     tables = {path: _table(images, kind) for path, images in found.items()}
     return (
         {name: tables[path] for name, path in paths.items()},
@@ -74,6 +74,13 @@ def _list(folder: OwnPath) -> list[tuple[str, Path]]:
             )
         images += own
     _warn_of_clients_within(folder, images)
+    beside = [path.name for path in sorted(Path(folder).expanduser().iterdir()) if path.suffix.lower() in endings]
+    if images and beside:
+        warnings.warn(
+            f"{str(folder)!r} has {counted(len(beside), 'image')} outside of its subfolders, left out: "
+            f"{name_some(beside)}. Put {'it' if len(beside) == 1 else 'them'} into the subfolder of a class.",
+            stacklevel=5,
+        )
     if not images:
         raise ValueError(
             f"{str(folder)!r} has no subfolders: put its images into one for each class, {folder}/cat/1.png, "

@@ -45,7 +45,7 @@ def one_label_map(labels: Mapping[str, np.ndarray], column: str, classes: Sequen
     if len(total) == 1:
         raise ValueError(
             f"`{column}` is {next(iter(total))!r} in every row of every file, and one class is nothing to learn: name "
-            "another column of labels, or all classes, classes=[...]."
+            "another column of labels, or all classes, classes=[...] (--classes)."
         )
     _check_one_kind(labels, total, column)
     _check_spelling(counts, total, column)
@@ -95,7 +95,8 @@ def _check_one_kind(labels: Mapping[str, np.ndarray], total: Counter, column: st
             raise ValueError(
                 f"`{column}` of {where} is {str(found[row])!r} in row {row + 1}, while most labels are "
                 f"{'numbers' if others is numbers else 'words'} ({name_some(in_natural_order(others))}): write it as "
-                f"they are, or say that these are the classes, classes={in_natural_order(others) + sorted(odd)}."
+                f"they are, or say that these are the classes, classes={in_natural_order(others) + sorted(odd)} "
+                "(--classes)."
             )
 
 
@@ -106,8 +107,8 @@ def _check_spelling(counts: Mapping[str, Counter], total: Counter, column: str) 
         if other != name:
             places = ", ".join(f"{each!r} in {_where(counts, each)}" for each in (other, name))
             raise ValueError(
-                f"`{column}` has one name in two spellings, {places}: write it alike in all files, or say that these "
-                f"are two classes, classes={in_natural_order(total)}."
+                f"`{column}` has one name in two spellings, {places}: write it alike everywhere, or say that these "
+                f"are two classes, classes={in_natural_order(total)} (--classes)."
             )
 
 
@@ -120,7 +121,7 @@ def _warn_of_slips(counts: Mapping[str, Counter], total: Counter, column: str) -
             warnings.warn(
                 f"`{column}` is {name!r} in {counted(count, 'row')} of {_where(counts, name)} and "
                 f"nowhere else: is it {near!r}? Mend the file, or, if it is a class of its own, say so, "
-                f"classes={in_natural_order(total)}.",
+                f"classes={in_natural_order(total)} (--classes).",
                 stacklevel=5,
             )
 

@@ -58,7 +58,7 @@ def check_paths(paths: Mapping[str, OwnPath], suffixes: Collection[str], what: s
         path = Path(given).expanduser()
         if not path.exists():
             beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = get_close_matches(path.name, beside, n=1)
+            near = [name for name in get_close_matches(path.name, beside) if _resemble(path.stem, Path(name).stem)][:1]
             remedy = f"is it {str(path.parent / near[0])!r}?" if near else f"check the path, from {Path.cwd()}."
             raise ValueError(f"There is no {what} {str(given)!r} of {name!r}: {remedy}")
         if what == "file" and path.is_dir():
@@ -73,6 +73,11 @@ def check_paths(paths: Mapping[str, OwnPath], suffixes: Collection[str], what: s
                 f"{str(given)!r} of {name!r} ends in {path.suffix or 'nothing'!r}: give a file of "
                 f"{', '.join(suffixes)}."
             )
+
+
+def _resemble(name: str, other: str) -> bool:
+    """Compares names without their endings, which make any two of them alike."""
+    return bool(get_close_matches(name.casefold(), [other.casefold()]))
 
 
 def files_and_sizes(

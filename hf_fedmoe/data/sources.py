@@ -220,11 +220,27 @@ def read_files(file_format: str, files: dict[str, Path], name: str, **options: A
         escaped = {split: glob.escape(str(path.expanduser())) for split, path in files.items()}
         found = dict(load_dataset(file_format, data_files=escaped, **options))
     except Exception as error:
+        if file_format == "csv":
+            for path in files.values():
+                _check_separator(path, name)
         raise _unreadable(name, file_format, error) from error
     if file_format == "csv":
         for split, path in files.items():
             _check_names(path, found[split], name)
     return found
+
+
+def _check_separator(path: Path, name: str) -> None:
+    """Raises `ValueError` where the first line of a .csv has no comma, but another sign that separates columns."""
+    if not path.expanduser().is_file():
+        return
+    with path.expanduser().open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline().strip()
+    if "," not in first and (signs := [sign for sign in (";", "\t", "|") if sign in first]):
+        raise ValueError(
+            f"{str(name)!r} begins with {first[:80]!r}, whose columns are separated by {signs[0]!r}: columns of a "
+            ".csv are separated by commas. Save it so, in UTF-8."
+        )
 
 
 def _check_names(path: Path, rows: Dataset, name: str) -> None:
@@ -254,8 +270,8 @@ def _unreadable(name: str, file_format: str, error: BaseException) -> ValueError
     if "corresponds to no data" in reason or type(error).__name__ == "EmptyDataError":
         return ValueError(f"{str(name)!r} has no rows. Check that it is the file that you mean, and whole.")
     return ValueError(
-        f"{str(name)!r} cannot be read as {file_format}. It says: {type(error).__name__}: {reason} Check that the "
-        "file is whole and of the format that its name ends in."
+        f"{str(name)!r} cannot be read as {file_format}. It says: {type(error).__name__}: {reason.rstrip('.')}. Check "
+        "that the file is whole and of the format that its name ends in."
     )
 
 

@@ -154,6 +154,12 @@ def test_what_is_asked_for_wrongly_is_said(files, changes, said):
         ("", "south.csv' has no rows"),
         ("review,stars\n", "south.csv' has no rows"),
         ("review;stars\ngood;1\n", r"has one column, 'review;stars', with ';' in its name: columns of a .csv are sep"),
+        ("review;stars\nfine;1\nbad, dear, late;2\n", r"south.csv' begins with 'review;stars', whose columns are sep"),
+        (
+            "review\tstars\nfine\t1\nbad, dear, late\t2\n",
+            r"separated by '\\t': columns of a .csv are separated by commas",
+        ),
+        ("review,stars\nfine,1\nbad,2,3,4\n", r"Expected 2 fields in line 3, saw 4\. Check that the file is whole"),
         ("review,stars\nfine, but late,1\ndull, and long,2\n", r"more values in each row than names in its first"),
         ('review,stars\nfine,1\n"  ",2\n', r"`review` of '.*south.csv' is empty in 1 of 2 rows, row 2 first"),
         ("review,stars\nfine,1\nbad,\n", r"`stars` of '.*south.csv' is empty in 1 of 2 rows, row 2 first"),
@@ -195,6 +201,8 @@ def test_labels_of_several_types_are_refused(tmp_path):
 
 
 def test_paths_that_are_none_are_refused(files, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no file 'zürich.csv' of 'zürich': check the path, from"):
+        of_files({"zürich": "zürich.csv"})  # which has the ending, and little else, in common with north.csv
     near = str(tmp_path / "nort.csv")
     with pytest.raises(ValueError, match=rf"There is no file '{re.escape(near)}' of 'north': is it '.*north.csv'\?"):
         of_files({"north": near, "south": files["south"]})
@@ -212,8 +220,11 @@ def test_paths_that_are_none_are_refused(files, tmp_path):
 def test_spellings_slips_and_single_classes(tmp_path):
     north = csv(tmp_path / "north.csv", [f"n {row}" for row in range(20)], ["positive", "negative"] * 10)
     south = csv(tmp_path / "south.csv", list("abc"), ["Positive", "negative", "negative"])
-    with pytest.raises(ValueError, match=r"'positive' in '.*north.csv', 'Positive' in '.*south.csv': write it alike"):
+    with pytest.raises(
+        ValueError, match=r"'positive' in '.*north.csv', 'Positive' in '.*south.csv': write it alike"
+    ) as told:
         of_files([north, south])
+    assert "classes=['negative', 'Positive', 'positive'] (--classes)." in str(told.value)
     slip = csv(tmp_path / "slip.csv", list("abc"), ["positiv", "negative", "negative"])
     with pytest.warns(UserWarning, match=r"is 'positiv' in 1 row of '.*slip.csv' and nowhere else: is it 'positive'"):
         assert of_files([north, slip]).label_names == ["negative", "positiv", "positive"]

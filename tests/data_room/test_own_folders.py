@@ -56,6 +56,22 @@ def test_files_that_are_no_images_are_named_and_hidden_ones_are_not(folders, tmp
     assert len(told) == 1
 
 
+def test_an_image_outside_of_the_subfolders_is_named(folders, tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "south" / "loose.png")
+    (tmp_path / "south" / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"south' has 1 image outside of its subfolders, left out: loose.png") as told:
+        assert FederatedDataset.from_folders(folders).client_sizes.tolist() == [6, 4]
+    assert len(told) == 1
+
+
+def test_a_subfolder_in_two_spellings_is_refused(folders, tmp_path):
+    (tmp_path / "south" / "cat").rename(tmp_path / "south" / "Cat")
+    with pytest.raises(
+        ValueError, match=r"`subfolder` has one name in two .*'Cat' in '.*south': write it alike every"
+    ):
+        FederatedDataset.from_folders(folders)
+
+
 def test_a_folder_of_all_clients_is_noticed(tmp_path):
     fill(tmp_path / "north", cat=4, dog=2)
     fill(tmp_path / "south", cat=1, dog=2, cow=3)
