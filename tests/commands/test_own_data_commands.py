@@ -71,13 +71,13 @@ def said(capsys, *words: str) -> str:
 
 
 def refused(capsys, *words: str) -> str:
-    """Returns the one line that a command says which ends with exit code 2."""
+    """Returns the line that a command says for each fault of a file, and ends with exit code 2."""
     with pytest.raises(SystemExit) as ended:
         main(list(map(str, words)))
     assert ended.value.code == 2
-    err = capsys.readouterr().err.strip()
-    assert "\n" not in err
-    return err
+    first, *others = capsys.readouterr().err.strip().split("\n")
+    assert first.startswith("hf-fedmoe ") and all(re.match(r"(`\w+` of )?'", line) for line in others)
+    return "\n".join([first, *others])
 
 
 @pytest.fixture(scope="module")
