@@ -35,9 +35,11 @@ class NotesRounds(TrainerCallback):
             self._note.write_text(str(state.global_step))
 
 
-def noted_round(folder: Path) -> int:
-    """Reads how many rounds a run has behind it, 0 where nothing is noted."""
+def noted_round(folder: Path) -> int | None:
+    """Reads how many rounds a run has behind it, `None` where nothing is noted: it has not begun its first one."""
     try:
         return int((folder / NOTE).read_text())
-    except (OSError, ValueError):  # not begun, or just being written
+    except OSError:
+        return None
+    except ValueError:  # just being written
         return 0

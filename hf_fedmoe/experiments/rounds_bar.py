@@ -5,6 +5,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..data.counted import counted
 from .noted_rounds import noted_round
 from .runs import Run
 
@@ -32,11 +33,18 @@ class RoundsBar:
     def __exit__(self, *error: Any) -> None:
         self._bar.close()
 
+    def try_out(self, busy: list[list[Run]]) -> None:
+        """Says that runs are tried out, before the first one trains."""
+        self._bar.set_postfix_str(f"trying {counted(sum(map(len, busy)), 'run')} out, data and models")
+
     def watch(self, busy: list[Run]) -> None:
-        """Shows where the running ones are."""
+        """Shows where the running ones are; what has noted no round yet reads its data and makes its model."""
         rounds = [noted_round(run.folder) for run in busy]
-        named = [f"{run} {done}/{self._rounds[run.folder]}" for run, done in zip(busy, rounds, strict=True)]
-        self._bar.n = self._ended + sum(rounds)
+        named = [
+            f"{run} {'prepares' if done is None else f'{done}/{self._rounds[run.folder]}'}"
+            for run, done in zip(busy, rounds, strict=True)
+        ]
+        self._bar.n = self._ended + sum(done or 0 for done in rounds)
         self._bar.set_postfix_str("; ".join(named[:MOST_NAMED]))
 
     def end(self, run: Run, line: str) -> None:

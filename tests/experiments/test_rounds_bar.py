@@ -18,7 +18,7 @@ def a_run(folder, method="fedavg", seed=0):
 
 
 def test_a_run_notes_its_rounds(tmp_path):
-    assert noted_round(tmp_path / "notes") == 0
+    assert noted_round(tmp_path / "notes") is None
     trainer = FederatedTrainer(tiny_expert(), tiny_args(tmp_path / "run", rounds=2), tiny_federation())
     trainer.add_callback(NotesRounds(tmp_path / "notes"))
     trainer.train()
@@ -31,12 +31,14 @@ def test_the_bar_counts_what_has_ended_and_what_is_running(tmp_path, capsys):
     runs = [a_run(tmp_path, method) for method in ("majority_class", "fedavg", "fedprox")]
     with RoundsBar(runs) as bar:
         assert bar._bar.total == 8
+        bar.try_out([runs])
+        assert bar._bar.n == 0 and bar._bar.postfix == "trying 3 runs out, data and models"
         bar.end(runs[0], "1 of 3: majority_class")
         assert bar._bar.n == 0
         runs[1].folder.mkdir()
         (runs[1].folder / "round.txt").write_text("3")
         bar.watch(runs[1:])
-        assert bar._bar.n == 3 and bar._bar.postfix == "fedavg, seed 0 3/4; fedprox, seed 0 0/4"
+        assert bar._bar.n == 3 and bar._bar.postfix == "fedavg, seed 0 3/4; fedprox, seed 0 prepares"
         bar.end(runs[1], "2 of 3: fedavg")
         assert bar._bar.n == 4
     assert capsys.readouterr().out == "1 of 3: majority_class\n2 of 3: fedavg\n"
