@@ -25,6 +25,9 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     compare.add_argument("--rows", nargs="+", help="only these rows of the table")
     compare.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     compare.add_argument("--out", help="folder of the runs and tables (runs/compare/NAME)")
+    compare.add_argument(
+        "--plugin", metavar="FILE", help="a Python file with methods of your own, which is run (docs/strategies.md)"
+    )
     compare.set_defaults(run=run, parser=compare)
 
 
@@ -35,6 +38,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: lis
 
     try:
         told: dict[str, Any] = read_words(words)
+        if options.plugin is not None:
+            told["plugin"] = options.plugin
         with ending_with_sigterm():  # which stops the runs' processes
             table = compare(options.file, options.out, options.size, options.seeds, options.rows, options.jobs, told)
         print(f"\n{table}")

@@ -53,6 +53,7 @@ class Comparison:
         parts (`list[str]`, *optional*): Parts of mixtures with rows of their own.
         reference (`str`, *optional*): The row that the others are counted against.
         published (`dict[str, str]`, *optional*): Figures of a paper, by row.
+        claim (`str`, *optional*): What the paper says that its figures show, to stand under the table.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Comparison:
     parts: list[str] = field(default_factory=list)
     reference: str | None = None
     published: dict[str, str] = field(default_factory=dict)
+    claim: str | None = None
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -89,7 +91,7 @@ def read_comparison(path: Path) -> Comparison:
     for name in ("columns", "parts"):
         if not isinstance(names := given.get(name, []), list) or not all(isinstance(item, str) for item in names):
             raise ValueError(f"`{name}` is {names!r}: give a list of names, [accuracy, macro_f1].")
-    for name in ("kind", "recipe", "reference"):
+    for name in ("kind", "recipe", "reference", "claim"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(f"`{name}` is {given[name]!r}: give a text.")
     if given["kind"] not in KINDS:
@@ -101,7 +103,7 @@ def read_comparison(path: Path) -> Comparison:
     check_seeds(comparison.seeds)
     check_settings("`settings`", comparison.settings)
     sizes = [given for given in comparison.sizes.values() if isinstance(given, dict)]
-    recipe = read_yaml(path.parent / comparison.recipe) if comparison.recipe else {}
+    recipe = _recipe(path, comparison.recipe) if comparison.recipe else {}
     taken = {"quick", *(str(given.get("recipe_preset")) for given in sizes)}
     presets = [given for preset, given in recipe.items() if preset in taken]
     for chosen in (*presets, comparison.settings, *sizes):
@@ -121,6 +123,14 @@ def read_comparison(path: Path) -> Comparison:
         if name not in comparison.methods:
             raise ValueError(f"{path.name} names a row {name!r}: `methods` has {', '.join(comparison.methods)}.")
     return comparison
+
+
+def _recipe(path: Path, recipe: str) -> dict[str, Any]:
+    """Reads the recipe's YAML that a comparison names."""
+    try:
+        return read_yaml(path.parent / recipe)
+    except ValueError as error:
+        raise ValueError(f"`recipe` of {path.name} is {recipe!r}, a path from that file's folder. {error}") from None
 
 
 def check_seeds(seeds: Any) -> None:

@@ -181,7 +181,7 @@ def run_all(runs: dict[str, list[Run]], num_jobs: int) -> list[tuple[Run, Failur
     waiting.sort(key=lambda run: run.seed)
     failed = []
     with SideBySide(num_jobs) as processes, RoundsBar(waiting) as bar:
-        for _, failure in processes.run(try_out, [waiting] if waiting else []):
+        for _, failure in processes.run(try_out, [waiting] if waiting else [], bar.try_out):
             if failure and failure.refused:
                 raise ValueError(failure.reason)
             if failure:
@@ -258,6 +258,7 @@ def compare(
     reference = comparison.reference if comparison.reference and results.get(comparison.reference) else None
     told = (comparison.columns, comparison.parts, reference, comparison.published, metrics)
     table = comparison_table(results, *told)
+    table += _below_the_table(comparison, size)
     if failed:
         lines = [f"- {run}: {failure.reason} ({run.folder / 'error.txt'})" for run, failure in failed]
         table += "\n\nThese runs failed and are left out; the same command tries them again:\n\n" + "\n".join(lines)
@@ -277,6 +278,20 @@ def compare(
     if failed:
         raise FailedRunsError(table)
     return table
+
+
+def _below_the_table(comparison: Comparison, size: str | None) -> str:
+    """Returns what a reader of published figures has to know: of what the others are, and what the paper claims."""
+    if not comparison.published:
+        return ""
+    seeds = f"{'Seed' if len(comparison.seeds) == 1 else 'Seeds'} {', '.join(map(str, comparison.seeds))}"
+    lines = [
+        f"{seeds}{f', size {size}' if size else ''}. The last column is the paper's, of its own data and size: "
+        "compare the order of the rows, not the figures."
+    ]
+    if comparison.claim:
+        lines.append(f"The paper's claim: {comparison.claim}")
+    return "\n\n" + "\n".join(lines)
 
 
 def _other_sizes(comparison: Comparison, where: Path, problem: str) -> str:

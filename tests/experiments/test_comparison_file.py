@@ -105,7 +105,7 @@ def rows(text):
         ("published: {FedMix: 1}", "digits.yaml names a row 'FedMix'"),
         ("published: [1]", "`published` is [1]: write lines"),
         ("recipe: 3", "`recipe` is 3: give a text"),
-        ("recipe: digit.yaml", "digit.yaml': is it"),
+        ("recipe: digit.yaml", "`recipe` of digits.yaml is 'digit.yaml', a path from that file's folder. There is no"),
         ("sizes: [tiny]", "`sizes` is ['tiny']: write lines"),
         ("sizes: {tiny: 3}", "`sizes: tiny` is 3: write lines"),
         ("sizes: {tiny: {round: 3}}", "There is no setting 'round': is it rounds?"),

@@ -69,13 +69,20 @@ def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
         parts=["main_expert"],
         reference="Fed-MoE",
         published={"FedAvg": "1.5"},
+        sizes={"tiny": {}},
+        claim="1.5 is best.",
     )
     main(["compare", str(path), "--out", str(tmp_path / "out"), "--rounds", "1"])
-    lines = capfd.readouterr().out.strip().split("\n")
+    out = capfd.readouterr().out.strip()
+    assert out.endswith(
+        "\n\nSeed 0, size tiny. The last column is the paper's, of its own data and size: compare the order of the "
+        "rows, not the figures.\nThe paper's claim: 1.5 is best."
+    )
+    lines = out.split("\n")[:-3]
     assert lines[-6].startswith("| | accuracy | clients | MB up in a round | Fed-MoE above, of seeds | published |")
     assert [line.split(" | ")[0] for line in lines[-4:]] == ["| FedAvg", "| far", "| Fed-MoE", "| — main expert"]
     assert lines[-4].endswith("| 1.5 |")
-    assert (tmp_path / "out" / "table.md").read_text().strip() == "\n".join(lines[-6:])
+    assert out.endswith((tmp_path / "out" / "table.md").read_text().strip())
     for name in ("curves.png", "clients.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "out" / "comparison.html").read_text()
