@@ -200,7 +200,7 @@ def test_words_that_an_upload_gives_away(newcomer, capsys):
 
 
 def test_method_of_the_docs(newcomer, tmp_path):
-    method, use, weights, feddyn, by_client, own = blocks("docs/strategies.md")
+    method, use, median, weights, feddyn, by_client, own = blocks("docs/strategies.md")
     names = run(method)
     momentum = names["FedAvgMomentum"]
     run(use, names)
@@ -220,13 +220,22 @@ def test_method_of_the_docs(newcomer, tmp_path):
     assert_equal_states(state(loaded), state(names["own"]))
     assert not torch.equal(names["own"].score.weight, names["theirs"].score.weight)
 
-    def trained(strategy, folder, resume=None):
-        args = tiny_args(tmp_path / folder, save_strategy="steps")
+    def trained(strategy, folder, resume=None, **changes):
+        args = tiny_args(tmp_path / folder, save_strategy="steps", **changes)
         trainer = FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy=strategy)
         trainer.train(resume_from_checkpoint=resume)
         return state(trainer.model)
 
     plain = trained(FedAvg(), "plain")
+    run(median, names)
+    # Of one client the median is its model, and so is the mean.
+    alone = [
+        trained(strategy, strategy.name, clients_per_round=1) for strategy in (names["WeightedMedian"](), FedAvg())
+    ]
+    assert_equal_states(*alone)
+    assert not torch.allclose(
+        trained(names["WeightedMedian"](), "of all")["classifier.weight"], plain["classifier.weight"]
+    )
     run(feddyn, names)
     assert_equal_states(trained(names["FedDyn"](0.0, 0.0), "static"), plain, atol=1e-6, rtol=0)
     dynamic = trained(names["FedDyn"](), "dynamic")
