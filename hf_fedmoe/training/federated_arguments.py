@@ -141,6 +141,7 @@ class FederatedTrainingArguments(PrivacyArguments, EngineArguments):
             device = self.device  # this starts the process group
         if device.type == "cpu":
             atexit.register(leave_group)
+            self.dataloader_pin_memory = False  # as `use_cpu` says; PyTorch warns of what has no accelerator
         self.deepspeed = config
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in ("rounds", "clients_per_round", "clients_at_once", *sizes):

@@ -407,3 +407,9 @@ def test_folders_that_cannot_be_made(tmp_path):
     trainer = FederatedTrainer(tiny_expert(), tiny_args(tmp_path / "run"), tiny_federation())
     with pytest.raises(ValueError, match="where no folder can be made: File exists"):
         trainer.save_model(tmp_path / "file")
+
+
+def test_no_memory_is_pinned_for_a_cpu(tmp_path):
+    assert not FederatedTrainingArguments(str(tmp_path), use_cpu=True).dataloader_pin_memory
+    args = FederatedTrainingArguments(str(tmp_path), dataloader_pin_memory=True)
+    assert args.dataloader_pin_memory == (args.device.type != "cpu")
