@@ -1,9 +1,15 @@
 """`hf-fedmoe demo`: a page that shows a mixture at work, here or as a Space."""
 
 import argparse
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 from .one_line import announce_loading, in_one_line, quietly, refuse
+
+
+# As the page says it.
+NO_GRADIO = "The page needs Gradio: `pip install 'hf_fedmoe[demo]'`."
 
 
 def add(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -25,6 +31,8 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace, words: list[str]) -> None:
     """Runs the command."""
     refuse(parser, words)
+    if options.space is None and "gradio" not in sys.modules and find_spec("gradio") is None:
+        parser.exit(2, f"{parser.prog}: {NO_GRADIO}\n")  # before PyTorch is loaded, which takes seconds
     announce_loading()
     with in_one_line(parser):
         from ..demo import page, serve, write_space

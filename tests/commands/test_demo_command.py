@@ -45,6 +45,13 @@ def test_without_gradio_the_extra_is_named(no_gradio, capsys):
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
+def test_without_gradio_nothing_is_loaded(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "gradio", raising=False)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr("hf_fedmoe.commands.demo.find_spec", lambda name: None)
+    assert refused(capsys, "demo", "m") == "hf-fedmoe demo: The page needs Gradio: `pip install 'hf_fedmoe[demo]'`."
+
+
 def test_a_space_needs_no_gradio_and_is_pushed(no_gradio, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     main(["demo", "user/model", "--space", "shown"])

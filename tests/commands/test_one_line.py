@@ -26,7 +26,7 @@ def test_loading_is_announced_until_pytorch_is_there(monkeypatch, capsys):
         (["evaluate", "m", "a.csv"], "experiments"),
         (["predict", "m", "a.csv"], "experiments"),
         (["compare", "a.yaml"], "experiments"),
-        (["demo", "m"], "demo"),
+        (["demo", "m", "--space", "s"], "demo"),
         (["expert", "merge", "b", "e", "--out", "o"], "owners"),
         (["expert", "remove", "m", "a", "--out", "o"], "owners"),
     ],
