@@ -19,8 +19,9 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
         help="a model from clients' own files or folders of images",
         description="Trains a model from clients' own files, or folders of images, in rounds that this machine plays. "
         "Files are .csv, .jsonl, .json or .parquet and name their columns alike. What the result is worth is printed "
-        "beside the most frequent class and a control. Any training argument can follow: --learning_rate 1e-4 "
-        "--num_train_epochs 2.",
+        "beside the most frequent class and a control. Any training argument can follow, and settings of the data: "
+        "--learning_rate 1e-4 --num_train_epochs 2 --seed 1, --max_length 128 of texts (64), --image_size 64 of "
+        "images (32).",
     )
     add_clients(train)
     train.add_argument("--method", default="fedmoe", help="fedmoe, fedavg, fedprox, ... (fedmoe)")
