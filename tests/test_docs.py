@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -228,6 +229,18 @@ def test_method_of_the_docs(newcomer, tmp_path):
 
     plain = trained(FedAvg(), "plain")
     run(median, names)
+    server = SimpleNamespace(
+        bank_SP=torch.zeros(1, 1),
+        layout=SimpleNamespace(views=lambda row_P: {"w": row_P}),
+        worker=SimpleNamespace(named_parameters=lambda: [("w", None)]),
+    )
+    rows_mP = torch.tensor([[10.0], [1.0], [2.0]])
+    for accuracies, middle in (((0.5, 0.5, 0.5), 2.0), ((0.9, 0.2, 0.2), 10.0), ((0.0, 0.9, 0.1), 1.0)):
+        uploads = SimpleNamespace(
+            probed=list(torch.tensor(accuracies)), rows_mP=rows_mP, average_into_=lambda told: {}
+        )
+        told = names["WeightedMedian"]().update(server, uploads, None)
+        assert server.bank_SP.item() == middle and told["best_client"] == pytest.approx(max(accuracies))
     # Of one client the median is its model, and so is the mean.
     alone = [
         trained(strategy, strategy.name, clients_per_round=1) for strategy in (names["WeightedMedian"](), FedAvg())
