@@ -63,7 +63,7 @@ def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
     expected of chance. Around 0 for clients that differ in their proportions of classes only.
     """
     total_MM, known_MM = _apart(ClassSums.whitened(count_MC, sum_MCd, covariance_dd))
-    return total_MM / known_MM.clamp_min(1)
+    return total_MM / known_MM.where(known_MM > 0, 1)  # of a row each half a row is known
 
 
 def _apart(sums: ClassSums) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,12 @@ def test_shifts_are_those_of_the_means_in_units_of_the_spread():
             assert found == pytest.approx(true, abs=0.05 + 0.1 * true)
 
 
+def test_a_row_each_tells_the_whole_distance():
+    """A difference of 4 with variance 1 + 1 has the square 16, of which 2 are expected of chance."""
+    one_each = torch.ones(2, 1).double(), torch.tensor([[[0.0]], [[4.0]]]).double(), torch.eye(1).double()
+    assert shifts(*one_each)[0, 1].item() == pytest.approx(14, rel=2e-3)  # a thousandth is added to variances
+
+
 def test_proportions_of_classes_make_no_shift():
     skewed = [[0, 1], [0, 1], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
     alike = in_common(clients_of_groups([0] * 4, means_of_groups(1, 1.0), skewed))
