@@ -33,7 +33,12 @@ def read_owner_texts(name: str, wanted: Mapping[str, Sequence[str]], setting: st
             "and text."
         ) from error
     found: Texts = {}
-    for row in rows:
+    for number, row in enumerate(rows):
+        if wrong := [column for column, value in row.items() if not isinstance(value, str)]:
+            raise ValueError(
+                f"`{setting}` is {name!r}, whose row {number} has {row[wrong[0]]!r} as {wrong[0]!r}: write texts only "
+                "and leave out rows without one."
+            )
         found.setdefault(row["owner"], {}).setdefault(row["split"], []).append(row["text"])
     for owner, splits in wanted.items():
         for split in splits:
