@@ -7,9 +7,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data import FederatedDataset, FederatedTexts, pack
+from ..data import FederatedDataset, FederatedTexts
 from .experiment import Experiment, find_model, load_pretrained
-from .owner_texts import read_owner_texts
+from .owner_texts import pack_text, read_owner_texts
 
 
 # Of the test's rows: whose text each is.
@@ -89,15 +89,12 @@ class LanguageExperiment(Experiment):
         if self.public is not None:
             splits[self.public] = ["train", self.part]
         texts, tokenizer = read_owner_texts(name, splits, "dataset"), self.load_processor()
-        found: Packed = {}
-        for owner, own in splits.items():
-            for split in dict.fromkeys(own):
-                try:
-                    rows = pack(tokenizer, texts[owner][split], self.sequence_length)
-                except ValueError as error:
-                    raise ValueError(f"The {split} text of {owner!r}: {error}") from error
-                found.setdefault(owner, {})[split] = rows
-        return found
+        return {
+            owner: {
+                split: pack_text(tokenizer, texts, owner, split, self.sequence_length) for split in dict.fromkeys(own)
+            }
+            for owner, own in splits.items()
+        }
 
     def split(self, source: Packed, seed: int) -> FederatedDataset:
         """Clients by name, public text as reserved set, validation, and the test with its domains."""

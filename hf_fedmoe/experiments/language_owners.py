@@ -30,7 +30,7 @@ from .language_extraction import CONTINUATION, PREFIX, extraction_table
 from .language_layer_routers import NAMES as LAYER_ROUTERS
 from .language_layer_routers import layer_routers, using
 from .language_scores import PUBLIC_BIASES, bits_per_byte, bytes_of, log_likelihoods, score_domain
-from .owner_texts import Texts, read_owner_texts
+from .owner_texts import Texts, pack_text, read_owner_texts
 from .recipe_help import presets
 from .settings import read_preset, read_words, settings_of, typed_settings
 
@@ -128,13 +128,15 @@ def run_seed(experiment: OwnersRecipe, texts: Texts, seed: int) -> Scores:
         `dict[str, dict[str, float]]`: Bits per byte by row and domain.
     """
     folder, base = Path(experiment.output_dir, f"seed-{seed}"), find_model([experiment.base])
+    tokenizer, length = AutoTokenizer.from_pretrained(base), experiment.sequence_length
+    # What is too short is told here, before an older seed's folder is gone and hours are spent.
+    packed = {name: pack_text(tokenizer, texts, name, "train", length) for name in experiment.owners}
+    reported = reported_sequences(experiment, texts, tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "texts").mkdir(parents=True)
     for name in (*experiment.owners, experiment.public):
         pq.write_table(pa.table({"text": texts[name]["train"]}), folder / "texts" / f"{name}.parquet")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    length, rank = experiment.sequence_length, experiment.lora_rank
-
+    rank = experiment.lora_rank
     for name in experiment.owners:
         args = experiment.arguments(folder / name, seed, experiment.steps, experiment.learning_rate)
         source = folder / "texts" / f"{name}.parquet"
@@ -153,7 +155,6 @@ def run_seed(experiment: OwnersRecipe, texts: Texts, seed: int) -> Scores:
     experts = [folder / name for name in experiment.owners]
     mixture = merge_experts(base, experts, folder / "mixture", public, sequence_length=length)
 
-    packed = {name: pack(tokenizer, texts[name]["train"], length) for name in experiment.owners}
     K, steps, rounds = len(experiment.owners), experiment.steps, experiment.fedavg_rounds
     start = new_adapter(load_base(base)[0], rank, 2 * rank, seed=seed)
     args = experiment.arguments(folder / "fedavg", seed, steps // rounds, experiment.fedavg_learning_rate)
@@ -173,7 +174,7 @@ def run_seed(experiment: OwnersRecipe, texts: Texts, seed: int) -> Scores:
     fewer = remove_owner(folder / "mixture", experiment.opt_out, folder / f"without-{experiment.opt_out}")
     put(fewer, args.device)
     scores: Scores = {}
-    for domain, ids_NT in reported_sequences(experiment, texts, tokenizer).items():
+    for domain, ids_NT in reported.items():
         count = bytes_of(tokenizer, ids_NT)
         found = score_domain(everything, experiment.owners, list(CONTROLS), ids_NT, count)
         for name, router in routers.items():
@@ -198,7 +199,7 @@ def reported_sequences(
     found = {}
     for name in (*experiment.owners, experiment.public, *experiment.unseen):
         split = "test" if name in experiment.unseen else experiment.part
-        rows = pack(tokenizer, texts[name][split], experiment.sequence_length)
+        rows = pack_text(tokenizer, texts, name, split, experiment.sequence_length)
         found[name] = torch.tensor(rows[: experiment.test_sequences])
     return found
 

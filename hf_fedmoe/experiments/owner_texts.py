@@ -5,6 +5,9 @@ from importlib.resources import files
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from ..data import pack
 
 
 SHIPPED = "owners"
@@ -48,3 +51,13 @@ def read_owner_texts(name: str, wanted: Mapping[str, Sequence[str]], setting: st
                     f"{', '.join(sorted(found))}."
                 )
     return found
+
+
+def pack_text(
+    tokenizer: PreTrainedTokenizerBase, texts: Texts, owner: str, split: str, sequence_length: int
+) -> list[list[int]]:
+    """Cuts an owner's texts into rows of one length; raises `ValueError` that names them where they are too short."""
+    try:
+        return pack(tokenizer, texts[owner][split], sequence_length)
+    except ValueError as error:
+        raise ValueError(f"The {split} text of {owner!r}: {error}") from error
