@@ -280,6 +280,23 @@ def test_one_that_cannot_answer_a_greeting_is_not_greeted_without_pause(tmp_path
     assert len(looks) >= 25 and 2 <= len(deaf.to_deaf) <= 4
 
 
+def test_one_whose_answer_to_a_greeting_is_lost_is_greeted_again(tmp_path, monkeypatch):
+    """It was killed and is back under its number before anybody saw that it was away."""
+    monkeypatch.setattr("hf_fedmoe.deployment.roster.PATIENCE_SECONDS", 0.2)
+
+    class Lossy(MessageLink):
+        pause = 0.01
+
+        def receive(self):
+            return [answer for answer in super().receive() if answer.message_id != "2"]
+
+    link = Lossy(link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)).answers)
+    server = start(tmp_path, link, min_clients=3, rounds=1)
+    server.train()
+    # Three greetings, one of them again, and three tasks.
+    assert server.rounds[0].refused == {} and link.sent == 7
+
+
 def unnumbered(link, answer):
     def answered(packed):
         link.lines -= {name for name, (_, waiting) in link.waiting.items() if waiting is packed}
