@@ -142,9 +142,11 @@ def received_in_groups(trainer: FederatedTrainer, round_index: int, client: int)
 
 
 def received_in_ifca(trainer: FederatedTrainer, round_index: int, client: int) -> int:
-    """A model, and the others as rows."""
+    """A model, and the others as rows beside their integer buffers."""
     first, *others = trainer.model.models
-    return num_bytes(first) + len(others) * StateLayout.of(first).size * 4
+    layout = StateLayout.of(first)
+    integers = sum(tensor.nbytes for tensor in layout.read_integers(first).values())
+    return num_bytes(first) + len(others) * (layout.size * 4 + integers)
 
 
 def sent_in_fedjets(trainer: FederatedTrainer, round_index: int, client: int) -> int:

@@ -101,4 +101,4 @@ def _answer(message_id: str, reply: Message) -> Answer:
     try:
         return Answer(message_id, from_record(reply.content))
     except ValueError as error:
-        return Answer(message_id, None, str(error))
+        return Answer(message_id, None, str(error), lost=False)

@@ -344,16 +344,19 @@ def _end_with_parent() -> None:
 
 def _wait_for_the_last_one(host: str, port: int, folder: Path) -> None:
     """Waits until a server that was killed a moment ago has left its port and its folder."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline, told = time.monotonic() + START_SECONDS, False
     while True:
         try:
             if _listens((host, port)):
                 raise RuntimeError(f"Something listens on {host}:{port} already: end it, or give another --port.")
             FolderLock(folder).release()
             return
-        except RuntimeError:
+        except RuntimeError as error:
             if time.monotonic() > deadline:
                 raise
+            if not told:
+                logger.warning(f"{error} Waits {START_SECONDS} s for it to end by itself, should it have been killed.")
+                told = True
         time.sleep(1)
 
 

@@ -12,11 +12,14 @@ class Answer(NamedTuple):
         message_id (`str`): Of the message that it answers.
         packed (`bytes`, *optional*): The answer, `None` if there will be none.
         fault (`str`, *optional*): Why there will be none.
+        lost (`bool`, *optional*, defaults to `True`): Whether another try may bring it; not where the node itself has
+            sent what is no answer.
     """
 
     message_id: str
     packed: bytes | None
     fault: str | None = None
+    lost: bool = True
 
 
 class Link(Protocol):

@@ -30,7 +30,7 @@ from ..weights import Payload, keep_private_
 from .link import Answer
 from .messages import Message, MessageError
 from .reading_uploads import Asked, read_upload
-from .roster import Roster
+from .roster import PAUSES, Roster
 from .travel import num_bytes, payload_tensors, tensor_digests
 from .who_can_run import why_not
 
@@ -41,8 +41,6 @@ logger = logging.get_logger(__name__)
 ACCEPTED = "deployment.accepted_M"
 # As much longer than `max_update_norm` may an update come.
 ROUNDING = 1e-3
-# Of the link, until a node that could not answer is asked again.
-PAUSES = 10
 
 
 class MessageEngine(EachItsOwn):
@@ -205,10 +203,12 @@ class MessageEngine(EachItsOwn):
         asked = next((each for each in missing if answer.message_id in each.message_ids and not each.answered), None)
         if asked is None:
             return
-        if answer.packed is None:
+        if answer.packed is None and answer.lost:
             self.ask_later(asked, answer)
             return
         try:
+            if answer.packed is None:
+                raise MessageError(f"it sends no message: {answer.fault}")
             message = Message.unpack(answer.packed)
             if message.kind == "failed":
                 raise MessageError(str(message.facts.get("fault")))

@@ -31,7 +31,7 @@ def _answer(node: Node, connection: Connection) -> bool:
     """Answers one message; tells whether it was one."""
     try:
         packed = connection.recv_bytes()
-    except EOFError:  # whoever asked has gone
+    except (EOFError, OSError):  # whoever asked has gone, before its message or amid it
         return True
     if packed == STOP:
         return False

@@ -21,6 +21,10 @@ logger = logging.get_logger(__name__)
 TABLE_NAME, FORMER_NAME = "_nodes.json", "clients.json"
 # Of a client that registers, unless the server says otherwise: by its examples it weighs.
 MAX_EXAMPLES = 1_000_000
+# Of the link, until a node that could not answer is asked again.
+PAUSES = 10
+# Until a node is greeted again that says nothing, and may have been killed and be back under its number.
+PATIENCE_SECONDS = 120
 
 
 @dataclass
@@ -68,6 +72,9 @@ class Roster:
         self.identity: Identity | None = None
         self.connected: dict[int, int] = {}
         self._greeted: set[int] = set()
+        self._greeted_at: dict[int, float] = {}
+        # Until when nodes that did not answer are not greeted again, by the monotonic clock.
+        self._not_before: dict[int, float] = {}
         self._waiting: dict[str, int] = {}
 
     def open(self, identity: Identity) -> None:
@@ -97,9 +104,14 @@ class Roster:
         present = self.link.nodes()
         self.connected = {client: node for client, node in self.connected.items() if node in present}
         self._greeted &= present
+        self._not_before = {node: until for node, until in self._not_before.items() if node in present}
         hello = Message("hello", {"run": self.run, "settings": self.settings}).pack()
-        for node in sorted(present - self._greeted):
+        now = time.monotonic()
+        silent = {node for node in self._waiting.values() if now > self._greeted_at[node] + PATIENCE_SECONDS}
+        due = present - self._greeted | present & silent
+        for node in sorted(node for node in due if now >= self._not_before.get(node, 0.0)):
             self._greeted.add(node)
+            self._greeted_at[node] = now
             try:
                 self._waiting[self.link.send(node, "hello", hello)] = node
             except ConnectionError:
@@ -110,9 +122,14 @@ class Roster:
         node = self._waiting.pop(answer.message_id, None)
         if node is None:
             return False
+        for message_id in [other for other, greeted in self._waiting.items() if greeted == node]:
+            self.link.forget(message_id)
+            del self._waiting[message_id]
         try:
             if answer.packed is None:
-                self._greeted.discard(node)  # it may have been restarted meanwhile
+                if answer.lost:  # it may have been restarted meanwhile
+                    self._greeted.discard(node)
+                    self._not_before[node] = time.monotonic() + PAUSES * self.link.pause
                 raise MessageError(answer.fault or "no answer")
             self._register(node, Message.unpack(answer.packed))
         except (MessageError, KeyError, TypeError, ValueError) as error:

@@ -66,6 +66,10 @@ class Kind(ABC, Generic[E]):
     def part_names(self, method: str, experiment: E) -> list[str]:
         """Lists the parts of a method's model that have metrics of their own, which can be rows below its own."""
 
+    def remedy(self, part: str) -> str:
+        """Says what a part needs that no row will have, if it is known to need something."""
+        return ""
+
     @abstractmethod
     def measure_untrained(self, experiment: E, data: FederatedDataset, processor: Any) -> dict[str, float]:
         """Measures what trains nothing."""

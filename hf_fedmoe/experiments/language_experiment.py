@@ -7,9 +7,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data import FederatedDataset, FederatedTexts, pack
+from ..data import FederatedDataset, FederatedTexts
 from .experiment import Experiment, find_model, load_pretrained
-from .owner_texts import read_owner_texts
+from .owner_texts import pack_text, read_owner_texts
 
 
 # Of the test's rows: whose text each is.
@@ -38,7 +38,10 @@ class LanguageExperiment(Experiment):
         default=None, metadata={"help": "Training rows of each owner, drawn by the seed (all)."}
     )
     validation_size: int = field(
-        default=0, metadata={"help": "Rows of each owner's reserved text that rounds are watched on."}
+        default=0,
+        metadata={
+            "help": "Rows of each owner's reserved text that rounds are watched on, and `best_expert` is chosen by."
+        },
     )
     test_size: int = field(default=48, metadata={"help": "Rows of each domain that are reported on, at most."})
     part: str = field(
@@ -87,7 +90,9 @@ class LanguageExperiment(Experiment):
             splits[self.public] = ["train", self.part]
         texts, tokenizer = read_owner_texts(name, splits, "dataset"), self.load_processor()
         return {
-            owner: {split: pack(tokenizer, texts[owner][split], self.sequence_length) for split in dict.fromkeys(own)}
+            owner: {
+                split: pack_text(tokenizer, texts, owner, split, self.sequence_length) for split in dict.fromkeys(own)
+            }
             for owner, own in splits.items()
         }
 
@@ -97,13 +102,25 @@ class LanguageExperiment(Experiment):
             name: source[name]["test" if name in self.unseen else self.part][: self.test_size] for name in self.domains
         }
         test = _dataset([row for rows in tests.values() for row in rows])
-        watched = [row for name in self.owners for row in source[name].get("reserved", [])[: self.validation_size]]
+        watched = [row for name in self.owners for row in self._watched(source[name], name)] if self.is_watched else []
         return FederatedTexts.from_clients(
             {name: _dataset(self._drawn(source[name]["train"], name, seed)) for name in self.owners},
             reserved=None if self.public is None else _dataset(source[self.public]["train"]),
             validation=_dataset(watched) if self.is_watched else None,
             test=test.add_column(DOMAIN, [name for name, rows in tests.items() for _ in rows]),
         )
+
+    def _watched(self, rows: dict[str, list[list[int]]], name: str) -> list[list[int]]:
+        """The rows of an owner that rounds are watched on: none of those that are reported on."""
+        reported = self.test_size if self.part == "reserved" else 0
+        found = rows["reserved"][reported : reported + self.validation_size]
+        if len(found) < self.validation_size:
+            taken = f", of which `test_size` = {reported} are reported on" if reported else ""
+            raise ValueError(
+                f"`validation_size` is {self.validation_size}, but {name!r} has {len(rows['reserved'])} reserved rows "
+                f"of `sequence_length` = {self.sequence_length}{taken}: lower it."
+            )
+        return found
 
     def _drawn(self, rows: list[list[int]], name: str, seed: int) -> list[list[int]]:
         """The training rows of an owner."""

@@ -53,8 +53,8 @@ WAYS = {
     "mixture_or_base": "mixture or base by likelihood",
 }
 LAYER_ROUTERS = dict(zip(("arrow", "dume", "flexolmo_rows"), NAMES, strict=True))
-# What is no way, but the least of several figures.
-CHOSEN = ("best_expert", "oracle_expert")
+# What is no way by itself, but an expert that is chosen.
+BEST, BEST_OF_TEST, ORACLE = "best_expert", "best_expert_of_test", "oracle_expert"
 
 
 @dataclass
@@ -79,6 +79,14 @@ def domains_of(data: FederatedDataset, tokenizer: PreTrainedTokenizerBase) -> di
         ids_NT = torch.tensor(data.test.select(np.flatnonzero(names == name))["input_ids"][:])
         found[name] = Domain(ids_NT, bytes_of(tokenizer, ids_NT))
     return found
+
+
+def watched_of(data: FederatedDataset, tokenizer: PreTrainedTokenizerBase, owners: Sequence[str]) -> dict[str, Domain]:
+    """Gives the rows of each owner that rounds are watched on, as many of one as of another; none if none are."""
+    if data.validation is None:
+        return {}
+    parts_KNT = torch.tensor(data.validation["input_ids"][:]).chunk(len(owners))
+    return {name: Domain(ids_NT, bytes_of(tokenizer, ids_NT)) for name, ids_NT in zip(owners, parts_KNT, strict=True)}
 
 
 def metrics_of_ways(domains: Sequence[str]) -> dict[str, Metric]:
@@ -132,7 +140,9 @@ def part_names(experiment: LanguageExperiment) -> list[str]:
     """Lists the ways to use the experts of a mixture that have metrics of their own."""
     without = [] if experiment.opt_out is None else [f"without_{experiment.opt_out}"]
     experts = [f"expert_{name}" for name in experiment.owners]
-    return [*WAYS, *LAYER_ROUTERS, *without, *experts, *CHOSEN]
+    # One that is chosen needs text to choose by; the others are chosen by what is reported on, and bounds.
+    best = [BEST] if experiment.is_watched else []
+    return [*WAYS, *LAYER_ROUTERS, *without, *experts, *best, BEST_OF_TEST, ORACLE]
 
 
 def ways_by_forwards(model: FedMoEForCausalLM, single: Mapping[str, Way]) -> dict[str, Way]:
@@ -171,15 +181,21 @@ def _by_layer(model: FedMoEForCausalLM, router: Any, ids_NT: Tensor) -> Tensor:
 
 
 def measure_parts(
-    model: FedMoEForCausalLM, experiment: LanguageExperiment, data: FederatedDataset, domains: Mapping[str, Domain]
+    model: FedMoEForCausalLM,
+    experiment: LanguageExperiment,
+    data: FederatedDataset,
+    domains: Mapping[str, Domain],
+    watched: Mapping[str, Domain],
 ) -> dict[str, float]:
     """
-    Measures the ways to use a mixture's experts: all that are told, the best single expert, and the oracle by domain.
+    Measures the ways to use a mixture's experts: all that are told, the best single expert as the watched rows choose
+    it and as the reported ones would, and the oracle by domain.
 
     Args:
         model ([`FedMoEForCausalLM`]), experiment ([`LanguageExperiment`]), data ([`~data.FederatedDataset`]):
             As in [`ways_of_others`].
         domains (`Mapping[str, Domain]`): From [`domains_of`].
+        watched (`Mapping[str, Domain]`): From [`watched_of`].
 
     Returns:
         `dict[str, float]`: Each metric with the part's name before it.
@@ -193,10 +209,13 @@ def measure_parts(
     for part, way in timed.items():
         found[part] |= measure_speed(way, domains)
     experts = {name: found[f"expert_{name}"] for name in owners}
-    found["best_expert"] = min(experts.values(), key=lambda scores: scores[BITS])
+    if watched:
+        by_watched = {name: measure_way(single[name], watched, owners)[BITS] for name in owners}
+        found[BEST] = experts[min(owners, key=lambda name: by_watched[name])]
+    found[BEST_OF_TEST] = min(experts.values(), key=lambda scores: scores[BITS])
     bits = {name: scores[f"{BITS}_{name}"] for name, scores in experts.items()}
     losses = {name: math.log(scores[f"{PERPLEXITY}_{name}"]) for name, scores in experts.items()}
-    found["oracle_expert"] = _summary(bits, losses, owners)
+    found[ORACLE] = _summary(bits, losses, owners)
     return {f"{part}_{name}": value for part, scores in found.items() for name, value in scores.items()}
 
 

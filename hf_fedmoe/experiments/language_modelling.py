@@ -16,9 +16,12 @@ from .experiment import find_model
 from .kind import Kind, costs_of_rounds, evaluations
 from .language_experiment import LanguageExperiment
 from .language_measures import (
+    BEST,
     BITS,
     CLIENTS,
+    ORACLE,
     PERPLEXITY,
+    SPEED,
     bits_of_clients,
     domains_of,
     measure_parts,
@@ -26,6 +29,7 @@ from .language_measures import (
     measure_way,
     metrics_of_ways,
     part_names,
+    watched_of,
 )
 from .language_methods import (
     BASE,
@@ -77,13 +81,16 @@ class LanguageModelling(Kind[LanguageExperiment]):
         if method != POOLED:  # whose owners send their text
             found |= {**COSTS, CLIENTS: Metric("each owner by its own model", 1, 3, lower_is_better=True)}
         for part in self.part_names(method, experiment):
-            known = metrics_of_ways(experiment.owners) if part == "oracle_expert" else of_ways
+            known = metrics_of_ways(experiment.owners) if part == ORACLE else of_ways
             found |= {f"{part}_{name}": metric for name, metric in known.items()}
-        found.pop("oracle_expert_tokens_per_second", None)
+        found.pop(f"{ORACLE}_{SPEED}", None)
         return found
 
     def part_names(self, method: str, experiment: LanguageExperiment) -> list[str]:
         return part_names(experiment) if method == OWNERS else []
+
+    def remedy(self, part: str) -> str:
+        return " The best expert is chosen by the rows of a `validation_size`." if part == BEST else ""
 
     def measure_untrained(
         self, experiment: LanguageExperiment, data: FederatedDataset, processor: Any
@@ -110,7 +117,7 @@ class LanguageModelling(Kind[LanguageExperiment]):
             return found | {"seconds": costs["seconds"]}
         found |= {**costs, CLIENTS: bits_of_clients(trainer, domains, owners, found[BITS])}
         if isinstance(model, FedMoEForCausalLM):
-            found |= measure_parts(model, experiment, data, domains)
+            found |= measure_parts(model, experiment, data, domains, watched_of(data, processor, owners))
         return found
 
     def curve(self, trainer: FederatedTrainer, processor: Any) -> list[tuple[int, float]]:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..data.counted import counted
 from ..federation.files import write_json
 from ..models import FedMoEForCausalLM
-from ..owners import default_arguments, merge_experts, pack, remove_owner, train_expert
+from ..owners import default_arguments, merge_experts, remove_owner, train_expert
 from ..reporting.markdown import table
 from .cores import use_all_cores
 from .experiment import find_model
@@ -29,7 +29,7 @@ from .folders import check_writable
 from .language_extraction import CONTINUATION, PREFIX, extraction_table
 from .language_scores import SOFT, TOP_1, Way, bits_per_byte, bytes_of, log_likelihoods, single_ways, ways_of
 from .library_warnings import without_library_warnings
-from .owner_texts import Texts, read_owner_texts
+from .owner_texts import Texts, pack_text, read_owner_texts
 from .recipe_help import presets
 from .settings import LARGEST_SEED, read_preset, read_words, settings_of, typed_settings
 
@@ -37,6 +37,8 @@ from .settings import LARGEST_SEED, read_preset, read_words, settings_of, typed_
 PROMPT, NEW = 16, 32
 
 Scores = dict[str, dict[str, float]]
+# Token ids by domain, `(N, T)`.
+Sequences = dict[str, Tensor]
 
 
 @dataclass
@@ -137,7 +139,9 @@ def train_and_merge(experiment: OwnersRecipe, texts: Texts) -> tuple[FedMoEForCa
     return mixture, fewer
 
 
-def score(experiment: OwnersRecipe, texts: Texts, mixture: FedMoEForCausalLM, fewer: FedMoEForCausalLM) -> Scores:
+def score(
+    experiment: OwnersRecipe, reported: Sequences, mixture: FedMoEForCausalLM, fewer: FedMoEForCausalLM
+) -> Scores:
     """Returns bits per byte by row and domain: of the base, each expert, the mixture and that without an owner."""
     tokenizer = AutoTokenizer.from_pretrained(find_model([experiment.base]))
     single = single_ways(mixture, experiment.owners)
@@ -147,21 +151,19 @@ def score(experiment: OwnersRecipe, texts: Texts, mixture: FedMoEForCausalLM, fe
         "without": partial(log_likelihoods, fewer),
     }
     scores: Scores = {row: {} for row in ways}
-    for domain, ids_NT in reported_sequences(experiment, texts, tokenizer).items():
+    for domain, ids_NT in reported.items():
         count = bytes_of(tokenizer, ids_NT)
         for row, way in ways.items():
             scores[row][domain] = bits_per_byte(way(ids_NT), count)
     return scores
 
 
-def reported_sequences(
-    experiment: OwnersRecipe, texts: Texts, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Tensor]:
+def reported_sequences(experiment: OwnersRecipe, texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Sequences:
     """Returns the sequences that are reported on, `(N, T)` for each domain."""
     found = {}
     for name in (*experiment.owners, experiment.public, *experiment.unseen):
         split = "test" if name in experiment.unseen else experiment.part
-        rows = pack(tokenizer, texts[name][split], experiment.sequence_length)
+        rows = pack_text(tokenizer, texts, name, split, experiment.sequence_length)
         found[name] = torch.tensor(rows[: experiment.test_sequences])
     return found
 
@@ -177,11 +179,11 @@ def score_table(experiment: OwnersRecipe, scores: Scores) -> str:
     return table(rows, ["bits per byte", "the owners' text", *domains])
 
 
-def show(experiment: OwnersRecipe, texts: Texts) -> None:
+def show(experiment: OwnersRecipe, reported: Sequences) -> None:
     """Prints a continuation of a text of each owner by the mixture, and whose it is; and one without an owner."""
     folder = experiment.folder
     tokenizer = AutoTokenizer.from_pretrained(folder / "mixture")
-    prompts = {name: ids_NT[:1, :PROMPT] for name, ids_NT in reported_sequences(experiment, texts, tokenizer).items()}
+    prompts = {name: ids_NT[:1, :PROMPT] for name, ids_NT in reported.items()}
     gone = experiment.opt_out
     for model_folder, names in (("mixture", experiment.owners), (f"without-{gone}", [gone])):
         model = FedMoEForCausalLM.from_pretrained(folder / model_folder)
@@ -197,13 +199,11 @@ def show(experiment: OwnersRecipe, texts: Texts) -> None:
             print(f"  {name} ({said}): {' '.join(prompt.split())} | {' '.join(rest.split())}")
 
 
-def show_extraction(experiment: OwnersRecipe, texts: Texts) -> str:
+def show_extraction(experiment: OwnersRecipe, trained: dict[str, list[list[int]]]) -> str:
     """Returns how much of the owners' training text comes out again."""
     folder, length = experiment.folder / "mixture", PREFIX + CONTINUATION
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     if experiment.sequence_length < length:
         return f"Sequences are shorter than the {length} tokens by which extraction is tried."
-    trained = {name: pack(tokenizer, texts[name]["train"], experiment.sequence_length) for name in experiment.owners}
     found = extraction_table(FedMoEForCausalLM.from_pretrained(folder), trained, experiment.extracted)
     return (
         f"Of each owner's training text, the share of sequences whose next {CONTINUATION} tokens come out right after "
@@ -246,16 +246,22 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
             f"`output_dir` is {experiment.output_dir!r}, which holds {folder.name} of an earlier run: delete that "
             "folder, or choose another `--output_dir` or `--seed`."
         )
+    tokenizer = AutoTokenizer.from_pretrained(find_model([experiment.base]))
+    # What is too short is told before anything is trained.
+    trained = {
+        name: pack_text(tokenizer, texts, name, "train", experiment.sequence_length) for name in experiment.owners
+    }
+    reported = reported_sequences(experiment, texts, tokenizer)
     use_all_cores()
     print(f"\n{counted(len(experiment.owners), 'owner')} on {experiment.base}, seed {experiment.seed}", flush=True)
     mixture, fewer = train_and_merge(experiment, texts)
     device: Any = experiment.arguments(folder).device
     for model in (mixture, fewer):
         model.to(device)
-    scores = score(experiment, texts, mixture, fewer)
+    scores = score(experiment, reported, mixture, fewer)
     write_json(folder / "results.json", scores)
-    text = f"{score_table(experiment, scores)}\n\n{show_extraction(experiment, texts)}"
+    text = f"{score_table(experiment, scores)}\n\n{show_extraction(experiment, trained)}"
     (folder / "table.md").write_text(text + "\n")
     print(f"\n{text}")
-    show(experiment, texts)
+    show(experiment, reported)
     print(f"\n{time.perf_counter() - began:.0f} seconds; experts, mixtures and tables are in {folder}.")

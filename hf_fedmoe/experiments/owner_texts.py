@@ -5,6 +5,9 @@ from importlib.resources import files
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from ..data import pack
 
 
 SHIPPED = "owners"
@@ -33,7 +36,12 @@ def read_owner_texts(name: str, wanted: Mapping[str, Sequence[str]], setting: st
             "and text."
         ) from error
     found: Texts = {}
-    for row in rows:
+    for number, row in enumerate(rows):
+        if wrong := [column for column, value in row.items() if not isinstance(value, str)]:
+            raise ValueError(
+                f"`{setting}` is {name!r}, whose row {number} has {row[wrong[0]]!r} as {wrong[0]!r}: write texts only "
+                "and leave out rows without one."
+            )
         found.setdefault(row["owner"], {}).setdefault(row["split"], []).append(row["text"])
     for owner, splits in wanted.items():
         for split in splits:
@@ -43,3 +51,13 @@ def read_owner_texts(name: str, wanted: Mapping[str, Sequence[str]], setting: st
                     f"{', '.join(sorted(found))}."
                 )
     return found
+
+
+def pack_text(
+    tokenizer: PreTrainedTokenizerBase, texts: Texts, owner: str, split: str, sequence_length: int
+) -> list[list[int]]:
+    """Cuts an owner's texts into rows of one length; raises `ValueError` that names them where they are too short."""
+    try:
+        return pack(tokenizer, texts[owner][split], sequence_length)
+    except ValueError as error:
+        raise ValueError(f"The {split} text of {owner!r}: {error}") from error

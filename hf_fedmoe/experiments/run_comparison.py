@@ -159,7 +159,12 @@ def _check_columns(comparison: Comparison, possible: dict[str, tuple[str, Experi
     for name in comparison.parts:
         if name not in parts:
             listed = [part for part in sorted(parts) if not part.startswith(numbered)]
-            raise ValueError(f"`parts` has {name!r}, which no row will have{nearest(name, listed)}")
+            raise ValueError(f"`parts` has {name!r}, which no row will have{nearest(name, listed)}{kind.remedy(name)}")
+    if (row := comparison.reference) is not None and comparison.columns[0] not in kind.metrics(*possible[row]):
+        raise ValueError(
+            f"`reference` is {row!r}, which has no {comparison.columns[0]!r}, the first of `columns`, by which seeds "
+            "are counted: choose another row, or put another column first."
+        )
 
 
 def run_all(runs: dict[str, list[Run]], num_jobs: int) -> list[tuple[Run, Failure]]:

@@ -48,7 +48,8 @@ def load_federation(folder: Path, server: Server, store: ClientStore) -> None:
 
     def named(prefix: str) -> dict[str, Tensor]:
         return {
-            name.removeprefix(prefix): tensor.to(server.bank_SP.device)
+            # Copies: in a file tensors begin anywhere, and where they begin decides how sums of them are rounded.
+            name.removeprefix(prefix): tensor.to(server.bank_SP.device, copy=True)
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }

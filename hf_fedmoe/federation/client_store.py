@@ -58,7 +58,8 @@ class ClientStore:
                 f"State of client {client} is missing ({path}): the folder `{self.folder.name}` belongs to the "
                 "checkpoints beside it and must be kept and moved with them."
             )
-        return load_file(path)
+        # In a file they begin anywhere, and where they begin decides how sums of them are rounded.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
     def put(self, client: int, tensors: dict[str, Tensor]) -> str:
         """

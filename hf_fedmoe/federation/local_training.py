@@ -318,9 +318,9 @@ class LocalTrainer:
         return (total / len(dataset)).item()
 
     def least_loss(self, dataset: Subset, rows_KP: Tensor, integers: dict[str, Tensor], seed: int) -> int:
-        """Tells which of some models has the least [`mean_loss`] over a client's examples."""
+        """Tells which of some models has the least [`mean_loss`] over a client's examples; a NaN is not the least."""
         losses = [self.mean_loss(dataset, row_P, integers, seed) for row_P in rows_KP]
-        return losses.index(min(losses))
+        return min(range(len(losses)), key=lambda k: (math.isnan(losses[k]), losses[k]))
 
     def in_order(self, dataset: Subset, seed: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a client's examples in their order; `seed` is that of augmentation."""

@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 
 from ..data import FederatedDataset
 from ..data.labels import labels_for_collators
-from ..strategies.client_groups import groups_of, shifts
+from ..strategies.client_groups import groups_of, shifts, strays
 from ..strategies.client_statistics import head_of, statistics_of
 from .markdown import table
 
 
 # Groups whose members are nearer to each other than to others by less are none.
 CLEAR_GROUPS = 0.4
+# As many standard deviations of chance are added to shifts: differences that chance makes are small beside them.
+STRAYS = 6.0
 # Proportions of classes that differ by more are worth a method that minds them.
 SKEWED = 0.2
 # Of fewer pairs of clients with a class in common nothing can be told of all.
@@ -149,7 +151,8 @@ def diagnose(
     sum_MCd = torch.stack([statistics.sum_Cd for statistics in found])
     classes = count_MC.cpu(), sum_MCd.cpu(), together.within_covariance().cpu()
     shift_MM = shifts(*classes)
-    groups, clearness = _clearest_groups(shift_MM, lambda count: groups_of(*classes, count).tolist())
+    stray_MM = strays(classes[0], classes[1].shape[2])
+    groups, clearness = _clearest_groups(shift_MM, stray_MM, lambda count: groups_of(*classes, count).tolist())
     shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)
     skew = np.abs(shares_MC - counts_MC.sum(0) / counts_MC.sum()).sum(1).mean() / 2
     has_MC = (counts_MC > 0).astype(int)
@@ -176,9 +179,17 @@ def _batches(rows: Dataset, model: PreTrainedModel, collate: Callable) -> Iterat
         yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def _clearest_groups(shift_MM: torch.Tensor, divided: Callable[[int], list[int]]) -> tuple[list[int], float]:
-    """Divides clients into as many groups as are clearest, and says how clear; all are one group if none is."""
-    distance_MM = (shift_MM - shift_MM.min()).fill_diagonal_(0).numpy()
+def _clearest_groups(
+    shift_MM: torch.Tensor, stray_MM: torch.Tensor, divided: Callable[[int], list[int]]
+) -> tuple[list[int], float]:
+    """
+    Divides clients into as many groups as are clearest, and says how clear; all are one group if none is. `stray_MM`
+    is by how much shifts stray by chance.
+    """
+    told = stray_MM[~torch.eye(len(stray_MM), dtype=torch.bool) & (stray_MM > 0)]
+    # Of all pairs together: were each judged by its own, a client of few rows would hide or make groups.
+    away = STRAYS * told.square().mean().sqrt().item() if len(told) else 1.0
+    distance_MM = (shift_MM + away).clamp_min(0).fill_diagonal_(0).numpy()
     divisions = []
     for count in range(2, min(MOST_GROUPS, len(shift_MM) // 2) + 1):
         groups = divided(count)

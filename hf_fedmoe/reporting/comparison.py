@@ -94,7 +94,7 @@ def _cells(runs: list[RunResult], names: list[str], shown: list[Metric]) -> list
 def _wins(reference: list[RunResult], runs: list[RunResult], name: str, metric: Metric) -> str:
     """On how many of the common seeds the reference is better."""
     theirs = {run.seed: run.metrics.get(name, np.nan) for run in runs}
-    pairs = [(run.metrics[name], theirs[run.seed]) for run in reference if run.seed in theirs]
+    pairs = [(run.metrics.get(name, np.nan), theirs[run.seed]) for run in reference if run.seed in theirs]
     return f"{sum(metric.is_better(mine, other) for mine, other in pairs)} / {len(pairs)}"
 
 

@@ -63,7 +63,20 @@ def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
     expected of chance. Around 0 for clients that differ in their proportions of classes only.
     """
     total_MM, known_MM = _apart(ClassSums.whitened(count_MC, sum_MCd, covariance_dd))
-    return total_MM / known_MM.clamp_min(1)
+    return total_MM / known_MM.where(known_MM > 0, 1)  # of a row each half a row is known
+
+
+def strays(count_MC: Tensor, size: int) -> Tensor:
+    """
+    Returns the standard deviation `[M, M]` by which [`shifts`] of `size` features stray where two clients are alike; 0
+    where they have no class in common.
+    """
+    classes_MM, all_known_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(count_MC)
+    for count_M in count_MC.T:
+        known_MM = count_M[:, None] * count_M / (count_M[:, None] + count_M).clamp_min(1)
+        classes_MM += known_MM > 0
+        all_known_MM += known_MM
+    return (2 * size * classes_MM).sqrt() / all_known_MM.where(all_known_MM > 0, 1)
 
 
 def _apart(sums: ClassSums) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,13 @@ class IFCA(Strategy):
         return list(model.models)
 
     def download_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
-        """All models but the first, which travels as the model."""
-        return {"others_KP": server.bank_SP[1:]}
+        """All models but the first, which travels as the model: rows, and their integer buffers."""
+        counts = {
+            _of(k, name): tensor
+            for k, integers in enumerate(server.integers[1:], start=1)
+            for name, tensor in integers.items()
+        }
+        return {"others_KP": server.bank_SP[1:], **counts}
 
     def upload_tensors(self, server: Server, client: int) -> dict[str, Tensor]:
         return {"cluster": torch.zeros((), dtype=torch.int64)}
@@ -55,7 +60,10 @@ class IFCA(Strategy):
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         models_KP = torch.cat([task.received_P[None], task.received.tensors["others_KP"]])
         cluster = local.least_loss(task.dataset, models_KP, task.integers, task.seed)
-        payload = local.train(task.dataset, models_KP[cluster], task.integers, task.out_P, task.seed)
+        integers = task.integers
+        if cluster:
+            integers = {name: task.received.tensors[_of(cluster, name)] for name in integers}
+        payload = local.train(task.dataset, models_KP[cluster], integers, task.out_P, task.seed)
         payload.tensors = {"cluster": torch.tensor(cluster)}
         return payload, {}
 
@@ -73,3 +81,8 @@ class IFCA(Strategy):
     def personal_model(self, server: Server, local: LocalTrainer, task: ClientTask) -> nn.Module:
         cluster = local.least_loss(task.dataset, server.bank_SP, task.integers, task.seed)
         return local.load(server.bank_SP[cluster], server.integers[cluster])
+
+
+def _of(cluster: int, name: str) -> str:
+    """Names an integer buffer of a model beside those of the first."""
+    return f"cluster_{cluster}.{name}"

@@ -54,6 +54,8 @@ class EvaluatedRows(ModelColumns):
         plain = self.preprocess_logits_for_metrics is first_logits
         if args.prediction_loss_only or args.batch_eval_metrics or args.include_for_metrics or not plain:
             return
+        if not args.eval_do_concat_batches:  # whoever wants lists of batches has made-up scores in none
+            return
         if compute is None or compute is classification_metrics:
             return
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}

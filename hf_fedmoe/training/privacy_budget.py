@@ -202,21 +202,27 @@ class PrivacyBudget(NoBudget):
         """Returns the epsilon of so many private means; computes each once."""
         if not self.noise_multiplier:
             return math.inf
-        return self._epsilon_once(self.noise_multiplier, releases) if releases else 0.0
+        # Arguments can be given other values between two trainings, or before the card is written.
+        return self._epsilon_once(self.noise_multiplier, releases, self._question) if releases else 0.0
 
-    def _epsilon(self, noise_multiplier: float, releases: int) -> float:
-        delta = self.args.delta
-        if self.args.privacy_accountant == "pld":
+    @property
+    def _question(self) -> tuple[Any, ...]:
+        """Gives all but the noise and its number that an answer depends on."""
+        args = self.args
+        return args.delta, args.privacy_accountant, args.client_choice, args.clients_per_round, self.num_clients
+
+    def _epsilon(self, noise_multiplier: float, releases: int, question: tuple[Any, ...]) -> float:
+        delta, name, *_ = question
+        if name == "pld":
             # As its accountant composes, which would find the loss of one mean anew each time.
-            none, one = self._loss_once(noise_multiplier)
+            none, one = self._loss_once(noise_multiplier, self.args.clients_per_round / self.num_clients)
             return float(none.compose(one.self_compose(releases)).get_epsilon_for_delta(delta))
-        accountant = self._accountant("rdp").compose(self._event(noise_multiplier), releases)
+        accountant = self._accountant(name).compose(self._event(noise_multiplier), releases)
         return float(accountant.get_epsilon(delta))
 
-    def _loss_of_one(self, noise_multiplier: float) -> tuple[Any, Any]:
+    def _loss_of_one(self, noise_multiplier: float, rate: float) -> tuple[Any, Any]:
         """Returns the privacy loss distributions of no mean, and of one of clients drawn by the Poisson scheme."""
         losses = import_module("dp_accounting.pld.privacy_loss_distribution")
-        rate = self.args.clients_per_round / self.num_clients
         of_one = losses.from_gaussian_mechanism(
             noise_multiplier,
             value_discretization_interval=PLD_INTERVAL,

@@ -235,6 +235,68 @@ def test_one_whose_answers_never_come_is_missing_when_the_time_is_up(tmp_path):
     assert server.rounds[0].refused == {2: "its node gives no answer: the line is cut"}
 
 
+def test_one_that_sends_no_message_is_refused_and_does_not_train_again(tmp_path):
+    """Asking again would bring the same, and a round that waits for all would never end."""
+
+    class Odd(MessageLink):
+        def receive(self):
+            for answer in super().receive():
+                odd = answer.message_id == "5"  # greetings are 1 to 3, the tasks of the first round 4 to 6
+                yield Answer(answer.message_id, None, "pieces are missing", lost=False) if odd else answer
+
+    link = Odd(link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)).answers)
+    server = start(tmp_path, link, min_clients=2, round_timeout=60.0, rounds=1)
+    server.train()
+    assert server.rounds[0].refused == {1: "it sends no message: pieces are missing"} and link.sent == 6
+
+
+def test_one_that_cannot_answer_a_greeting_is_not_greeted_without_pause(tmp_path):
+    class Deaf(MessageLink):
+        """Its node 102 runs into an error as soon as it is asked."""
+
+        pause = 0.05
+
+        def receive(self):
+            for answer in super().receive():
+                deaf = answer.message_id in self.to_deaf
+                yield Answer(answer.message_id, None, "the app failed") if deaf else answer
+
+        def send(self, node, kind, packed):
+            name = super().send(node, kind, packed)
+            self.to_deaf += [name] * (node == 102)
+            return name
+
+    deaf = Deaf(link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)).answers)
+    deaf.to_deaf, looks = [], []
+
+    def nodes():
+        looks.append(None)
+        return {100, 101, 102} if len(looks) < 25 else {100, 101, 102, 103}
+
+    deaf.nodes = nodes
+    deaf.answers[103] = deaf.answers[102]
+    start(tmp_path, deaf, min_clients=3, rounds=1).train()
+    # Of two dozen looks, 50 ms apart, each tenth may greet it, and the first.
+    assert len(looks) >= 25 and 2 <= len(deaf.to_deaf) <= 4
+
+
+def test_one_whose_answer_to_a_greeting_is_lost_is_greeted_again(tmp_path, monkeypatch):
+    """It was killed and is back under its number before anybody saw that it was away."""
+    monkeypatch.setattr("hf_fedmoe.deployment.roster.PATIENCE_SECONDS", 0.2)
+
+    class Lossy(MessageLink):
+        pause = 0.01
+
+        def receive(self):
+            return [answer for answer in super().receive() if answer.message_id != "2"]
+
+    link = Lossy(link_to(nodes_of(tmp_path, "fedavg_top_k", **KEEPS)).answers)
+    server = start(tmp_path, link, min_clients=3, rounds=1)
+    server.train()
+    # Three greetings, one of them again, and three tasks.
+    assert server.rounds[0].refused == {} and link.sent == 7
+
+
 def unnumbered(link, answer):
     def answered(packed):
         link.lines -= {name for name, (_, waiting) in link.waiting.items() if waiting is packed}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_fedmoe.deployment import Message
+from hf_fedmoe.deployment import Answer, Message
 from tests.message_link import answering, tiny_node, tiny_run, tiny_server
 from tests.tiny_federation import assert_equal_states, state, tiny_federation
 
@@ -107,10 +107,10 @@ def test_answers_are_pulled_one_by_one_in_the_order_of_the_messages():
     link = FlowerLink(grid)
     names = [link.send(node, "train", b"x") for node in (9, 7, 8)]
     answers = link.receive()
-    assert next(answers) == (names[0], b"x", None)
+    assert next(answers) == Answer(names[0], b"x")
     assert list(grid.replies) == names[1:]
     link.forget(names[1])
-    assert list(answers) == [(names[2], b"x", None)]
+    assert list(answers) == [Answer(names[2], b"x")]
     assert list(grid.replies) == [names[1]]
 
 
@@ -119,13 +119,24 @@ def test_errors_of_flower_are_faults(tmp_path):
     grid = Grid({7: lambda message: flower.Message(error, reply_to=message)})
     link = FlowerLink(grid)
     name = link.send(7, "train", b"x")
-    assert list(link.receive()) == [(name, None, "Flower's error 3, the SuperNode has gone")]
+    assert list(link.receive()) == [Answer(name, None, "Flower's error 3, the SuperNode has gone", lost=True)]
     name = link.send(7, "train", b"x")
     link.forget(name)
     assert list(link.receive()) == []
     grid.push_messages = lambda messages: [None]
     with pytest.raises(ConnectionError, match="SuperLink does not take the message"):
         link.send(7, "train", b"x")
+
+
+def test_a_record_that_lacks_pieces_is_the_node_s_own_fault():
+    def without_its_first_piece(message):
+        record = to_record(b"x")
+        record["hf_fedmoe"]["1"] = record["hf_fedmoe"].pop("0")
+        return flower.Message(record, reply_to=message)
+
+    link = FlowerLink(Grid({7: without_its_first_piece}))
+    name = link.send(7, "train", b"x")
+    assert list(link.receive()) == [Answer(name, None, "the record holds no message of hf_fedmoe", lost=False)]
 
 
 def test_the_app_at_a_node_hands_bytes_to_its_own_process(tmp_path):

@@ -154,10 +154,16 @@ def test_a_port_and_a_folder_that_are_in_use_are_waited_for(monkeypatch, tmp_pat
         launching._wait_for_the_last_one("127.0.0.1", 1, tmp_path)
     monkeypatch.setattr(launching, "START_SECONDS", 60)
     monkeypatch.setattr(launching, "time", SimpleNamespace(monotonic=time.monotonic, sleep=naps.append))
-    looks[:] = [True, False]
+    looks[:] = [True, True, False]
     lock.release()
+    said = []
+    monkeypatch.setattr(launching, "logger", SimpleNamespace(warning=said.append))
     launching._wait_for_the_last_one("127.0.0.1", 1, tmp_path)
-    assert naps == [1] and looks == []
+    assert naps == [1, 1] and looks == []
+    assert said == [
+        "Something listens on 127.0.0.1:1 already: end it, or give another --port. "
+        "Waits 60 s for it to end by itself, should it have been killed."
+    ]
 
 
 def test_without_flower_the_command_says_what_to_install(monkeypatch):

@@ -18,6 +18,7 @@ from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.language_methods import language_methods, make_language_trainer
 from hf_fedmoe.experiments.language_scores import bits_per_byte, single_ways, ways_of
 from hf_fedmoe.experiments.methods import train_or_go_on
+from hf_fedmoe.experiments.owner_texts import read_owner_texts
 from hf_fedmoe.experiments.run_comparison import plan_runs
 from hf_fedmoe.experiments.runs import execute, try_out
 from hf_fedmoe.owners import pack
@@ -112,7 +113,7 @@ def test_figures_are_those_of_the_models(place):
     assert owners["clients_bits_per_byte"] == pytest.approx(owners["oracle_expert_bits_per_byte"], rel=1e-4)
     assert owners["oracle_expert_bits_per_byte"] < of_base["bits_per_byte"]
     experts = {name: owners[f"expert_{name}_bits_per_byte"] for name in OWNERS}
-    assert owners["best_expert_bits_per_byte"] == min(experts.values())
+    assert owners["best_expert_of_test_bits_per_byte"] == min(experts.values())
     assert owners["expert_court_bits_per_byte_court"] == owners["oracle_expert_bits_per_byte_court"]
     assert found["fedavg"]["clients_bits_per_byte"] == found["fedavg"]["bits_per_byte"] < of_base["bits_per_byte"]
     assert found["pooled"]["bits_per_byte"] < of_base["bits_per_byte"]
@@ -149,6 +150,36 @@ def test_parts_are_the_figures_of_ways_to_use_the_experts(place):
             logits = mixture.without("press")(input_ids=ids).logits[:, :-1].log_softmax(-1)
         told = logits.gather(-1, ids[:, 1:, None])[..., 0]
         assert found[f"without_press_bits_per_byte_{domain}"] == pytest.approx(bits_per_byte(told, count), rel=1e-5)
+
+
+def test_the_best_expert_is_chosen_without_the_text_that_is_reported_on(place):
+    """It is the one that is best on the owners' reserved rows; here a test of other words would choose another."""
+    swapped = pq.read_table("texts.parquet").to_pylist()
+    for row in swapped:
+        if row["split"] == "test" and row["owner"] == "press":
+            row["text"] = part_of("court", "reserved")
+        if row["split"] == "reserved" and row["owner"] == "court":
+            row["text"] = part_of("press", "test")
+    pq.write_table(pa.Table.from_pylist(swapped), "swapped.parquet")
+    settings = SETTINGS | {"dataset": ["swapped.parquet"], "validation_size": 4}
+    (run,) = runs_of(written(place, {"owners": "owners"}, settings=settings), place / "out")["owners"]
+    execute(run)
+    found = metrics_of(run)
+    assert set(found) == set(LANGUAGE.metrics("owners", run.parse()[0]))
+    assert found["expert_court_bits_per_byte"] < found["expert_press_bits_per_byte"]
+    for name in ("bits_per_byte", "bits_per_byte_films", "perplexity"):
+        assert found[f"best_expert_{name}"] == found[f"expert_press_{name}"]
+        assert found[f"best_expert_of_test_{name}"] == found[f"expert_court_{name}"]
+
+
+def test_rows_that_rounds_are_watched_on_are_not_reported_on(place):
+    for part, reported in (("reserved", 5), ("test", 0)):
+        given = SETTINGS | {"part": part, "validation_size": 3}
+        experiment, _ = parse_settings(LanguageExperiment, given, {"output_dir": "unused"})
+        _, source = experiment.source()
+        data, rows = experiment.split(source, 0), slice(reported, reported + 3)
+        assert data.validation["input_ids"][:] == [row for name in OWNERS for row in source[name]["reserved"][rows]]
+        assert data.test["input_ids"][:5] == source["court"][part][:5]
 
 
 def test_table_page_and_curves_say_that_lower_is_better(place, warm_processes):
@@ -264,6 +295,15 @@ def test_wrong_settings_are_told_before_anything_is_read(place, changes, message
         ({"dataset": ["none.parquet"]}, "`dataset` is 'none.parquet', which cannot be read"),
         ({"unseen": ["tweets"]}, "`dataset` is 'texts.parquet', which has no test text of 'tweets'"),
         ({"rows_per_owner": 900}, "`rows_per_owner` is 900, but 'court' has .* rows of `sequence_length` = 16"),
+        (
+            {"validation_size": 99},
+            "`validation_size` is 99, but 'court' has .* reserved rows of `sequence_length` = 16: ",
+        ),
+        (
+            {"part": "reserved", "validation_size": 99},
+            "but 'court' has .* reserved rows of .* 16, of which `test_size` = 5 are reported on: lower it",
+        ),
+        ({"sequence_length": 2000}, "The train text of 'court': `text` has .* tokens, and `sequence_length` is 2000"),
         ({"sequence_length": 200, "rows_per_owner": 1}, "`sequence_length` is 200, but the base reads"),
     ],
 )
@@ -271,6 +311,43 @@ def test_what_the_texts_and_the_base_have_not_is_told_before_training(place, cha
     runs = runs_of(written(place, {"fedavg": "fedavg"}, settings=SETTINGS | changes), place / "out")
     with pytest.raises(ValueError, match=message):
         try_out(runs["fedavg"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("text", None, "`dataset` is 'texts.parquet', whose row 1 has None as 'text': write texts only"),
+        ("owner", None, "`dataset` is 'texts.parquet', whose row 1 has None as 'owner': write texts only"),
+    ],
+)
+def test_rows_that_are_no_texts_are_named(place, column, value, message):
+    rows = pq.read_table("texts.parquet").to_pylist()
+    rows[1][column] = value
+    pq.write_table(pa.Table.from_pylist(rows), "texts.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_owner_texts("texts.parquet", {"court": ["train"]}, "dataset")
+    pq.write_table(pa.table({"owner": [1], "split": ["train"], "text": ["words"]}), "texts.parquet")
+    with pytest.raises(ValueError, match="whose row 0 has 1 as 'owner'"):
+        read_owner_texts("texts.parquet", {"1": ["train"]}, "dataset")
+
+
+def test_a_reference_that_has_not_what_is_counted_is_told_before_training(place):
+    columns = ["clients_bits_per_byte", "bits_per_byte"]
+    for reference, fits in (("base", False), ("pooled", False), ("local", True)):
+        path = written(
+            place, {name: name for name in ("base", "pooled", "local")}, columns=columns, reference=reference
+        )
+        if fits:
+            assert len(runs_of(path, place / "out")) == 3
+            continue
+        with pytest.raises(ValueError, match=f"`reference` is '{reference}', which has no 'clients_bits_per_byte'"):
+            runs_of(path, place / "out")
+
+
+def test_the_best_expert_needs_rows_to_be_chosen_by(place):
+    path = written(place, {"owners": "owners"}, parts=["best_expert"])
+    with pytest.raises(ValueError, match=r"`parts` has 'best_expert', .* chosen by the rows of a `validation_size`"):
+        runs_of(path, place / "out")
 
 
 def test_owners_draw_rows_by_the_seed(place):

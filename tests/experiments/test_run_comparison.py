@@ -162,7 +162,8 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, ca
         compare(path, out, overrides={"rounds": 3})
 
 
-def test_a_size_that_needs_no_data_is_named(tmp_path, monkeypatch, warm_processes):
+def test_a_size_that_needs_no_data_is_named(tmp_path, monkeypatch):
+    # In processes of its own: warm ones may have the variable from the shell.
     monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
     sizes = {"small": {"dataset": ["unipen"]}, "paper": {"dataset": ["nobody/femnist"]}, "tiny": {}}
     path = written(tmp_path, sizes=sizes)

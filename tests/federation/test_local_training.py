@@ -1,6 +1,7 @@
+import math
 from types import SimpleNamespace
 
-from hf_fedmoe.federation.local_training import local_steps
+from hf_fedmoe.federation.local_training import LocalTrainer, local_steps
 
 
 def arguments(**changes):
@@ -44,3 +45,10 @@ def test_a_last_row_by_itself_joins_the_batch_before_it():
     # In the order of the others.
     (joined,), (first, last) = local_steps(5, arguments(), 3, 1, never_one=True), local_steps(5, arguments(), 3, 1)
     assert joined[0] == first[0] + last[0]
+
+
+def test_a_loss_that_is_no_number_is_not_the_least():
+    for losses, least in (([0.5, 0.3, 0.3], 1), ([math.nan, 0.5, 0.4], 2), ([math.nan, math.nan], 0)):
+        told = iter(losses)
+        local = SimpleNamespace(mean_loss=lambda *_, told=told: next(told))
+        assert LocalTrainer.least_loss(local, None, losses, {}, 0) == least

@@ -1,12 +1,18 @@
 """In what clients differ: groups, proportions of classes, or nothing."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
 
 from hf_fedmoe import diagnose
 from hf_fedmoe.data import FederatedDataset, dirichlet, iid
 from hf_fedmoe.reporting import client_differences
+from hf_fedmoe.strategies.client_groups import groups_of, shifts, strays
+from hf_fedmoe.strategies.client_statistics import ClientStatistics
+from tests.clients_of_groups import in_common
 from tests.strategies.test_fedmoe_groups import federation_of_groups
 from tests.tiny_federation import tiny_expert, tiny_rows, with_padding
 
@@ -26,6 +32,35 @@ def test_groups_to_whom_labels_mean_something_else():
     assert found.shift_MM[~same_MM].min() > found.shift_MM[same_MM].max()
     assert "Compare `fedmoe_groups` with 2 routed experts" in found.advice
     assert "| groups | 2 |" in str(found) and found.clearness > 0.5
+
+
+def clearest(groups: list[int], rows: list[int], means_gCd: torch.Tensor, seed: int) -> list[int]:
+    """Divides made-up clients of so many rows, whose features have variance 1 within classes."""
+    generator = torch.Generator().manual_seed(seed)
+    _, C, d = means_gCd.shape
+    clients = []
+    for group, count in zip(groups, rows, strict=True):
+        labels_N = torch.randint(C, (count,), generator=generator)
+        features_Nd = means_gCd[group][labels_N] + torch.randn(count, d, generator=generator)
+        clients.append(ClientStatistics.of(features_Nd, labels_N, C))
+    classes = in_common(clients)
+    divided = partial(groups_of, *classes)
+    return client_differences._clearest_groups(
+        shifts(*classes), strays(classes[0], d), lambda count: divided(count).tolist()
+    )[0]
+
+
+def test_groups_are_clear_of_many_features_and_with_a_client_of_few_rows():
+    """Means that are 4 standard deviations apart, and more, were hidden by what chance is expected to do."""
+    groups, means_gCd = [0, 1, 2, 3] * 3, 0.4 * torch.randn(4, 10, 64, generator=torch.Generator().manual_seed(0))
+    for rows in ([50] * 12, [300] * 11 + [8]):
+        assert adjusted_rand_score(groups, clearest(groups, rows, means_gCd, seed=1)) == 1
+
+
+def test_of_clients_who_are_alike_chance_makes_no_groups():
+    for num_clients in (4, 6, 8):
+        found = [clearest([0] * num_clients, [30] * num_clients, torch.zeros(1, 2, 5), seed) for seed in range(25)]
+        assert all(set(groups) == {0} for groups in found)
 
 
 def test_clients_that_are_alike():

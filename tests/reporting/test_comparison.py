@@ -27,6 +27,11 @@ def test_means_spreads_parts_and_wins():
     ]
 
 
+def test_a_reference_without_the_figure_is_better_on_no_seed():
+    rows = {"base": [RunResult(0, {"f1": 0.5})], "other": [RunResult(0, {"accuracy": 0.5})]}
+    assert comparison_table(rows, ["accuracy"], reference="base").split("\n")[3] == "| other | 50.0 | 0 / 1 |"
+
+
 def test_the_lower_one_wins_where_lower_is_better_and_units_are_a_metrics_own():
     metrics = {
         "bits_per_byte": Metric("bits per byte", 1, 3, lower_is_better=True),

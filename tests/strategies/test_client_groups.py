@@ -5,8 +5,8 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch.distributions import Normal
 
-from hf_fedmoe.strategies.client_groups import ClassSums, _evidence, groups_of, shifts, with_old_names
-from tests.clients_of_groups import SCALES_d, clients_of_groups, in_common, means_of_groups
+from hf_fedmoe.strategies.client_groups import ClassSums, _evidence, groups_of, shifts, strays, with_old_names
+from tests.clients_of_groups import D, SCALES_d, clients_of_groups, in_common, means_of_groups
 
 
 EVERY = [0, 1, 2]
@@ -23,6 +23,25 @@ def test_shifts_are_those_of_the_means_in_units_of_the_spread():
             found = torch.stack([shift_MM[pair] for pair in pairs]).mean().item()
             true = (means_gCd[g] - means_gCd[other]).square().sum(1).mean().item()
             assert found == pytest.approx(true, abs=0.05 + 0.1 * true)
+
+
+def test_a_row_each_tells_the_whole_distance():
+    """A difference of 4 with variance 1 + 1 has the square 16, of which 2 are expected of chance."""
+    one_each = torch.ones(2, 1).double(), torch.tensor([[[0.0]], [[4.0]]]).double(), torch.eye(1).double()
+    assert shifts(*one_each)[0, 1].item() == pytest.approx(14, rel=2e-3)  # a thousandth is added to variances
+
+
+def test_shifts_of_clients_who_are_alike_stray_by_chance_as_far_as_is_told():
+    """Compares with draws; of clients 2 and 3, who have no class in common, nothing strays."""
+    counts = torch.tensor([[50.0, 0.0], [20.0, 30.0], [10.0, 0.0], [0.0, 10.0]]).double()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, *counts.shape, D, generator=generator).double() * counts.sqrt()[..., None]
+    drawn = torch.stack([shifts(counts, each, torch.eye(D).double()) for each in noise])
+    told = strays(counts, D)
+    assert told[2, 3] == 0 and (drawn[:, 2, 3] == 0).all()
+    for pair in ((0, 1), (0, 2), (1, 2), (1, 3)):
+        assert drawn[:, *pair].std().item() == pytest.approx(told[pair].item(), rel=0.08)
+        assert drawn[:, *pair].mean().item() == pytest.approx(0, abs=0.1 * told[pair].item())
 
 
 def test_proportions_of_classes_make_no_shift():

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from hf_fedmoe.data import FederatedDataset, hold_out_client_tests
-from hf_fedmoe.models import EnsembleForSequenceClassification
+from hf_fedmoe.federation import LocalTrainer
+from hf_fedmoe.models import EnsembleForImageClassification, EnsembleForSequenceClassification
 from hf_fedmoe.strategies import IFCA, FedAvg
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.weights import Payload
 from tests.tiny_federation import assert_equal_states, state, tiny_args, tiny_ensemble, tiny_expert, tiny_federation
+from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
 
 
 ONE_ROUND = dict(rounds=1, clients_per_round=4, keep_client_optimizer=False)
@@ -77,3 +79,19 @@ def test_what_it_cannot_take_is_refused(tmp_path):
     for cluster, fault in ((-1, "it trained cluster -1, of 2"), (2, "it trained cluster 2, of 2"), (1, None)):
         payload = Payload(server.bank_SP[0], tensors={"cluster": torch.tensor(cluster)})
         assert IFCA().upload_fault(server, payload) == fault
+
+
+def test_each_model_counts_its_own_batches(tmp_path, monkeypatch):
+    """Normalisation by a cumulative mean would forget what a model has seen, were it given another one's count."""
+    chosen = iter([1, 1, 1])
+    monkeypatch.setattr(LocalTrainer, "least_loss", lambda *_: next(chosen))
+    trained = FederatedTrainer(
+        EnsembleForImageClassification.from_classifier(tiny_resnet(), num_models=2),
+        tiny_args(tmp_path, clients_per_round=1, num_train_epochs=1),
+        tiny_image_federation(),
+        processing_class=tiny_processor(),
+        strategy=IFCA(),
+    )
+    trained.train()
+    counted = [{int(t) for name, t in state(own).items() if "num_batches" in name} for own in trained.model.models]
+    assert counted == [{0}, {9}]  # three rounds of 12 rows in batches of 4

@@ -140,6 +140,24 @@ def test_metrics_of_fewer_classes_are_refused_before_training(tmp_path):
     assert len(seen) == 2 and seen[0] == {0, 1, 2}
 
 
+def test_metrics_of_lists_of_batches_are_not_tried(tmp_path):
+    """They take another form of predictions than made-up scores have."""
+    sizes = []
+
+    def of_batches(prediction):
+        sizes.append([len(labels) for labels in prediction.label_ids])
+        return {"mine": 1.0}
+
+    run = FederatedTrainer(
+        tiny_expert(),
+        tiny_args(tmp_path, rounds=1, eval_strategy="steps", eval_do_concat_batches=False),
+        tiny_federation(),
+        compute_metrics=of_batches,
+    )
+    run.train()
+    assert sizes == [[8, 8, 4]]
+
+
 def test_metrics_of_the_docs(newcomer):  # noqa: F811
     (example,) = blocks("docs/metrics.md")
     trainer = run(example.replace("rounds=2", "rounds=1"))["trainer"]

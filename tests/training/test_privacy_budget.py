@@ -118,6 +118,16 @@ def test_no_question_is_computed_twice(tmp_path, monkeypatch):
     assert found[-1] == dp.pld.PLDAccountant().compose(drawn, 4).get_epsilon(1e-2)
 
 
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_an_answer_is_of_the_arguments_as_they_are(accountant, tmp_path):
+    for name, value in (("delta", 1e-6), ("clients_per_round", 100)):
+        asked = budget(tmp_path, privacy_accountant=accountant)
+        before = asked.epsilon(20)
+        setattr(asked.args, name, value)
+        anew = budget(tmp_path, privacy_accountant=accountant, **{name: value})
+        assert before < asked.epsilon(20) == anew.epsilon(20)
+
+
 def test_without_noise_there_is_no_epsilon(tmp_path):
     found = budget(tmp_path, noise_multiplier=0.0, delta=None)
     assert found.epsilon(1) == math.inf and found.spent() == {} and found.facts() is None
