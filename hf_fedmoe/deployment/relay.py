@@ -14,7 +14,7 @@ from .node import Node
 
 
 FAMILY = "AF_UNIX"
-# Nobody will ask any more.
+# Nobody will ask any more, if SuperNode has ended: a server can send an empty message too.
 STOP = b""
 
 
@@ -23,8 +23,8 @@ def serve(node: Node, socket: Path, supernode: subprocess.Popen, listener: Liste
     threading.Thread(target=_stop_with, args=(supernode, socket), daemon=True).start()
     while True:
         with listener.accept() as connection:
-            if not _answer(node, connection):
-                return supernode.wait()
+            if not _answer(node, connection) and (code := supernode.poll()) is not None:
+                return code
 
 
 def _answer(node: Node, connection: Connection) -> bool:

@@ -13,7 +13,7 @@ def test_who_asks_may_die_at_any_byte_of_its_message(tmp_path):
     """The client goes on: a process that ended here would take its client out of the federation."""
     told, codes = [], []
     node = SimpleNamespace(answer=lambda message: told.append(message.kind) or Message("node"))
-    supernode = SimpleNamespace(wait=lambda: ended.wait(30) and 3)
+    supernode = SimpleNamespace(wait=lambda: ended.wait(30) and 3, poll=lambda: 3 if ended.is_set() else None)
     ended, socket = threading.Event(), str(tmp_path / "s")
     hello = Message("hello", {"run": "abc"}).pack()
     whole = struct.pack("!i", len(hello)) + hello
@@ -23,6 +23,8 @@ def test_who_asks_may_die_at_any_byte_of_its_message(tmp_path):
         for sent in (0, 2, 4, 20, len(whole) - 1):
             with Client(socket, FAMILY) as connection:
                 connection._send(whole[:sent])
+        with Client(socket, FAMILY) as connection:  # an empty message of a server, which ends nobody's client
+            connection.send_bytes(STOP)
         with Client(socket, FAMILY) as connection:
             connection.send_bytes(hello)
         with Client(socket, FAMILY) as connection:  # gone before its answer, the next one is answered
