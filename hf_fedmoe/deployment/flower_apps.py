@@ -39,6 +39,7 @@ def server_app(make_trainer: MakeServer) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         trainer = make_trainer(FlowerLink(grid), context)
         folder = Path(str(trainer.args.output_dir))
+        trainer.goes_on_by = "the same server, started again,"
         started = folder.is_dir() and get_last_checkpoint(str(folder))
         trainer.train(resume_from_checkpoint=started or None)
         trainer.save_model()
