@@ -149,7 +149,7 @@ def test_the_app_at_a_node_hands_bytes_to_its_own_process(tmp_path):
     node = tiny_node(tmp_path / "node", "fedavg", 0, tiny_federation(2))
     socket = tmp_path / "s"
     ended = threading.Event()
-    supernode = SimpleNamespace(wait=lambda: ended.wait() and 3)
+    supernode = SimpleNamespace(wait=lambda: ended.wait() and 3, poll=lambda: 3 if ended.is_set() else None)
     codes = []
     names = {}
     exec(compile(CLIENT_APP, "hf_fedmoe_client_app.py", "exec"), names)
