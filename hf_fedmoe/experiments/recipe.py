@@ -148,6 +148,7 @@ def _run(experiment_class: type[ClassifierExperiment], settings_file: Path, argv
         }
         say(f"\nClients' own models on their own test examples:\n{table(served)}")
 
+    say(f"\nSaving the model and its card to {output_dir / 'model'} ...")
     trainer.save_model(str(output_dir / "model"))
     trainer.create_model_card(
         model_name=f"{settings_file.stem}-{experiment.compare[-1]}",
