@@ -131,6 +131,7 @@ def _run(experiment_class: type[ClassifierExperiment], settings_file: Path, argv
             client_tables[method] = trainer.client_table
     gate_share_KC = None
     if experiment.compare[-1] == "fedmoe":
+        say("\nTaking the mixture apart, expert by expert ...")  # which runs each of them on the test
         analysis = analyse(trainer, data, args.eval_batch_size)
         if is_main:
             plot_gate(analysis.share_KC, data.label_names, output_dir / "gate.png")
@@ -148,7 +149,6 @@ def _run(experiment_class: type[ClassifierExperiment], settings_file: Path, argv
         }
         say(f"\nClients' own models on their own test examples:\n{table(served)}")
 
-    say(f"\nSaving the model and its card to {output_dir / 'model'} ...")
     trainer.save_model(str(output_dir / "model"))
     trainer.create_model_card(
         model_name=f"{settings_file.stem}-{experiment.compare[-1]}",
