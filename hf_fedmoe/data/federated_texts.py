@@ -36,7 +36,7 @@ class FederatedTexts(FederatedDataset):
         label_column: str = LABELS,
         num_labels: int | None = None,
     ) -> "FederatedDataset":
-        """As [`FederatedDataset.from_clients`]; each dataset has `input_ids` and `labels`."""
+        """Does what [`FederatedDataset.from_clients`] does; each dataset has `input_ids` and `labels`."""
         return super().from_clients(clients, reserved, validation, test, label_column, num_labels)
 
     @staticmethod

@@ -102,7 +102,7 @@ def names_of_part(layout: StateLayout, model: nn.Module, beginnings: tuple[str, 
 
 
 def average_body_into_(server: Server, uploads: Uploads, head: set[str]) -> None:
-    """As [`average_into_`], for models whose `head`, a set of names, stays with the clients."""
+    """Does what [`average_into_`] does, for models whose `head`, a set of names, stays with the clients."""
     views = server.layout.views(server.bank_SP[0])
     before = {name: views[name].clone() for name in head}
     uploads.average_into_(server)
