@@ -93,8 +93,10 @@ class SmallImageProcessor(PilBackend):
         super().__init__(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what is saved. Without the last entry an image pipeline would make up a video processor from the auto map,
-        and ask whoever loads the model whether to run its code."""
+        """
+        Returns what is saved. Without the last entry an image pipeline would make up a video processor from the auto
+        map, and ask whoever loads the model whether to run its code.
+        """
         return super().to_dict() | {"video_processor_type": "none"}
 
     @classmethod
