@@ -20,7 +20,7 @@ from who_asks import GROUPS, QUICK
 
 from hf_fedmoe.experiments import ImageExperiment, make_trainer, parse_settings
 from hf_fedmoe.experiments.yaml_files import read_yaml
-from hf_fedmoe.strategies.client_groups import groups_of, shifts
+from hf_fedmoe.strategies.client_groups import ClassSums, groups_of, shifts
 from hf_fedmoe.strategies.client_statistics import ClientStatistics, head_of, statistics_of
 
 
@@ -50,12 +50,13 @@ def indices(groups: np.ndarray, found: list[ClientStatistics]) -> tuple[float, f
     for each in found[1:]:
         together = together + each
     counts, sums = (torch.stack([getattr(each, name) for each in found]) for name in ("count_C", "sum_Cd"))
-    known = counts, sums, together.within_covariance()
+    scatters = torch.stack([each.scatter() for each in found])
+    white = ClassSums.whitened(counts, sums, scatters, together.within_covariance())
     num_groups = len(set(groups.tolist()))
-    shift_MM: Tensor = shifts(*known)
+    shift_MM: Tensor = shifts(white)
     linkage = AgglomerativeClustering(num_groups, metric="precomputed", linkage="average")
     linked = linkage.fit_predict((shift_MM - shift_MM.min()).fill_diagonal_(0).numpy())
-    return adjusted_rand_score(groups, linked), adjusted_rand_score(groups, groups_of(*known, num_groups).tolist())
+    return adjusted_rand_score(groups, linked), adjusted_rand_score(groups, groups_of(white, num_groups).tolist())
 
 
 def part_of(groups: np.ndarray, generator: np.random.Generator) -> list[int]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_fedmoe.strategies.client_groups import ClassSums
 from hf_fedmoe.strategies.client_statistics import ClientStatistics
 
 
@@ -27,10 +28,11 @@ def clients_of_groups(
     return found
 
 
-def in_common(clients: list[ClientStatistics]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns counts `[M, C]` and sums `[M, C, d]` of clients, and the covariance `[d, d]` within classes of all."""
+def in_common(clients: list[ClientStatistics]) -> ClassSums:
+    """Returns what is known of clients, in units of the covariance within classes of all."""
     together = clients[0]
     for client in clients[1:]:
         together = together + client
     counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
-    return counts, sums, together.within_covariance()
+    scatters = torch.stack([client.scatter() for client in clients])
+    return ClassSums.whitened(counts, sums, scatters, together.within_covariance())

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..data import FederatedDataset
 from ..data.labels import labels_for_collators
-from ..strategies.client_groups import groups_of, shifts, strays
+from ..strategies.client_groups import ClassSums, groups_of, shifts, strays
 from ..strategies.client_statistics import head_of, statistics_of
 from .markdown import table
 
@@ -147,12 +147,13 @@ def diagnose(
     together = found[0]
     for statistics in found[1:]:
         together = together + statistics
-    count_MC = torch.stack([statistics.count_C for statistics in found])
-    sum_MCd = torch.stack([statistics.sum_Cd for statistics in found])
-    classes = count_MC.cpu(), sum_MCd.cpu(), together.within_covariance().cpu()
-    shift_MM = shifts(*classes)
-    stray_MM = strays(classes[0], classes[1].shape[2])
-    groups, clearness = _clearest_groups(shift_MM, stray_MM, lambda count: groups_of(*classes, count).tolist())
+    count_MC, sum_MCd, scatter_Mdd = (
+        torch.stack(each).cpu()
+        for each in zip(*((own.count_C, own.sum_Cd, own.scatter()) for own in found), strict=True)
+    )
+    sums = ClassSums.whitened(count_MC, sum_MCd, scatter_Mdd, together.within_covariance().cpu())
+    shift_MM = shifts(sums)
+    groups, clearness = _clearest_groups(shift_MM, strays(sums), lambda count: groups_of(sums, count).tolist())
     shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)
     skew = np.abs(shares_MC - counts_MC.sum(0) / counts_MC.sum()).sum(1).mean() / 2
     has_MC = (counts_MC > 0).astype(int)

@@ -4,6 +4,7 @@ Groups of clients whose classes look alike, as statistics of their data tell the
 Shape suffixes: M, A and B clients or groups of them, K groups, C classes, d features.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,17 +15,26 @@ from torch import Tensor
 from .client_statistics import covariance_factor
 
 
-# Means of a class are never taken to be the same in all groups, or nothing would be in favour of joining any.
-LEAST_VARIANCE = 1e-3
+# Groups are taken to be two standard deviations apart in each class at least: nearer ones need no model each, and if
+# nothing could differ, nothing would be in favour of joining any.
+LEAST_SQUARED_DISTANCE = 4.0
+# Of so many clients, evenly spaced, is estimated by how much groups differ: each step compares all pairs.
+MOST_COMPARED = 100
+MOST_STEPS = 20
+# Squared deviations that a client's spread is taken to be the common one by, before its own are counted.
+PRIOR_DEVIATIONS = 10.0
 
 
 @dataclass
 class ClassSums:
     """
-    Sums over rows of clients, or of groups of them, in features that have covariance 1 within classes.
+    Sums over rows of clients, or of groups of them, in features that have covariance 1 within a client's classes.
+
+    Rows of a client that varies more count less, as many of a client that varies as all do on average: pictures of
+    one kind may vary twice as much as those of another, and chance takes their means that much further apart.
 
     Args:
-        count_MC (`Tensor` of shape `[M, C]`): Rows of each class.
+        count_MC (`Tensor` of shape `[M, C]`): Rows of each class, by the share that they count.
         sum_MCd (`Tensor` of shape `[M, C, d]`): The sums of their features.
     """
 
@@ -32,10 +42,22 @@ class ClassSums:
     sum_MCd: Tensor
 
     @classmethod
-    def whitened(cls, count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> "ClassSums":
-        """Returns the sums of features that had such a covariance."""
+    def whitened(cls, count_MC: Tensor, sum_MCd: Tensor, scatter_Mdd: Tensor, covariance_dd: Tensor) -> "ClassSums":
+        """
+        Returns the sums of features that had a covariance.
+
+        Args:
+            count_MC (`Tensor` of shape `[M, C]`): Rows of each class at each client.
+            sum_MCd (`Tensor` of shape `[M, C, d]`): The sums of their features.
+            scatter_Mdd (`Tensor` of shape `[M, d, d]`): [`ClientStatistics.scatter`] of each client.
+            covariance_dd (`Tensor` of shape `[d, d]`): The covariance of features within classes of all rows.
+        """
         rows_Nd, factor_dd = sum_MCd.flatten(0, 1), covariance_factor(covariance_dd)
-        return cls(count_MC, torch.linalg.solve_triangular(factor_dd, rows_Nd.T, upper=False).T.view_as(sum_MCd))
+        white_MCd = torch.linalg.solve_triangular(factor_dd, rows_Nd.T, upper=False).T.view_as(sum_MCd)
+        squares_M = torch.einsum("mde,de->m", scatter_Mdd.to(factor_dd), torch.cholesky_inverse(factor_dd))
+        free_M = count_MC.sum(1) - (count_MC > 0).sum(1)  # each mean takes a row
+        spread_M = (PRIOR_DEVIATIONS + squares_M) / (PRIOR_DEVIATIONS + len(factor_dd) * free_M)
+        return cls(count_MC / spread_M[:, None], white_MCd / spread_M[:, None, None])
 
     def __getitem__(self, clients: slice) -> "ClassSums":
         return ClassSums(self.count_MC[clients], self.sum_MCd[clients])
@@ -50,33 +72,39 @@ class ClassSums:
         Yields for each class what is known of any two `[A, B]`, half the harmonic mean of their rows, and the squared
         distance of their means, times that: d on average if they have the same mean, 0 where one has no rows.
         """
-        mean_ACd, mean_BCd = (each.sum_MCd / each.count_MC.clamp_min(1)[..., None] for each in (self, other))
+        mean_ACd, mean_BCd = (each.sum_MCd / _or_one(each.count_MC)[..., None] for each in (self, other))
         for c, (count_A, count_B) in enumerate(zip(self.count_MC.T, other.count_MC.T, strict=True)):
-            known_AB = count_A[:, None] * count_B / (count_A[:, None] + count_B).clamp_min(1)
+            known_AB = count_A[:, None] * count_B / _or_one(count_A[:, None] + count_B)
             yield known_AB, known_AB * torch.cdist(mean_ACd[:, c], mean_BCd[:, c]).square()
 
 
-def shifts(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor) -> Tensor:
+def _or_one(count: Tensor) -> Tensor:
+    """Returns what can be divided by, where nothing is divided."""
+    return count.where(count > 0, 1)
+
+
+def shifts(sums: ClassSums) -> Tensor:
     """
     Returns how far the classes of any two clients are apart `[M, M]`: the mean over classes of the squared distance of
     their means, in units of the covariance within classes, weighted by what is known of a class and without what is
     expected of chance. Around 0 for clients that differ in their proportions of classes only.
     """
-    total_MM, known_MM = _apart(ClassSums.whitened(count_MC, sum_MCd, covariance_dd))
-    return total_MM / known_MM.where(known_MM > 0, 1)  # of a row each half a row is known
+    total_MM, known_MM = _apart(sums)
+    return total_MM / _or_one(known_MM)  # of a row each half a row is known
 
 
-def strays(count_MC: Tensor, size: int) -> Tensor:
+def strays(sums: ClassSums) -> Tensor:
     """
-    Returns the standard deviation `[M, M]` by which [`shifts`] of `size` features stray where two clients are alike; 0
-    where they have no class in common.
+    Returns the standard deviation `[M, M]` by which [`shifts`] stray where two clients are alike; 0 where they have no
+    class in common.
     """
+    count_MC, size = sums.count_MC, sums.sum_MCd.shape[2]
     classes_MM, all_known_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(count_MC)
     for count_M in count_MC.T:
-        known_MM = count_M[:, None] * count_M / (count_M[:, None] + count_M).clamp_min(1)
+        known_MM = count_M[:, None] * count_M / _or_one(count_M[:, None] + count_M)
         classes_MM += known_MM > 0
         all_known_MM += known_MM
-    return (2 * size * classes_MM).sqrt() / all_known_MM.where(all_known_MM > 0, 1)
+    return (2 * size * classes_MM).sqrt() / _or_one(all_known_MM)
 
 
 def _apart(sums: ClassSums) -> tuple[Tensor, Tensor]:
@@ -91,19 +119,17 @@ def _apart(sums: ClassSums) -> tuple[Tensor, Tensor]:
     return total_MM, all_known_MM
 
 
-def groups_of(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor, num_groups: int) -> Tensor:
+def groups_of(sums: ClassSums, num_groups: int) -> Tensor:
     """
     Returns the group `[M]` of each client: joins two at a time, each time the two of which it is likeliest that they
     are one, and counts their rows as those of one client from then on.
 
     Args:
-        count_MC (`Tensor` of shape `[M, C]`): Rows of each class at each client.
-        sum_MCd (`Tensor` of shape `[M, C, d]`): The sums of their features.
-        covariance_dd (`Tensor` of shape `[d, d]`): The covariance of features within classes.
+        sums ([`ClassSums`]): Of the clients.
         num_groups (`int`): How many groups are left.
     """
-    sums, num_clients = ClassSums.whitened(count_MC.clone(), sum_MCd, covariance_dd), len(count_MC)
-    variance = _variance_between(sums)
+    num_clients, variance = len(sums.count_MC), _variance_between(sums)
+    sums = ClassSums(sums.count_MC.clone(), sums.sum_MCd.clone())
     evidence_MM = _evidence(sums, sums, variance).fill_diagonal_(-torch.inf)
     group_M = torch.arange(num_clients)
     for _ in range(num_clients - num_groups):
@@ -120,11 +146,28 @@ def groups_of(count_MC: Tensor, sum_MCd: Tensor, covariance_dd: Tensor, num_grou
 
 
 def _variance_between(sums: ClassSums) -> float:
-    """Estimates by how much the means of two clients differ in each direction, in variances within classes."""
-    # A client is as far from itself as chance never lets two be.
-    others_MM = ~torch.eye(len(sums.count_MC), dtype=torch.bool)
-    total, known = (each_MM.cpu()[others_MM].sum() for each_MM in _apart(sums))
-    return max((total / (sums.sum_MCd.shape[2] * known).clamp_min(1)).item(), LEAST_VARIANCE)
+    """
+    Estimates by how much the means of two clients of different groups differ in each direction, in variances within
+    classes: by expectation maximisation over the pairs, of which each is alike or differs.
+    """
+    sums = sums[:: math.ceil(len(sums.count_MC) / MOST_COMPARED)]
+    size = sums.sum_MCd.shape[2]
+    least = LEAST_SQUARED_DISTANCE / size
+    total_MM, known_MM = (each_MM.triu(1) for each_MM in _apart(sums))
+    is_pair_MM = known_MM > 0
+    if not is_pair_MM.any():
+        return least
+    differs_MM, variance, share = is_pair_MM.to(total_MM), 0.0, 0.5
+    for _ in range(MOST_STEPS):
+        known = (differs_MM * known_MM).sum()
+        before, variance = variance, max(((differs_MM * total_MM).sum() / (size * known)).item(), least)
+        if abs(variance - before) < 1e-3 * variance:
+            break
+        odds = math.log(share / (1 - share))
+        differs_MM = (odds - _evidence(sums, sums, variance) / 2).sigmoid() * is_pair_MM
+        # Never all or none, from which there would be no way back.
+        share = (differs_MM.sum() / is_pair_MM.sum()).clamp(0.01, 0.99).item()
+    return variance
 
 
 def _evidence(ours: ClassSums, theirs: ClassSums, variance: float) -> Tensor:

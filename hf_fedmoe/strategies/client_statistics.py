@@ -63,15 +63,17 @@ class ClientStatistics:
             return f"its statistics are of {count_C.tolist()} rows by class, where there are {num_examples}"
         # Rounding leaves directions in which nothing varies a little below 0.
         slack = 1e-6 * gram_dd.diagonal().abs().max()
-        within_dd = self.within_covariance() * num_examples
-        if (gram_dd - gram_dd.T).abs().max() > slack or torch.linalg.eigvalsh(within_dd)[0] < -slack:
+        if (gram_dd - gram_dd.T).abs().max() > slack or torch.linalg.eigvalsh(self.scatter())[0] < -slack:
             return "its statistics have a variance below 0, as no rows have"
         return None
 
+    def scatter(self) -> Tensor:
+        """Returns the sum `[d, d]` over rows of squared deviations from the mean of the row's class."""
+        return self.gram_dd - self.sum_Cd.T @ (self.sum_Cd / self.count_C.clamp_min(1)[:, None])
+
     def within_covariance(self) -> Tensor:
         """Returns the covariance `[d, d]` of features around the means of their classes."""
-        between_dd = self.sum_Cd.T @ (self.sum_Cd / self.count_C.clamp_min(1)[:, None])
-        return (self.gram_dd - between_dd) / self.count_C.sum()
+        return self.scatter() / self.count_C.sum()
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..weights import Payload, fuse_integers
-from .client_groups import groups_of, with_old_names
+from .client_groups import ClassSums, groups_of, with_old_names
 from .client_statistics import ClientStatistics, client_statistics, head_of, projection, prototype_scores
 from .fedrep import names_of_part
 from .gate_training import calibrated
@@ -133,6 +133,7 @@ class FedMoEGroups(Strategy):
             "count_MC": torch.zeros(num_clients, num_labels, dtype=torch.float64),
             "sum_MCd": torch.zeros(num_clients, num_labels, d, dtype=torch.float64),
             "gram_dd": torch.zeros(d, d, dtype=torch.float64),
+            "scatter_Mdd": torch.zeros(num_clients, d, d),
             "contribution_SM": torch.zeros(len(server.bank_SP), num_clients),
         }
 
@@ -189,12 +190,14 @@ class FedMoEGroups(Strategy):
             tensors["count_MC"][client] = found.count_C.cpu()
             tensors["sum_MCd"][client] = found.sum_Cd.cpu()
             tensors["gram_dd"] += found.gram_dd.cpu()
+            tensors["scatter_Mdd"][client] = found.scatter().cpu()
         known = tensors["count_MC"].any(1).nonzero()[:, 0]
         if not sent or len(known) < num_groups:
             return
         count_nC, sum_nCd = tensors["count_MC"][known], tensors["sum_MCd"][known]
         together = ClientStatistics(count_nC.sum(0), sum_nCd.sum(0), tensors["gram_dd"])
-        group_n = groups_of(count_nC, sum_nCd, together.within_covariance(), num_groups)
+        sums = ClassSums.whitened(count_nC, sum_nCd, tensors["scatter_Mdd"][known], together.within_covariance())
+        group_n = groups_of(sums, num_groups)
         tensors["group_M"][known] = with_old_names(group_n, tensors["group_M"][known], num_groups)
 
     @torch.no_grad()

@@ -43,11 +43,9 @@ def clearest(groups: list[int], rows: list[int], means_gCd: torch.Tensor, seed: 
         labels_N = torch.randint(C, (count,), generator=generator)
         features_Nd = means_gCd[group][labels_N] + torch.randn(count, d, generator=generator)
         clients.append(ClientStatistics.of(features_Nd, labels_N, C))
-    classes = in_common(clients)
-    divided = partial(groups_of, *classes)
-    return client_differences._clearest_groups(
-        shifts(*classes), strays(classes[0], d), lambda count: divided(count).tolist()
-    )[0]
+    known = in_common(clients)
+    divided = partial(groups_of, known)
+    return client_differences._clearest_groups(shifts(known), strays(known), lambda count: divided(count).tolist())[0]
 
 
 def test_groups_are_clear_of_many_features_and_with_a_client_of_few_rows():

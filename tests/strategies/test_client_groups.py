@@ -1,11 +1,22 @@
 """Groups of clients by what their classes look like: shifts, and who is joined with whom."""
 
+import copy
+
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 from torch.distributions import Normal
 
-from hf_fedmoe.strategies.client_groups import ClassSums, _evidence, groups_of, shifts, strays, with_old_names
+from hf_fedmoe.strategies.client_groups import (
+    ClassSums,
+    _evidence,
+    _variance_between,
+    groups_of,
+    shifts,
+    strays,
+    with_old_names,
+)
+from hf_fedmoe.strategies.client_statistics import ClientStatistics
 from tests.clients_of_groups import D, SCALES_d, clients_of_groups, in_common, means_of_groups
 
 
@@ -15,8 +26,10 @@ EVERY = [0, 1, 2]
 def test_shifts_are_those_of_the_means_in_units_of_the_spread():
     """Estimates without a bias, where the covariance is known."""
     means_gCd = means_of_groups(3, 0.4)
-    counts, sums, _ = in_common(clients_of_groups([0, 1, 2] * 4, means_gCd, [EVERY] * 12))
-    shift_MM = shifts(counts, sums, SCALES_d.double().square().diag())
+    clients = clients_of_groups([0, 1, 2] * 4, means_gCd, [EVERY] * 12)
+    counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
+    scatters = torch.stack([client.scatter() for client in clients])
+    shift_MM = shifts(ClassSums.whitened(counts, sums, scatters, SCALES_d.double().square().diag()))
     for g in range(3):
         for other in range(3):
             pairs = [(c, o) for c in range(g, 12, 3) for o in range(other, 12, 3) if c != o]
@@ -27,8 +40,9 @@ def test_shifts_are_those_of_the_means_in_units_of_the_spread():
 
 def test_a_row_each_tells_the_whole_distance():
     """A difference of 4 with variance 1 + 1 has the square 16, of which 2 are expected of chance."""
-    one_each = torch.ones(2, 1).double(), torch.tensor([[[0.0]], [[4.0]]]).double(), torch.eye(1).double()
-    assert shifts(*one_each)[0, 1].item() == pytest.approx(14, rel=2e-3)  # a thousandth is added to variances
+    one_each = torch.ones(2, 1).double(), torch.tensor([[[0.0]], [[4.0]]]).double(), torch.zeros(2, 1, 1).double()
+    white = ClassSums.whitened(*one_each, torch.eye(1).double())
+    assert shifts(white)[0, 1].item() == pytest.approx(14, rel=2e-3)  # a thousandth is added to variances
 
 
 def test_shifts_of_clients_who_are_alike_stray_by_chance_as_far_as_is_told():
@@ -36,8 +50,8 @@ def test_shifts_of_clients_who_are_alike_stray_by_chance_as_far_as_is_told():
     counts = torch.tensor([[50.0, 0.0], [20.0, 30.0], [10.0, 0.0], [0.0, 10.0]]).double()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2000, *counts.shape, D, generator=generator).double() * counts.sqrt()[..., None]
-    drawn = torch.stack([shifts(counts, each, torch.eye(D).double()) for each in noise])
-    told = strays(counts, D)
+    drawn = torch.stack([shifts(ClassSums(counts, each)) for each in noise])
+    told = strays(ClassSums(counts, noise[0]))
     assert told[2, 3] == 0 and (drawn[:, 2, 3] == 0).all()
     for pair in ((0, 1), (0, 2), (1, 2), (1, 3)):
         assert drawn[:, *pair].std().item() == pytest.approx(told[pair].item(), rel=0.08)
@@ -47,9 +61,9 @@ def test_shifts_of_clients_who_are_alike_stray_by_chance_as_far_as_is_told():
 def test_proportions_of_classes_make_no_shift():
     skewed = [[0, 1], [0, 1], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
     alike = in_common(clients_of_groups([0] * 4, means_of_groups(1, 1.0), skewed))
-    assert shifts(*alike).fill_diagonal_(0).abs().max() < 0.2
+    assert shifts(alike).fill_diagonal_(0).abs().max() < 0.2
     apart = in_common(clients_of_groups([0, 1] * 2, means_of_groups(2, 1.0), [[0, 1]] * 4))
-    assert shifts(*apart)[0, 1] > 2
+    assert shifts(apart)[0, 1] > 2
 
 
 def test_evidence_is_the_bayes_factor_of_one_mean_against_two():
@@ -75,9 +89,7 @@ SIZES = {
 @pytest.mark.parametrize("groups", SIZES.values(), ids=SIZES)
 def test_groups_are_found_of_whatever_size(groups):
     num_groups = max(groups) + 1
-    found = groups_of(
-        *in_common(clients_of_groups(groups, means_of_groups(4, 0.7), [EVERY] * len(groups))), num_groups
-    )
+    found = groups_of(in_common(clients_of_groups(groups, means_of_groups(4, 0.7), [EVERY] * len(groups))), num_groups)
     assert adjusted_rand_score(groups, found.tolist()) == 1
     assert found.unique().tolist() == list(range(num_groups))
 
@@ -87,22 +99,65 @@ def test_groups_of_clients_of_few_classes_are_found():
     groups = [0, 1, 2, 3] * 8
     classes = [[client % 12, (client * client + 1) % 12, (3 * client + 2) % 12] for client in range(32)]
     known = in_common(clients_of_groups(groups, means_of_groups(4, 0.6, num_classes=12), classes))
-    assert adjusted_rand_score(groups, groups_of(*known, 4).tolist()) == 1
+    assert adjusted_rand_score(groups, groups_of(known, 4).tolist()) == 1
+
+
+def clients_of_kinds(seed: int) -> tuple[list[int], ClassSums]:
+    """
+    Makes six clients of each of three kinds of pictures, of which one varies twice as much as another. Two kinds have
+    classes in common, the third has none with them.
+    """
+    kinds, generator = [0, 1, 2] * 6, torch.Generator().manual_seed(seed)
+    classes = [range(30), range(8), range(30, 38)]
+    means_kCd = 0.3 * torch.randn(3, 38, 64, generator=generator)
+    clients = []
+    for kind in kinds:
+        labels_N = torch.tensor(classes[kind])[torch.randint(len(classes[kind]), (100,), generator=generator)]
+        noise_Nd = torch.randn(100, 64, generator=generator) * [1.4, 1.0, 0.7][kind]
+        clients.append(ClientStatistics.of(means_kCd[kind][labels_N] + noise_Nd, labels_N, 38))
+    return kinds, in_common(clients)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_of_clients_that_vary_more_than_others_are_found(seed):
+    """What chance does is told by each client's own spread, and by how much groups differ by pairs that do."""
+    kinds, known = clients_of_kinds(seed)
+    assert adjusted_rand_score(kinds, groups_of(known, 3).tolist()) == 1
+
+
+def test_clients_that_vary_more_seem_no_further_apart():
+    kinds, known = clients_of_kinds(0)
+    same_MM = torch.tensor(kinds)[:, None] == torch.tensor(kinds)
+    for kind in range(3):
+        of_kind = torch.tensor(kinds) == kind
+        alike = shifts(known)[of_kind][:, of_kind][~torch.eye(6, dtype=torch.bool)]
+        assert alike.mean().abs() < 2
+    assert shifts(known)[(shifts(known) != 0) & ~same_MM].mean() > 5
+
+
+def test_how_much_groups_differ_is_told_by_the_pairs_that_do():
+    """Estimates it from few pairs, of one stranger, and from most, of seven groups."""
+    for groups in ([0] * 11 + [1], [0, 1] * 6, [0] * 3 + list(range(1, 7))):
+        means_gCd = means_of_groups(7, 1.5)
+        known = in_common(clients_of_groups(groups, means_gCd, [EVERY] * len(groups)))
+        differ = torch.tensor(groups)[:, None] != torch.tensor(groups)
+        expected = (shifts(known)[differ].mean() / D).item()
+        assert _variance_between(known) == pytest.approx(expected, rel=0.1)
 
 
 def test_clients_without_groups_are_divided_without_an_error():
-    counts, sums, covariance_dd = in_common(clients_of_groups([0] * 6, means_of_groups(1, 1.0), [EVERY] * 6))
-    assert groups_of(counts, sums, covariance_dd, 3).unique().tolist() == [0, 1, 2]
+    alike = in_common(clients_of_groups([0] * 6, means_of_groups(1, 1.0), [EVERY] * 6))
+    assert groups_of(alike, 3).unique().tolist() == [0, 1, 2]
     # Nor where clients have no class in common.
     alone = torch.eye(3).double() * 5
-    assert groups_of(alone, alone[..., None] * torch.ones(5).double(), covariance_dd, 2).unique().tolist() == [0, 1]
+    assert groups_of(ClassSums(alone, alone[..., None] * torch.ones(5).double()), 2).unique().tolist() == [0, 1]
 
 
 def test_what_is_given_stays_as_it_is():
     given = in_common(clients_of_groups([0, 1] * 3, means_of_groups(2, 1.0), [EVERY] * 6))
-    before = [tensor.clone() for tensor in given]
-    groups_of(*given, 2)
-    assert all(map(torch.equal, given, before))
+    before = copy.deepcopy(given)
+    groups_of(given, 2)
+    assert torch.equal(given.count_MC, before.count_MC) and torch.equal(given.sum_MCd, before.sum_MCd)
 
 
 def test_groups_keep_their_numbers():

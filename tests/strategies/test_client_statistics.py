@@ -13,7 +13,7 @@ from hf_fedmoe.strategies.client_statistics import (
     prototype_scores,
 )
 from hf_fedmoe.training import FederatedTrainer
-from tests.clients_of_groups import C, D, SCALES_d, clients_of_groups, in_common, means_of_groups
+from tests.clients_of_groups import C, D, SCALES_d, clients_of_groups, means_of_groups
 from tests.tiny_federation import tiny_args, tiny_decoder, tiny_expert, tiny_federation
 
 
@@ -49,7 +49,7 @@ def test_sums_over_clients_are_those_of_the_pooled_rows_and_can_be_taken_out_aga
 
 def test_prototypes_are_the_likelihoods_of_normal_distributions():
     clients = clients_of_groups(list(range(4)), means_of_groups(4, 0.7), [[0, 2]] * 4)
-    count_KC, sum_KCd, _ = in_common(clients)
+    count_KC, sum_KCd = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
     gram_dd = sum(client.gram_dd for client in clients)
     weights_Nd, bias_N = prototype_scores(count_KC, sum_KCd, gram_dd)
     count_N, sum_Nd = count_KC.flatten(), sum_KCd.flatten(0, 1)
