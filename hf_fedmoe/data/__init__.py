@@ -10,7 +10,7 @@ from .characters import (
     next_character_windows,
 )
 from .client_tests import hold_out_client_tests
-from .domains import DOMAIN_COLUMN, SHIFTS, domains, with_domains
+from .domains import DOMAIN_COLUMN, SHIFTS, domains, joined, with_domains
 from .federated_dataset import FederatedDataset
 from .federated_texts import FederatedTexts
 from .fingerprint import rows_fingerprint
@@ -67,6 +67,7 @@ __all__ = [
     "hold_out_ids",
     "hold_out_predominant",
     "iid",
+    "joined",
     "load_named_classes",
     "load_rows",
     "load_source",

@@ -1,16 +1,18 @@
 """
 Domains: groups of clients to whom the same input looks different, or means something else.
 
-[`domains`] gives each domain of a dataset clients of its own. [`with_domains`] makes domains of a dataset without any,
-by shifts of which it is known how much there is to win.
+[`domains`] gives each domain of a dataset clients of its own. [`joined`] makes a dataset of several, each a domain,
+and [`with_domains`] domains of a dataset without any, by shifts of which it is known how much there is to win.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
+from datasets import Image as ImageFeature
 from PIL import Image
 
+from .label_maps import with_one_label_map
 from .labels import read_labels
 from .partitions import check_num_clients, iid
 
@@ -56,6 +58,46 @@ def domains(
             raise ValueError(f"The domain {name!r} has too few rows. {error}") from None
         clients[number :: len(names)] = [rows[part] for part in parts]
     return clients
+
+
+def joined(sources: Mapping[str, DatasetDict], seed: int = 0) -> DatasetDict:
+    """
+    Joins classification datasets to one, of which each is a domain, column `domain`, with equally many rows: as many
+    as the smallest has, in training and in the test.
+
+    Classes are the same where their names are.
+
+    Args:
+        sources (`Mapping[str, datasets.DatasetDict]`): By the names of their domains, as `load_source` gives them:
+            `train` and `test` with a column `label`, and `text` or `image`. Other columns are left out.
+        seed (`int`, *optional*, defaults to 0): Seed of the draw of rows.
+
+    Returns:
+        `datasets.DatasetDict`
+
+    Raises:
+        ValueError: When some are of texts and others of images, or their classes cannot be told by their names.
+    """
+    contents = {
+        name: "image" if "image" in source["train"].column_names else "text" for name, source in sources.items()
+    }
+    if len(set(contents.values())) > 1:
+        raise ValueError(
+            f"{' and '.join(sources)} are to be one data set, but are of {', '.join(contents.values())}: join either "
+            "texts or images."
+        )
+    splits = {}
+    for split in ("train", "test"):
+        size = min(len(source[split]) for source in sources.values())
+        for name, source in sources.items():
+            rows = source[split].select_columns([contents[name], "label"]).shuffle(seed=seed).select(range(size))
+            # Pictures differ in their mode, of which nothing is said from here on.
+            rows = rows.cast_column("image", ImageFeature()) if contents[name] == "image" else rows
+            splits[name, split] = rows.add_column(DOMAIN_COLUMN, [name] * size)
+    alike = with_one_label_map({f"{name} ({split})": rows for (name, split), rows in splits.items()}, {}, "label")
+    return DatasetDict(
+        {split: concatenate_datasets([alike[f"{name} ({split})"] for name in sources]) for split in ("train", "test")}
+    )
 
 
 def with_domains(dataset: Dataset, num_domains: int, shift: str, seed: int = 0) -> Dataset:

@@ -1,17 +1,22 @@
 """Experiments whose clients are in groups, to each of which inputs look different or mean something else."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import numpy as np
 
-from ..data import DOMAIN_COLUMN, SHIFTS, FederatedDataset, domains, with_domains
+from ..data import DOMAIN_COLUMN, SHIFTS, FederatedDataset, domains, joined, with_domains
 from .classifier_experiment import ClassifierExperiment
 
 
 @dataclass
 class DomainExperiment(ClassifierExperiment):
-    """Classification with a partition by domains: those of the data, or made by a shift."""
+    """
+    Classification with a partition by domains: those of the data, or made by a shift.
+
+    Several data sets with `+` between their names are one, of which each is a domain: `characters+digits`.
+    """
 
     num_domains: int = field(default=4, metadata={"help": "Groups of clients, for partition domains."})
     domain_shift: str = field(
@@ -25,6 +30,13 @@ class DomainExperiment(ClassifierExperiment):
         super().__post_init__()
         if self.domain_shift not in SHIFTS:
             raise ValueError(f"`domain_shift` is {self.domain_shift!r}: choose one of {', '.join(SHIFTS)}.")
+
+    def load(self, name: str) -> datasets.DatasetDict:
+        names = [name] if Path(name).exists() else [part.strip() for part in name.split("+")]
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"`dataset` has {name!r}: name each data set that is joined to others once.")
+        sources = {part: super(DomainExperiment, self).load(part) for part in names}
+        return joined(sources) if len(names) > 1 else sources[name]
 
     def split(self, source: datasets.DatasetDict, seed: int) -> FederatedDataset:
         return super().split(self._with_domains(source, seed) if self.partition == "domains" else source, seed)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from hf_fedmoe.data import DOMAIN_COLUMN, domains, with_domains
+from hf_fedmoe.data import DOMAIN_COLUMN, domains, joined, with_domains
 
 
 def pictures(count: int = 40) -> Dataset:
@@ -66,3 +66,48 @@ def test_what_cannot_be_shifted_is_refused():
         with_domains(pictures().remove_columns("label").add_column("label", [1] * 40), 2, "labels")
     with pytest.raises(ValueError, match="num_domains is 0"):
         with_domains(pictures(), 0, "labels")
+
+
+def source_of(kind: str, names: list[str], sizes: dict[str, int]) -> DatasetDict:
+    """Makes a data set of grey or coloured pictures, or texts, whose rows of a class are alike."""
+    splits = {}
+    for split, size in sizes.items():
+        labels = [row % len(names) for row in range(size)]
+        if kind == "text":
+            content = Dataset.from_dict({"text": [f"{kind} {names[label]}" for label in labels]})
+        else:
+            shape = (4, 4) if kind == "grey" else (6, 6, 3)
+            mode = "L" if kind == "grey" else "RGB"
+            pixels = [np.full(shape, 10 * label + 7, np.uint8) for label in labels]
+            content = Dataset.from_dict({"image": pixels}, Features({"image": Image(mode=mode)}))
+        splits[split] = content.add_column("label", labels, feature=ClassLabel(names=names))
+    return DatasetDict(splits)
+
+
+def test_data_sets_are_joined_as_domains_whose_classes_go_by_name():
+    sizes = {"train": 20, "test": 8}
+    several = {
+        "digits": source_of("grey", ["0", "1"], sizes),
+        "characters": source_of("grey", ["0", "1", "A"], {"train": 31, "test": 9}),
+        "photographs": source_of("coloured", ["cat", "dog"], {"train": 40, "test": 30}),
+    }
+    found = joined(several)
+    for split, size in sizes.items():
+        rows = found[split]
+        assert rows["domain"][:] == [name for name in several for _ in range(size)]
+        names = rows.features["label"].names
+        assert sorted(names) == ["0", "1", "A", "cat", "dog"]
+        for row in rows:
+            own = several[row["domain"]][split].features["label"].names
+            assert own[(np.asarray(row["image"]).flat[0] - 7) // 10] == names[row["label"]]
+    assert joined(several)["train"]["label"][:] == found["train"]["label"][:]
+    assert joined(several, seed=1)["train"]["label"][:] != found["train"]["label"][:]
+    clients = domains(found["train"]["domain"], 6)
+    assert [set(found["train"].select(rows)["domain"]) for rows in clients[:3]] == [{name} for name in sorted(several)]
+
+
+def test_texts_and_pictures_are_not_joined():
+    sizes = {"train": 4, "test": 4}
+    several = {"digits": source_of("grey", ["0", "1"], sizes), "shop": source_of("text", ["bad", "good"], sizes)}
+    with pytest.raises(ValueError, match="digits and shop are to be one data set, but are of image, text"):
+        joined(several)

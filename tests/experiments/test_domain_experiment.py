@@ -1,5 +1,7 @@
 """Clients in groups, of texts and of images."""
 
+import re
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -39,6 +41,29 @@ def test_domains_of_the_data_are_taken_as_they_are():
         rows = data.client(client)
         assert set(rows["domain"]) == {client % 2}
         assert rows["label"][:] == [int(text.removeprefix("row ")) % 4 for text in rows["text"]]
+
+
+def test_several_data_sets_are_one_of_domains(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_FEDMOE_DATA", str(tmp_path))
+    for name, size in (("shop", 60), ("films", 40)):
+        rows_of(0, size).map(lambda row, name=name: {"text": f"{name}: {row['text']}"}).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    settings = SETTINGS | {"dataset": ["nowhere+shop", "shop + films"]}
+    experiment = TextExperiment(**settings)
+    name, source = experiment.source()
+    data = experiment.split(source, seed=0)
+    assert name == "shop + films" and len(data.test) == 16
+    for client in range(4):
+        rows = data.client(client)
+        assert len(rows) == 5 and {text.split(":")[0] for text in rows["text"]} == set(rows["domain"])
+        assert set(rows["domain"]) == {["films", "shop"][client % 2]}
+
+
+@pytest.mark.parametrize("name", ["shop+shop", "shop+", "+"])
+def test_each_data_set_is_joined_once(name):
+    with pytest.raises(ValueError, match=re.escape(f"`dataset` has {name!r}: name each data set")):
+        TextExperiment(**SETTINGS | {"dataset": [name]}).load(name)
 
 
 @pytest.mark.parametrize(
