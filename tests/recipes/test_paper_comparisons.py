@@ -59,7 +59,7 @@ def test_what_is_our_own_can_be_planned(name, tmp_path):
     assert len({str(args.to_dict()) for args in settings}) == len(settings) >= 11
 
 
-@pytest.mark.parametrize("name", ["labels", "reviews", "rotations"])
+@pytest.mark.parametrize("name", ["labels", "photographs", "pictures", "reviews", "rotations"])
 def test_comparisons_of_groups_can_be_planned(name, tmp_path):
     path = RECIPES / "groups" / f"{name}.yaml"
     comparison = read_comparison(path)
