@@ -60,6 +60,7 @@ class FedMoEGroups(Strategy):
     """
 
     own: tuple[str, ...] | None = None
+    trunk_rounds: int | None = None
     statistics_size: int = 256
     calibrates: bool = True
     final_expert_epochs: int = 5
@@ -76,6 +77,8 @@ class FedMoEGroups(Strategy):
         for name, lowest in (("statistics_size", 1), ("final_expert_epochs", 0), ("expert_batch_size", 1)):
             if vars(self)[name] < lowest:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least {lowest}.")
+        if self.trunk_rounds is not None and self.trunk_rounds < 0:
+            raise ValueError(f"`trunk_rounds` is {self.trunk_rounds}: give 0 or more, or leave it out.")
         if self.expert_learning_rate <= 0:
             raise ValueError(f"`expert_learning_rate` is {self.expert_learning_rate}: give more than 0.")
 
@@ -165,7 +168,7 @@ class FedMoEGroups(Strategy):
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         self._find_groups(server, uploads)
-        report = self._fuse(server, uploads)
+        report = self._fuse(server, uploads, step.round_index)
         if (server.tensors["group_M"] != NOBODY).any():
             report |= self._fit_gate(step)
         return report | {"alpha": as_mixture(server.model).alpha.item()}
@@ -230,7 +233,7 @@ class FedMoEGroups(Strategy):
         model.alpha_logit.fill_(math.log(alpha / (1 - alpha)))
         return {"gate_temperature": temperature}
 
-    def _fuse(self, server: Server, uploads: Uploads) -> dict[str, float]:
+    def _fuse(self, server: Server, uploads: Uploads, round_index: int) -> dict[str, float]:
         """Averages the trunk over all participants, and each group's own part over its own."""
         layout, device = server.layout, server.bank_SP.device
         num_experts = len(server.bank_SP)
@@ -241,7 +244,8 @@ class FedMoEGroups(Strategy):
         weights_Sm /= total_S.clamp_min(1)[:, None]
         keep_S = (total_S == 0).to(weights_Sm)
         uploads.fuse_into_(server, weights_Sm, keep_S)
-        own = names_of_part(layout, server.worker, self.own)
+        has_trunk = self.trunk_rounds is None or round_index < self.trunk_rounds
+        own = names_of_part(layout, server.worker, self.own if has_trunk else ("",))
         experts = [layout.views(row_P) for row_P in server.bank_SP]
         for s, weights_m in enumerate(weights_Sm):
             trunk = {name: view for name, view in experts[s].items() if name not in own} if s else {}

@@ -98,6 +98,34 @@ def test_a_round_by_hand(tmp_path):
         assert torch.equal(view, before[name] if name.startswith("classifier.") else main[name])
 
 
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({"trunk_rounds": 0}, {"own": ("",)}),
+        ({"trunk_rounds": 2}, {}),
+        ({"own": ("",), "trunk_rounds": 1}, {"own": ("",)}),
+    ],
+)
+def test_a_trunk_of_no_or_of_all_rounds_is_whole_experts_or_the_default(tmp_path, settings, same):
+    runs = [
+        trained(tmp_path / name, FedMoEGroups(statistics_size=16, **own), save_strategy="no")
+        for name, own in {"one": settings, "other": same}.items()
+    ]
+    first, second = (run.model.state_dict() for run in runs)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_after_the_rounds_of_the_trunk_experts_go_their_own_ways(tmp_path):
+    """Experts of whole models would have parted in the first round, those of one trunk never."""
+    strategy = FedMoEGroups(statistics_size=16, trunk_rounds=1, final_expert_epochs=0)
+    apart = []
+    for rounds in (1, 2):
+        model = trained(tmp_path / str(rounds), strategy, rounds=rounds, save_strategy="no").model
+        first, second = (dict(expert.base_model.named_parameters()) for expert in model.experts[1:])
+        apart.append([not torch.equal(tensor, second[name]) for name, tensor in first.items()])
+    assert not any(apart[0]) and all(apart[1])
+
+
 def test_statistics_travel_once(tmp_path):
     run = trained(tmp_path, rounds=2)
     first, second = run.rounds
