@@ -214,6 +214,8 @@ def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):
     refused(
         r"The names of the part are 'classifier': give a tuple, \('classifier',\)", strategy=FedMoEGroups("classifier")
     )
+    with pytest.raises(ValueError, match="`trunk_rounds` is -1: give 0 or more, or leave it out"):
+        FedMoEGroups(trunk_rounds=-1)
     for name, value in (("statistics_size", 0), ("final_expert_epochs", -1), ("expert_batch_size", 0)):
         with pytest.raises(ValueError, match=f"`{name}` is {value}: give at least"):
             FedMoEGroups(**{name: value})
