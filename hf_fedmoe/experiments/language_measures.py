@@ -51,6 +51,7 @@ WAYS = {
     "soup": "soup",
     "likelihood_router": "likelihood router",
     "mixture_or_base": "mixture or base by likelihood",
+    "likelihood_weights": "mixture, weights by likelihood",
 }
 LAYER_ROUTERS = dict(zip(("arrow", "dume", "flexolmo_rows"), NAMES, strict=True))
 # What is no way by itself, but an expert that is chosen.

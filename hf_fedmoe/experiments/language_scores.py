@@ -42,6 +42,12 @@ def log_likelihoods(model: PreTrainedModel, ids_NT: Tensor, **how: Any) -> Tenso
     return torch.cat(found)
 
 
+def weighted_by_likelihood(model: FedMoEForCausalLM, ids_NT: Tensor) -> Tensor:
+    """Computes [`log_likelihoods`] of the mixture with the weights that each expert's likelihood of the text so far gives."""
+    batches = (ids_BT.to(model.device) for ids_BT in ids_NT.split(BATCH))
+    return torch.cat([log_likelihoods(model, b, expert_weights=model.route_by_likelihood(b)) for b in batches])
+
+
 def bytes_of(tokenizer: PreTrainedTokenizerBase, ids_NT: Tensor) -> int:
     """Counts the bytes of the tokens after the first one of each sequence."""
     texts = tokenizer.batch_decode(ids_NT[:, 1:], skip_special_tokens=True)
@@ -127,4 +133,5 @@ def ways_of(model: FedMoEForCausalLM, single: Mapping[str, Way]) -> dict[str, Wa
         "likelihood router": lambda ids_NT: likelihood_router(together(experts, ids_NT)),
         # A bit above the better one in all, at the cost of two forwards.
         "mixture or base by likelihood": lambda ids_NT: likelihood_router(together((BASE, SOFT), ids_NT)),
+        "mixture, weights by likelihood": partial(weighted_by_likelihood, model),
     }

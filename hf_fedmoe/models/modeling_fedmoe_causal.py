@@ -5,6 +5,7 @@ closed form that reads the running mean of the token embeddings. Flat: the file 
 Shape suffixes: B batch, T tokens, E experts (the base first), D width of the embeddings + 1, P = D (D + 1) / 2.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import partial
@@ -162,6 +163,42 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
             scores_BTE = nn.functional.linear(embeds.float(), router_ED[:, :-1])
             scores_BTE = running_means(scores_BTE, attention_mask, position_ids) + router_ED[:, -1]
             return expert_weights_of(scores_BTE, self.config.router_temperature, self.config.top_l)
+
+    @torch.no_grad()
+    def route_by_likelihood(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """
+        Computes the weight of each expert at each position by how likely it alone finds the text up to and including
+        it: the posterior over experts, of which each is as likely before. It takes a forward for each expert, and no
+        statistics; experts without a role in the router count too.
+
+        `generate(**inputs, expert_weights=model.route_by_likelihood(**inputs)[:, -1:])` lets the prompt choose the
+        experts once: each new token then costs what it does with the router.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`):
+                The whole text, from its first token on.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                0 at padding, which does not count.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, E)`: the weights, in float32, the base's first; alike at the first token.
+        """
+        # A token counts where one is seen before it.
+        counted_BS = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if attention_mask is not None:
+            seen_BT = attention_mask.bool()
+            counted_BS = seen_BT[:, :-1] & seen_BT[:, 1:]
+            if "position_ids" in inspect.signature(self.base.forward).parameters:
+                inputs["position_ids"] = (seen_BT.cumsum(1) - 1).clamp_min(0)
+        found = []
+        for expert in range(len(self.config.expert_names)):
+            logits_BSV = self(**inputs, expert=expert, use_cache=False).logits[:, :-1].float()
+            told_BS = -nn.functional.cross_entropy(logits_BSV.transpose(1, 2), input_ids[:, 1:], reduction="none")
+            found.append((told_BS * counted_BS).cumsum(1))
+        weights_BSE = torch.stack(found, dim=-1).softmax(dim=-1)
+        first_B1E = torch.full_like(weights_BSE[:, :1], 1 / len(found))
+        return torch.cat([first_B1E, weights_BSE], dim=1)
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from hf_fedmoe.cli import main
 from hf_fedmoe.experiments import LanguageExperiment, compare, parse_settings
 from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.language_methods import language_methods, make_language_trainer
-from hf_fedmoe.experiments.language_scores import bits_per_byte, single_ways, ways_of
+from hf_fedmoe.experiments.language_scores import bits_per_byte, log_likelihoods, single_ways, ways_of
 from hf_fedmoe.experiments.methods import train_or_go_on
 from hf_fedmoe.experiments.owner_texts import read_owner_texts
 from hf_fedmoe.experiments.run_comparison import plan_runs
@@ -143,9 +143,14 @@ def test_parts_are_the_figures_of_ways_to_use_the_experts(place):
             "uniform_ensemble_": "uniform ensemble",
             "likelihood_router_": "likelihood router",
             "mixture_or_base_": "mixture or base by likelihood",
+            "likelihood_weights_": "mixture, weights by likelihood",
             "expert_press_": "press",
         }.items():
             assert found[f"{name}bits_per_byte_{domain}"] == bits_per_byte(ways[row](ids), count)
+        weights = mixture.route_by_likelihood(ids)
+        told = log_likelihoods(mixture, ids, expert_weights=weights)
+        assert found[f"likelihood_weights_bits_per_byte_{domain}"] == pytest.approx(bits_per_byte(told, count))
+        assert found[f"likelihood_weights_bits_per_byte_{domain}"] != found[f"bits_per_byte_{domain}"]
         with torch.no_grad():
             logits = mixture.without("press")(input_ids=ids).logits[:, :-1].log_softmax(-1)
         told = logits.gather(-1, ids[:, 1:, None])[..., 0]

@@ -77,6 +77,38 @@ def test_logits_are_those_of_the_formula_written_out(family):
 
 @pytest.mark.parametrize("family", FEW)
 @torch.no_grad()
+def test_experts_are_weighted_by_how_likely_they_find_the_text(family):
+    """Compares with Bayes' rule token by token, of rows of which one is padded on the left."""
+    model, batch = tiny_mixture(family), prompts()
+    weights_BTE = model.route_by_likelihood(**batch)
+    assert not batch["attention_mask"].bool().all()
+    for row, seen in enumerate(batch["attention_mask"].bool()):
+        ids = batch["input_ids"][row, seen]
+        told = [
+            model.merge(name)(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+            for name in model.config.expert_names
+        ]
+        log_odds = torch.zeros(len(told)).double()
+        for place, token in enumerate(ids):
+            if place:
+                log_odds += torch.stack([each[place - 1, token] for each in told])
+            assert_close(weights_BTE[row, seen][place].double(), log_odds.softmax(0))
+    last = weights_BTE[:, -1:]
+    assert last.max() > 0.4 and last.std() > 0.05  # or any weights would do
+    found = model.generate(**batch, expert_weights=last, max_new_tokens=4, do_sample=False)
+    text, mask = batch["input_ids"], batch["attention_mask"]
+    for _ in range(4):
+        inputs = {"input_ids": text, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        logits = slow_model(model, last.expand(-1, text.shape[1], -1))(**inputs).logits
+        text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    assert torch.equal(found, text)
+    one = model.route_by_likelihood(batch["input_ids"][:, :1])
+    assert torch.equal(one, torch.full_like(one, 1 / len(model.config.expert_names)))
+
+
+@pytest.mark.parametrize("family", FEW)
+@torch.no_grad()
 def test_one_expert_alone_is_the_base_with_its_update_merged(family):
     model, batch = tiny_mixture(family), prompts(pad=False)
     for index, name in enumerate(OWNERS, start=1):
