@@ -43,7 +43,7 @@ def log_likelihoods(model: PreTrainedModel, ids_NT: Tensor, **how: Any) -> Tenso
 
 
 def weighted_by_likelihood(model: FedMoEForCausalLM, ids_NT: Tensor) -> Tensor:
-    """Computes [`log_likelihoods`] of the mixture with the weights that each expert's likelihood of the text so far gives."""
+    """Computes [`log_likelihoods`] of the mixture whose weights are the posterior over experts, by the text so far."""
     batches = (ids_BT.to(model.device) for ids_BT in ids_NT.split(BATCH))
     return torch.cat([log_likelihoods(model, b, expert_weights=model.route_by_likelihood(b)) for b in batches])
 
