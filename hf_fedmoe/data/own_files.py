@@ -116,8 +116,8 @@ def _check_column(path: OwnPath, role: str, column: str, columns: list[str]) -> 
         return
     if len(columns) == 1 and (signs := [sign for sign in OTHER_SEPARATORS if sign in columns[0]]):
         raise ValueError(
-            f"{str(path)!r} has one column, {columns[0]!r}, with {' and '.join(map(repr, signs))} in its name: separate "
-            "the columns of a .csv by commas."
+            f"{str(path)!r} has one column, {columns[0]!r}, with {' and '.join(map(repr, signs))} in its name: "
+            "separate the columns of a .csv by commas."
         )
     folded = {name.strip().casefold(): name for name in columns}
     near = [folded[name] for name in get_close_matches(column.strip().casefold(), folded, n=2)]

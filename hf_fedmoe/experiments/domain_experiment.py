@@ -9,11 +9,18 @@ from ..data import DOMAIN_COLUMN, SHIFTS, FederatedDataset, domains, with_domain
 from .classifier_experiment import ClassifierExperiment
 
 
+# That a shift makes, unless another number is asked for.
+NUM_DOMAINS = 4
+
+
 @dataclass
 class DomainExperiment(ClassifierExperiment):
     """Classification with a partition by domains: those of the data, or made by a shift."""
 
-    num_domains: int = field(default=4, metadata={"help": "Groups of clients, for partition domains."})
+    num_domains: int | None = field(
+        default=None,
+        metadata={"help": "Groups of clients, for partition domains (those of a column `domain` of the data, or 4)."},
+    )
     domain_shift: str = field(
         default="labels", metadata={"help": f"What differs between domains: {', '.join(SHIFTS)}."}
     )
@@ -32,6 +39,12 @@ class DomainExperiment(ClassifierExperiment):
     def _with_domains(self, source: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
         """Rows of domains: those of the data, or of this shift, of as few rows as are needed."""
         if DOMAIN_COLUMN in source["train"].column_names:
+            found = len(source["train"].unique(DOMAIN_COLUMN))
+            if self.num_domains not in (None, found):
+                raise ValueError(
+                    f"`num_domains` is {self.num_domains}, but the data has a column {DOMAIN_COLUMN!r} of {found}, "
+                    f"which are taken as they are: give {found}, or leave that column out."
+                )
             return source
         needed = self.num_clients * self.examples_per_client + self.reserved_size + self.validation_size
         train = source["train"].shuffle(seed=seed)
@@ -40,7 +53,10 @@ class DomainExperiment(ClassifierExperiment):
         test = source["test"].shuffle(seed=0).select(range(min(self.max_test_examples, len(source["test"]))))
         splits = {"train": train, "test": test}
         return datasets.DatasetDict(
-            {split: with_domains(rows, self.num_domains, self.domain_shift) for split, rows in splits.items()}
+            {
+                split: with_domains(rows, self.num_domains or NUM_DOMAINS, self.domain_shift)
+                for split, rows in splits.items()
+            }
         )
 
     def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:
