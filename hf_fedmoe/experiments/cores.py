@@ -17,4 +17,4 @@ def use_all_cores() -> None:
         cores = psutil.cpu_count(logical=False) or 1
         if hasattr(os, "sched_getaffinity"):  # on Linux: a container or `taskset` may allow fewer
             cores = min(cores, len(os.sched_getaffinity(0)))
-        torch.set_num_threads(max(cores, torch.get_num_threads()))
+        torch.set_num_threads(cores)

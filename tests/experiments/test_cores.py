@@ -1,6 +1,7 @@
 """Threads of a process that `accelerate launch` started."""
 
 import os
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,7 +17,6 @@ from hf_fedmoe.experiments.cores import use_all_cores
 def test_the_only_process_that_accelerate_launches_takes_all_cores(threads, launched, allowed, expected, monkeypatch):
     """A number of threads that somebody chose is kept."""
     counts = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16 if logical else 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
@@ -24,3 +24,14 @@ def test_the_only_process_that_accelerate_launches_takes_all_cores(threads, laun
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     use_all_cores()
     assert counts == ([expected] if expected > 1 else [])
+
+
+@pytest.mark.parametrize(("processes", "device"), [(2, "cpu"), (1, "cuda")])
+def test_several_processes_share_the_cores_and_a_gpu_needs_none(processes, device, monkeypatch):
+    counts, state = [], SimpleNamespace(num_processes=processes, device=torch.device(device))
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr("hf_fedmoe.experiments.cores.PartialState", lambda: state)
+    for name, value in (("OMP_NUM_THREADS", "1"), ("ACCELERATE_DYNAMO_BACKEND", "NO")):
+        monkeypatch.setenv(name, value)
+    use_all_cores()
+    assert counts == []

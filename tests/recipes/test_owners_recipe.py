@@ -128,6 +128,11 @@ def test_the_soup_is_the_mean_of_the_updates():
         (["--unseen", "tweets"], "`texts` is 'texts.parquet', which has no test text of 'tweets': choose from"),
         (["--texts", "none.parquet"], "`texts` is 'none.parquet', which cannot be read"),
         (["--part", "train"], "`part` is 'train'"),
+        (["--owners", "court", "court", "press"], "'court' is twice among `owners`, `public` and `unseen`: name it"),
+        (["--unseen", "public"], "'public' is twice among `owners`, `public` and `unseen`: name it once."),
+        (["--owners", "press", "mixture"], "`owners` has 'mixture', as a folder beside theirs is called"),
+        (["--learning_rate", "-1"], "`learning_rate` is -1.0: give a number above 0."),
+        (["--epsilon", "-1"], "`epsilon` is -1.0: give a number above 0, or 0 for none."),
         (["--stepz", "3"], "There is no setting 'stepz': is it steps"),
     ],
 )
