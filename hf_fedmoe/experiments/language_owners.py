@@ -262,10 +262,10 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
         name: pack_text(tokenizer, texts, name, "train", experiment.sequence_length) for name in experiment.owners
     }
     reported = reported_sequences(experiment, texts, tokenizer)
+    device: Any = experiment.arguments(folder).device  # with `use_cpu` that of all, before cores are counted
     use_all_cores()
     print(f"\n{counted(len(experiment.owners), 'owner')} on {experiment.base}, seed {experiment.seed}", flush=True)
     mixture, fewer = train_and_merge(experiment, texts)
-    device: Any = experiment.arguments(folder).device
     for model in (mixture, fewer):
         model.to(device)
     scores = score(experiment, reported, mixture, fewer)
