@@ -117,7 +117,7 @@ def _canonical(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: typed(name, value, known[name]) if name in known else value for name, value in settings.items()}
 
 
-@without_library_warnings()
+@without_library_warnings(notes=False)  # `try_out` has told them, of all runs
 def execute(run: Run) -> None:
     """Trains and tests one method on one seed, and leaves `result.json` in its folder."""
     _be_quiet(run.threads)

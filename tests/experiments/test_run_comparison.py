@@ -15,7 +15,7 @@ from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.named_strategies import CENTRALISED
 from hf_fedmoe.experiments.run_comparison import plan_runs
-from hf_fedmoe.experiments.runs import execute
+from hf_fedmoe.experiments.runs import execute, try_out
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
 from hf_fedmoe.reporting import read_client_table
@@ -221,6 +221,19 @@ def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path, warm_pr
     assert "failed" not in compare(path, out, overrides={"rounds": 1})
     assert (out / "good" / "seed-0" / "result.json").stat().st_mtime_ns == before
     assert not (out / "far" / "seed-0" / "error.txt").exists()
+
+
+def test_what_all_runs_are_warned_of_is_told_once(tmp_path, capsys):
+    """The data are the same for all methods: of ten rows on three seeds each would tell it again."""
+    path = written(tmp_path, methods={"FedAvg": "fedavg", "constant": "majority_class"}, seeds=[0])
+    runs = [
+        run for row_runs in runs_of(path, tmp_path / "out", reserved_size=8, rounds=1).values() for run in row_runs
+    ]
+    try_out(runs)
+    assert capsys.readouterr().out.count("Note: The reserved set of 8 rows has no example of ") == 1
+    for run in runs:
+        execute(run)
+    assert "Note" not in capsys.readouterr().out and all(run.stored() for run in runs)
 
 
 def test_results_of_two_comparisons_are_not_mixed(tmp_path):
