@@ -303,16 +303,16 @@ def _with_finished_rows(runs: dict[str, list[Run]], rows: list[str]) -> tuple[di
 
 def _below_the_table(comparison: Comparison, size: str | None) -> str:
     """Returns what a reader of published figures has to know: of what the others are, and what the paper claims."""
-    if not comparison.published:
-        return ""
-    seeds = f"{'Seed' if len(comparison.seeds) == 1 else 'Seeds'} {', '.join(map(str, comparison.seeds))}"
-    lines = [
-        f"{seeds}{f', size {size}' if size else ''}. The last column is the paper's, of its own data and size: "
-        "compare the order of the rows, not the figures."
-    ]
+    lines = []
+    if comparison.published:
+        seeds = f"{'Seed' if len(comparison.seeds) == 1 else 'Seeds'} {', '.join(map(str, comparison.seeds))}"
+        lines.append(
+            f"{seeds}{f', size {size}' if size else ''}. The last column is the paper's, of its own data and size: "
+            "compare the order of the rows, not the figures."
+        )
     if comparison.claim:
         lines.append(f"The paper's claim: {comparison.claim}")
-    return "\n\n" + "\n".join(lines)
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def _other_sizes(comparison: Comparison, where: Path, problem: str) -> str:

@@ -164,19 +164,20 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, ca
 
 def test_rows_that_are_trained_later_join_those_of_the_table(tmp_path, warm_processes):
     rows = {"constant": "majority_class", "FedAvg": "fedavg", "far": {"method": "fedprox", "mu": 9.0}}
-    path, out = written(tmp_path, methods=rows, seeds=[0, 1], reference="FedAvg"), tmp_path / "out"
+    told = {"seeds": [0, 1], "reference": "FedAvg", "claim": "far is far."}
+    path, out = written(tmp_path, methods=rows, **told), tmp_path / "out"
     compare(path, out, rows=["far"], seeds=[1], overrides={"rounds": 1})
     # Of a row that is not asked for, what is finished: one seed. And nothing of "constant", which nobody has run.
     table = compare(path, out, rows=["FedAvg"], overrides={"rounds": 1})
     lines = table.splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| FedAvg", "| far"]
+    assert [line.split(" | ")[0] for line in lines] == ["| FedAvg", "| far", "", "The paper's claim: far is far."]
     assert lines[0].endswith(" |  |") and lines[1].endswith("/ 1 |")
     with (out / "results.csv").open() as file:
         found = [(row["method"], row["seed"]) for row in csv.DictReader(file)]
     assert found == [("FedAvg", "0"), ("FedAvg", "1"), ("far", "1")]
     assert table + "\n" == (out / "table.md").read_text()
     # What has other settings cannot stand beside the others, and is told.
-    written(tmp_path, methods=rows | {"far": {"method": "fedprox", "mu": 8.0}}, seeds=[0, 1], reference="FedAvg")
+    written(tmp_path, methods=rows | {"far": {"method": "fedprox", "mu": 8.0}}, **told)
     before = (out / "far" / "seed-1" / "result.json").read_bytes()
     table = compare(path, out, rows=["constant"], overrides={"rounds": 1})
     assert [line.split(" | ")[0] for line in table.splitlines()[2:4]] == ["| constant", "| FedAvg"]
