@@ -33,7 +33,7 @@ def opened(tmp_path):
 
 
 def test_one_that_has_answered_is_not_greeted_again(tmp_path, monkeypatch):
-    """Of two greetings the first was lost: nobody waits for its answer any more."""
+    """Nobody waits any more for the answer to a first greeting that was lost."""
     monkeypatch.setattr("hf_fedmoe.deployment.roster.PATIENCE_SECONDS", -1)
     roster, link = opened(tmp_path)
     roster.welcome()
