@@ -22,7 +22,7 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     compare.add_argument("--size", help="one of the YAML's sizes (the first)")
     compare.add_argument("--seeds", type=int, nargs="+", help="in the place of the YAML's")
-    compare.add_argument("--rows", nargs="+", help="only these rows of the table")
+    compare.add_argument("--rows", nargs="+", help="train only these rows; finished ones stay in the table")
     compare.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     compare.add_argument("--out", help="folder of the runs and tables (runs/compare/NAME)")
     compare.add_argument(

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from .counted import counted
 from .label_maps import with_one_label_map
 from .labels import read_labels
 from .partitions import check_num_clients, iid
@@ -41,7 +42,16 @@ def domains(
         ValueError: When the clients cannot be shared out among the domains, or a domain has too few rows.
     """
     check_num_clients(num_clients)
-    names, domain_N = np.unique(np.asarray(domain), return_inverse=True)
+    given_N = np.asarray(domain)
+    if (
+        given_N.dtype.kind in "fO"
+        and (missing := np.flatnonzero([each is None or each != each for each in given_N])).size
+    ):
+        raise ValueError(
+            f"`domain` is missing in {counted(len(missing), 'row')} of {len(given_N)}, row {missing[0] + 1} first: "
+            "name that of each, or leave such rows out."
+        )
+    names, domain_N = np.unique(given_N, return_inverse=True)
     if not len(names):
         raise ValueError("There are no rows to give to clients: `domain` is empty.")
     if num_clients % len(names):
@@ -129,9 +139,14 @@ def with_domains(dataset: Dataset, num_domains: int, shift: str, seed: int = 0) 
         if not isinstance(feature, ClassLabel):
             raise ValueError(f"`label` is of the type {feature}: make it a `ClassLabel`, as `load_source` does.")
         if num_domains > feature.num_classes:
-            raise ValueError(f"num_domains is {num_domains}, but {feature.num_classes} classes have no more shifts.")
+            raise ValueError(
+                f"num_domains is {num_domains}, but {feature.num_classes} classes have no more shifts: lower it."
+            )
     if shift == "rotations" and "image" not in dataset.column_names:
-        raise ValueError(f"Only images can be turned, and the data has the columns {dataset.column_names}.")
+        raise ValueError(
+            f"shift is {shift!r}, but only images can be turned, and the data has the columns {dataset.column_names}: "
+            "take 'labels'."
+        )
     domain_N = np.random.default_rng(seed).permutation(len(dataset)) % num_domains
     dataset = dataset.add_column(DOMAIN_COLUMN, domain_N)
     if shift == "labels":

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
+from datasets import Image as EncodedImage
 from datasets.formatting.formatting import LazyBatch
 from PIL import Image
 from torch import Tensor
@@ -72,6 +74,30 @@ def decode_images(rows: Mapping[str, Sequence], image_processor: BaseImageProces
             decoded += _decode_all(decode, waiting, rows, len(decoded))
             waiting, pixels = [], 0
     return {"pixel_values": decoded + _decode_all(decode, waiting, rows, len(decoded))}
+
+
+def name_undecodable(datasets: Mapping[str, Dataset], image_processor: BaseImageProcessor, known: str) -> str:
+    """
+    Names the images of datasets that [`decode_images`] fails at, for a message that knows those of one batch.
+
+    Args:
+        datasets (`Mapping[str, datasets.Dataset]`): With a column `image`, by what they are called.
+        image_processor ([`~transformers.BaseImageProcessor`]): As in [`decode_images`].
+        known (`str`): The message. Images that it has by name are left out.
+
+    Returns:
+        `str`: A sentence to follow it; nothing where it has all.
+    """
+    decode, faults = _Decoder(image_processor), []
+    for name, rows in datasets.items():
+        encoded = rows.cast_column("image", EncodedImage(decode=False))
+        for row in range(len(rows)):
+            try:
+                decode([decode.read(rows[row]["image"])])
+            except Exception:
+                faults.append(encoded[row]["image"]["path"] or f"row {row} of the {name}")
+    more = [fault for fault in dict.fromkeys(faults) if fault not in known]
+    return f" And with {counted(len(more), 'image')} of other batches: {name_some(more)}." if more else ""
 
 
 def _one_by_one(rows: Mapping[str, Sequence]) -> Iterator[Any]:

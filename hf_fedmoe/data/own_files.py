@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 
 from .own_labels import one_label_map
 from .own_paths import OwnPath, check_paths, named_paths
-from .sources import FILE_FORMATS, read_files
+from .sources import FILE_FORMATS, OTHER_SEPARATORS, read_files
 
 
 # Of a .csv: an empty cell is a text of no letters, and "None" and "NA" are texts as well.
@@ -114,10 +114,10 @@ def _rows(path: OwnPath, **columns: str) -> Dataset:
 def _check_column(path: OwnPath, role: str, column: str, columns: list[str]) -> None:
     if column in columns:
         return
-    if len(columns) == 1 and (signs := {";", "\t", "|"} & set(columns[0])):
+    if len(columns) == 1 and (signs := [sign for sign in OTHER_SEPARATORS if sign in columns[0]]):
         raise ValueError(
-            f"{str(path)!r} has one column, {columns[0]!r}, with {signs.pop()!r} in its name: columns of a .csv are "
-            "separated by commas, save it so."
+            f"{str(path)!r} has one column, {columns[0]!r}, with {' and '.join(map(repr, signs))} in its name: "
+            "separate the columns of a .csv by commas."
         )
     folded = {name.strip().casefold(): name for name in columns}
     near = [folded[name] for name in get_close_matches(column.strip().casefold(), folded, n=2)]

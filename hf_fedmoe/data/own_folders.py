@@ -58,7 +58,8 @@ def _list(folder: OwnPath) -> list[tuple[str, Path]]:
     """The class and the path of each image, sorted."""
     endings = image_endings()
     images: list[tuple[str, Path]] = []
-    subfolders = [path for path in sorted(Path(folder).expanduser().iterdir()) if _is_shown(path) and path.is_dir()]
+    shown = [path for path in sorted(Path(folder).expanduser().iterdir()) if _is_shown(path)]
+    subfolders = [path for path in shown if path.is_dir()]
     for subfolder in subfolders:
         files = [path for path in sorted(subfolder.rglob("*")) if path.is_file() and _is_shown(path)]
         own = [(subfolder.name.strip(), path) for path in files if path.suffix.lower() in endings]
@@ -74,7 +75,7 @@ def _list(folder: OwnPath) -> list[tuple[str, Path]]:
             )
         images += own
     _warn_of_clients_within(folder, images)
-    beside = [path.name for path in sorted(Path(folder).expanduser().iterdir()) if path.suffix.lower() in endings]
+    beside = [path.name for path in shown if path.is_file() and path.suffix.lower() in endings]
     if images and beside:
         warnings.warn(
             f"{str(folder)!r} has {counted(len(beside), 'image')} outside of its subfolders, left out: "

@@ -28,6 +28,8 @@ SHIPPED = {"reviews": ("train", "test"), "shakespeare": ("train",)}
 WITH_PACKAGES = (*SHIPPED, "digits")
 # What `datasets` calls the first values of rows that have more than there are names.
 UNNAMED = "__index_level_0__"
+# Of columns of a .csv, besides commas.
+OTHER_SEPARATORS = (";", "\t", "|")
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -215,48 +217,65 @@ def read_files(file_format: str, files: dict[str, Path], name: str, **options: A
     Raises:
         ValueError: When they cannot be read, with the reason.
     """
+    if file_format == "csv":  # of which there is one file at a time
+        ((split, path),) = files.items()
+        options["sep"] = _separator(path)
     try:
         # Escaped: brackets and stars in a file's name would be a pattern, which may also fit other files.
         escaped = {split: glob.escape(str(path.expanduser())) for split, path in files.items()}
         found = dict(load_dataset(file_format, data_files=escaped, **options))
     except Exception as error:
         if file_format == "csv":
-            for path in files.values():
-                _check_separator(path, name)
+            _check_separator(path, name, options["sep"])
         raise _unreadable(name, file_format, error) from error
     if file_format == "csv":
-        for split, path in files.items():
-            _check_names(path, found[split], name)
+        _check_names(path, found[split], name, options["sep"])
     return found
 
 
-def _check_separator(path: Path, name: str) -> None:
-    """Raises `ValueError` where the first line of a .csv has no comma, but another sign that separates columns."""
-    if not path.expanduser().is_file():
-        return
-    with path.expanduser().open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline().strip()
-    if "," not in first and (signs := [sign for sign in (";", "\t", "|") if sign in first]):
+def _names(path: Path, separator: str) -> list[str]:
+    """Lists the names in the first line of a .csv that is not empty; none where it is no text."""
+    try:
+        with path.expanduser().open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            return next(filter(None, csv.reader(file, delimiter=separator)), [])
+    except (OSError, csv.Error):  # which reading it will name
+        return []
+
+
+def _separator(path: Path) -> str:
+    """
+    Tells by what the columns of a .csv are separated: commas, unless there is none between its names but another sign,
+    as spreadsheets write it in many countries. Rows tell nothing, since texts have all these signs.
+    """
+    if len(_names(path, ",")) > 1:
+        return ","
+    others = [sign for sign in OTHER_SEPARATORS if len(_names(path, sign)) > 1]
+    return others[0] if len(others) == 1 else ","
+
+
+def _check_separator(path: Path, name: str, taken: str) -> None:
+    """Raises `ValueError` where a .csv that could not be read may have either of several separators."""
+    names = _names(path, taken)
+    if len(names) == 1 and (signs := [sign for sign in OTHER_SEPARATORS if sign in names[0]]):
         raise ValueError(
-            f"{str(name)!r} begins with {first[:80]!r}, whose columns are separated by {signs[0]!r}: columns of a "
-            ".csv are separated by commas. Save it so, in UTF-8."
+            f"{str(name)!r} begins with {names[0][:80]!r}, whose columns may be separated by "
+            f"{' or '.join(map(repr, signs))}: save it with commas, in UTF-8."
         )
 
 
-def _check_names(path: Path, rows: Dataset, name: str) -> None:
+def _check_names(path: Path, rows: Dataset, name: str, separator: str) -> None:
     """
     Raises `ValueError` where a .csv has two columns of one name, of which the first would be taken, or more values in
     a row than names of columns: all would be of others.
     """
-    with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
-        names = next(filter(None, csv.reader(file)), [])
+    names = _names(path, separator)
     for column, count in Counter(names).items():
         if column and count > 1:
             raise ValueError(f"{str(name)!r} has {count} columns {column!r}: give each a name of its own.")
     if UNNAMED in rows.column_names and UNNAMED not in names:  # which pandas makes an index of what is too much
         raise ValueError(
-            f"{str(name)!r} has more values in each row than names in its first line, {','.join(names)!r}: put texts "
-            "with commas into quotes, and give each column a name."
+            f"{str(name)!r} has more values in each row than names in its first line, {separator.join(names)!r}: put "
+            f"texts with {separator!r} into quotes, and give each column a name."
         )
 
 
@@ -297,10 +316,12 @@ def _rename_columns(
                     f"{where} has no texts in 'text' but {dataset.features['text']}. Give another text_column, "
                     "or save the data after dataset.cast_column('text', datasets.Value('string'))."
                 )
-            if len(dataset.column_names) == 1 and (found := {";", "\t", "|"} & set(dataset.column_names[0])):
+            if len(dataset.column_names) == 1 and (
+                found := [sign for sign in OTHER_SEPARATORS if sign in dataset.column_names[0]]
+            ):
                 raise ValueError(
-                    f"{where} has one column, {dataset.column_names[0]!r}, whose name holds {found.pop()!r}. "
-                    "Columns of a .csv are separated by commas: save it so."
+                    f"{where} has one column, {dataset.column_names[0]!r}, whose name holds "
+                    f"{' and '.join(map(repr, found))}. Separate the columns of a .csv by commas."
                 )
             what = f"has no column {column!r}" if column else f"leaves open which column is the {target}"
             raise ValueError(f"{where} {what}; it has {dataset.column_names}. Give {target}_column=...")

@@ -1,10 +1,15 @@
 """Cores of a recipe that `accelerate launch` started."""
 
 import os
+from pathlib import Path
 
 import psutil
 import torch
 from accelerate import PartialState
+
+
+# On Linux, of a container that may use so much time of cores in a while: `docker run --cpus 2`.
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def use_all_cores() -> None:
@@ -14,7 +19,14 @@ def use_all_cores() -> None:
     """
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if launched and PartialState().num_processes == 1 and PartialState().device.type == "cpu":
-        cores = psutil.cpu_count(logical=False) or 1
-        if hasattr(os, "sched_getaffinity"):  # on Linux: a container or `taskset` may allow fewer
-            cores = min(cores, len(os.sched_getaffinity(0)))
-        torch.set_num_threads(max(cores, torch.get_num_threads()))
+        torch.set_num_threads(min([psutil.cpu_count(logical=False) or 1, *_limits()]))
+
+
+def _limits() -> list[int]:
+    """Lists limits to the cores, which `taskset` or a container sets: threads beyond them take many times as long."""
+    found = [len(os.sched_getaffinity(0))] if hasattr(os, "sched_getaffinity") else []  # on Linux
+    try:
+        time, period = map(int, QUOTA.read_text().split())
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return found
+    return [*found, max(1, time // period)]

@@ -10,6 +10,10 @@ from ..data import DOMAIN_COLUMN, SHIFTS, FederatedDataset, domains, joined, wit
 from .classifier_experiment import ClassifierExperiment
 
 
+# That a shift makes, unless another number is asked for.
+NUM_DOMAINS = 4
+
+
 @dataclass
 class DomainExperiment(ClassifierExperiment):
     """
@@ -18,7 +22,10 @@ class DomainExperiment(ClassifierExperiment):
     Several data sets with `+` between their names are one, of which each is a domain: `characters+digits`.
     """
 
-    num_domains: int = field(default=4, metadata={"help": "Groups of clients, for partition domains."})
+    num_domains: int | None = field(
+        default=None,
+        metadata={"help": "Groups of clients, for partition domains (those of a column `domain` of the data, or 4)."},
+    )
     domain_shift: str = field(
         default="labels", metadata={"help": f"What differs between domains: {', '.join(SHIFTS)}."}
     )
@@ -44,6 +51,12 @@ class DomainExperiment(ClassifierExperiment):
     def _with_domains(self, source: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
         """Rows of domains: those of the data, or of this shift, of as few rows as are needed."""
         if DOMAIN_COLUMN in source["train"].column_names:
+            found = len(source["train"].unique(DOMAIN_COLUMN))
+            if self.num_domains not in (None, found):
+                raise ValueError(
+                    f"`num_domains` is {self.num_domains}, but the data has a column {DOMAIN_COLUMN!r} of {found}, "
+                    f"which are taken as they are: give {found}, or leave that column out."
+                )
             return source
         needed = self.num_clients * self.examples_per_client + self.reserved_size + self.validation_size
         train = source["train"].shuffle(seed=seed)
@@ -52,7 +65,10 @@ class DomainExperiment(ClassifierExperiment):
         test = source["test"].shuffle(seed=0).select(range(min(self.max_test_examples, len(source["test"]))))
         splits = {"train": train, "test": test}
         return datasets.DatasetDict(
-            {split: with_domains(rows, self.num_domains, self.domain_shift) for split, rows in splits.items()}
+            {
+                split: with_domains(rows, self.num_domains or NUM_DOMAINS, self.domain_shift)
+                for split, rows in splits.items()
+            }
         )
 
     def divide(self, rows: datasets.Dataset, seed: int) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from ..data import (
     natural,
     pachinko,
 )
+from ..data.images import name_undecodable
 from ..models import (
     EnsembleForImageClassification,
     FedMoEForImageClassification,
@@ -103,9 +104,13 @@ class ImageExperiment(DomainExperiment):
         return super().divide(rows, seed)
 
     def prepare(self, data: FederatedDataset, processor: BaseImageProcessor) -> FederatedDataset:
-        return data.map(
-            partial(decode_images, image_processor=processor), batched=True, batch_size=256, remove_columns=["image"]
-        )
+        decode = partial(decode_images, image_processor=processor)
+        try:
+            return data.map(decode, batched=True, batch_size=256, remove_columns=["image"])
+        except ValueError as error:  # which knows one batch: whoever mends files mends all
+            test = {} if data.test is None else {"test": data.test}
+            more = name_undecodable({"pool": data.pool, **test}, processor, str(error))
+            raise ValueError(f"{error}{more}") from error
 
     def make_expert(self, data: FederatedDataset, processor: BaseImageProcessor) -> PreTrainedModel:
         return self._build(find_model(self.model), label_maps(data))

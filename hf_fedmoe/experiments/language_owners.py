@@ -72,6 +72,16 @@ class OwnersRecipe:
         for name in ("steps", "batch_size", "lora_rank", "test_sequences", "sequence_length", "extracted"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give a whole number of at least 1.")
+        domains = [*self.owners, self.public, *self.unseen]
+        for name in domains:
+            if domains.count(name) > 1:
+                raise ValueError(f"{name!r} is twice among `owners`, `public` and `unseen`: name it once.")
+        for name in {"texts", "mixture", f"without-{self.opt_out}"}.intersection(self.owners):
+            raise ValueError(f"`owners` has {name!r}, as a folder beside theirs is called: rename it in the texts.")
+        if self.learning_rate <= 0:
+            raise ValueError(f"`learning_rate` is {self.learning_rate}: give a number above 0.")
+        if self.epsilon < 0:
+            raise ValueError(f"`epsilon` is {self.epsilon}: give a number above 0, or 0 for none.")
         if self.opt_out not in self.owners:
             raise ValueError(f"`opt_out` is {self.opt_out!r}: choose one of the owners {self.owners}.")
         if not 0 <= self.seed <= LARGEST_SEED:
@@ -252,10 +262,10 @@ def _run(settings_file: Path, told: dict[str, Any], wants_help: bool) -> None:
         name: pack_text(tokenizer, texts, name, "train", experiment.sequence_length) for name in experiment.owners
     }
     reported = reported_sequences(experiment, texts, tokenizer)
+    device: Any = experiment.arguments(folder).device  # with `use_cpu` that of all, before cores are counted
     use_all_cores()
     print(f"\n{counted(len(experiment.owners), 'owner')} on {experiment.base}, seed {experiment.seed}", flush=True)
     mixture, fewer = train_and_merge(experiment, texts)
-    device: Any = experiment.arguments(folder).device
     for model in (mixture, fewer):
         model.to(device)
     scores = score(experiment, reported, mixture, fewer)

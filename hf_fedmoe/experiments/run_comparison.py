@@ -222,7 +222,8 @@ def compare(
         out (`str` or `Path`, *optional*): The folder; `runs/compare/<name of the YAML>/<size>` if left out.
         size (`str`, *optional*): One of its `sizes`; the first if left out.
         seeds (`list[int]`, *optional*): In the place of its own.
-        rows (`list[str]`, *optional*): Of its methods, only these.
+        rows (`list[str]`, *optional*): Of its methods, only these are trained; others stay in the table where they are
+            finished.
         num_jobs (`int`, *optional*, defaults to 1): Runs side by side.
         overrides (`dict`, *optional*): Settings that go before those of the YAML.
 
@@ -249,12 +250,13 @@ def compare(
     out = Path(out or Path("runs", "compare", path.stem, size or ""))
     runs = plan_runs(comparison, path.parent, out, size, overrides)
     metrics = _metrics_of(runs)
-    if rows:
-        runs = {row: runs[row] for row in runs if row in rows}
     check_writable(out, "--out")
     common, with_lora = common_settings(comparison, path.parent, size)
     common["with_lora"] = with_lora
     claim_folder(out, {"file": path.name, "kind": comparison.kind, "size": size}, common)
+    left_out = ""
+    if rows:
+        runs, left_out = _with_finished_rows(runs, rows)
     try:
         failed = run_all(runs, num_jobs)
     except ValueError as error:
@@ -263,7 +265,7 @@ def compare(
     reference = comparison.reference if comparison.reference and results.get(comparison.reference) else None
     told = (comparison.columns, comparison.parts, reference, comparison.published, metrics)
     table = comparison_table(results, *told)
-    table += _below_the_table(comparison, size)
+    table += _below_the_table(comparison, size) + left_out
     if failed:
         lines = [f"- {run}: {failure.reason} ({run.folder / 'error.txt'})" for run, failure in failed]
         table += "\n\nThese runs failed and are left out; the same command tries them again:\n\n" + "\n".join(lines)
@@ -285,18 +287,32 @@ def compare(
     return table
 
 
+def _with_finished_rows(runs: dict[str, list[Run]], rows: list[str]) -> tuple[dict[str, list[Run]], str]:
+    """Keeps some rows, and of the others what is finished; tells what of it has other settings, and is left out."""
+    kept, others = {}, []
+    for row, row_runs in runs.items():
+        if row in rows:
+            kept[row] = row_runs
+        elif changed := sorted({name for run in row_runs for name in run.changed()}):
+            others.append(f"- {row}: another {', '.join(changed)}")
+        elif finished := [run for run in row_runs if run.stored()]:
+            kept[row] = finished
+    told = "\n\nThese rows are finished with other settings and are left out:\n\n" + "\n".join(others)
+    return kept, told if others else ""
+
+
 def _below_the_table(comparison: Comparison, size: str | None) -> str:
     """Returns what a reader of published figures has to know: of what the others are, and what the paper claims."""
-    if not comparison.published:
-        return ""
-    seeds = f"{'Seed' if len(comparison.seeds) == 1 else 'Seeds'} {', '.join(map(str, comparison.seeds))}"
-    lines = [
-        f"{seeds}{f', size {size}' if size else ''}. The last column is the paper's, of its own data and size: "
-        "compare the order of the rows, not the figures."
-    ]
+    lines = []
+    if comparison.published:
+        seeds = f"{'Seed' if len(comparison.seeds) == 1 else 'Seeds'} {', '.join(map(str, comparison.seeds))}"
+        lines.append(
+            f"{seeds}{f', size {size}' if size else ''}. The last column is the paper's, of its own data and size: "
+            "compare the order of the rows, not the figures."
+        )
     if comparison.claim:
         lines.append(f"The paper's claim: {comparison.claim}")
-    return "\n\n" + "\n".join(lines)
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def _other_sizes(comparison: Comparison, where: Path, problem: str) -> str:

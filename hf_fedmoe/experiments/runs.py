@@ -76,20 +76,32 @@ class Run:
         Raises:
             `ValueError`: When it had other settings, or its file is damaged.
         """
-        if not self.result_file.is_file():
-            return None
-        try:
-            found = json.loads(self.result_file.read_text())
-            theirs, ours = _canonical(self.kind, found["settings"]), _canonical(self.kind, self.identity)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{str(self.result_file)!r} is damaged: delete it, and the run starts anew.") from None
-        if theirs != ours:
-            changed = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
+        found = self._read()
+        if found is not None and (changed := self._changed(found)):
             raise ValueError(
                 f"{str(self.folder)!r} has a finished run with another {', '.join(changed)}: choose another `--out`, "
                 "or delete that folder."
             )
         return found
+
+    def changed(self) -> list[str]:
+        """Lists the settings in which a finished run differs from this one."""
+        found = self._read()
+        return [] if found is None else self._changed(found)
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.result_file.is_file():
+            return None
+        try:
+            found = json.loads(self.result_file.read_text())
+            self._changed(found)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{str(self.result_file)!r} is damaged: delete it, and the run starts anew.") from None
+        return found
+
+    def _changed(self, found: dict[str, Any]) -> list[str]:
+        theirs, ours = _canonical(self.kind, found["settings"]), _canonical(self.kind, self.identity)
+        return sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
 
     def result(self) -> RunResult | None:
         """The figures of the run when it has ended."""
@@ -105,7 +117,7 @@ def _canonical(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: typed(name, value, known[name]) if name in known else value for name, value in settings.items()}
 
 
-@without_library_warnings()
+@without_library_warnings(notes=False)  # `try_out` has told them, of all runs
 def execute(run: Run) -> None:
     """Trains and tests one method on one seed, and leaves `result.json` in its folder."""
     _be_quiet(run.threads)

@@ -57,9 +57,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, beside, n=1)
-        remedy = f"is it {str(path.parent / near[0])!r}?" if near else "check the path."
+        # By their names without endings, which make any two of them alike.
+        beside = {file.stem: file for file in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+        near = get_close_matches(path.stem, beside, n=1)
+        remedy = f"is it {str(beside[near[0]])!r}?" if near else "check the path."
         raise ValueError(f"There is no file {str(path)!r}: {remedy}") from None
     except IsADirectoryError:
         raise ValueError(f"{str(path)!r} is a folder: name a YAML file.") from None

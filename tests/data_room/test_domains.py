@@ -53,11 +53,13 @@ def test_labels_are_moved_by_their_domain():
 def test_what_cannot_be_shifted_is_refused():
     with pytest.raises(ValueError, match="shift is 'colours': choose one of 'rotations', 'labels'"):
         with_domains(pictures(), 2, "colours")
-    with pytest.raises(ValueError, match="Only images can be turned, and the data has the columns"):
+    with pytest.raises(
+        ValueError, match=r"shift is 'rotations', but only images can be turned, and .*: take 'labels'"
+    ):
         with_domains(pictures().remove_columns("image"), 2, "rotations")
     with pytest.raises(ValueError, match="has a column 'domain' already"):
         with_domains(with_domains(pictures(), 2, "labels"), 2, "labels")
-    with pytest.raises(ValueError, match="num_domains is 5, but 4 classes have no more shifts"):
+    with pytest.raises(ValueError, match="num_domains is 5, but 4 classes have no more shifts: lower it"):
         with_domains(pictures(), 5, "labels")
     unlabelled = pictures().remove_columns("label").add_column("label", [-1] * 40)
     with pytest.raises(ValueError, match="-1"):

@@ -33,6 +33,7 @@ from hf_fedmoe.data import (
     random_flip,
     random_resized_crop,
 )
+from hf_fedmoe.experiments import ImageExperiment
 from hf_fedmoe.models import SmallImageProcessor
 
 
@@ -166,6 +167,30 @@ def test_a_damaged_file_is_named():
         more.map(decode, batched=True)
     with pytest.raises(ValueError, match="give `map` the argument `batched=True`"):
         rows.select([0]).map(decode)
+
+
+def test_damaged_files_of_other_batches_are_named():
+    """A folder that was copied in part has many, of which each run named those of one batch."""
+    sound = as_file(PHOTOGRAPH)
+    files = [{"bytes": sound, "path": f"{row}.png"} for row in range(600)]
+    for row in (3, 9, 300, 301, 599):
+        files[row] = {"bytes": sound[:60], "path": f"{row}-cut.png"}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+
+    def rows(chosen):
+        return datasets.Dataset.from_dict({"image": chosen, "label": [0, 1] * (len(chosen) // 2)}, features=features)
+
+    experiment = ImageExperiment(dataset=["own"], model=["small_cnn"])
+    data = FederatedDataset.from_clients({"south": rows(files[:400])}, test=rows(files[400:]))
+    with pytest.raises(
+        ValueError,
+        match=r"'3-cut.png', .* with 1 more .*: 9-cut.png\. And with 3 .* 300-cut.png, 301-cut.png, 599-cut",
+    ):
+        experiment.prepare(data, SmallImageProcessor(size=4))
+    # Of one batch alone all is said already.
+    few = FederatedDataset.from_clients({"south": rows(files[:20])})
+    with pytest.raises(ValueError, match=r"'3-cut.png', .* with 1 more image of this batch: 9-cut.png\.$"):
+        experiment.prepare(few, SmallImageProcessor(size=4))
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset
 
 from hf_fedmoe import FederatedDataset
+from hf_fedmoe.data.own_files import read_texts
 from hf_fedmoe.data.own_labels import in_natural_order
 from tests.data_room.test_sources import own_cache_and_no_network  # noqa: F401
 
@@ -148,17 +149,40 @@ def test_what_is_asked_for_wrongly_is_said(files, changes, said):
         of_files(files, **changes)
 
 
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_columns_may_be_separated_as_spreadsheets_do(tmp_path, sign):
+    south = tmp_path / "south.csv"
+    rows = [["review", "stars", "note"], ["fine, but late", "2", ""], [f"so{sign} so", "10", "x"]]
+    quoted = "\n".join(sign.join(f'"{value}"' if sign in value else value for value in row) for row in rows)
+    south.write_bytes("\ufeff".encode() + quoted.replace("\n", "\r\n").encode())  # as spreadsheets write it
+    north = csv(tmp_path / "north.csv", ["dull", "long"], [10, 2])
+    data = FederatedDataset.from_files({"south": str(south), "north": north}, text="review", label="stars")
+    assert data.pool["text"][:] == ["fine, but late", f"so{sign} so", "dull", "long"]
+    assert data.label_names == ["2", "10"] and data.pool["label"][:] == [0, 1, 1, 0]
+
+
+def test_commas_go_before_other_signs_in_names(tmp_path):
+    path = tmp_path / "south.csv"
+    path.write_text("review,stars;of us\nfine; late,1\ndull,2\n")
+    data = FederatedDataset.from_files([str(path)], text="review", label="stars;of us")
+    assert data.pool["text"][:] == ["fine; late", "dull"]
+    path.write_text('"review;all"\nfine\ndull\n')  # one column
+    assert read_texts(str(path), "review;all") == ["fine", "dull"]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("", "south.csv' has no rows"),
         ("review,stars\n", "south.csv' has no rows"),
-        ("review;stars\ngood;1\n", r"has one column, 'review;stars', with ';' in its name: columns of a .csv are sep"),
-        ("review;stars\nfine;1\nbad, dear, late;2\n", r"south.csv' begins with 'review;stars', whose columns are sep"),
+        ("review;stars|x\ngood;1\n", r"has one column, 'review;stars\|x', with ';' and '\|' in its name: separate"),
         (
-            "review\tstars\nfine\t1\nbad, dear, late\t2\n",
-            r"separated by '\\t': columns of a .csv are separated by commas",
+            "review;stars|x\nfine;1\nbad, dear, late;2\n",
+            r"south.csv' begins with 'review;stars\|x', whose columns may be separated by ';' or '\|': save it with",
         ),
+        ("review;stars\nfine;1\nbad; dear; late;2\n", r"Expected 2 fields in line 3, saw 4\. Check that the file"),
+        ("review;stars\nfine; but late;1\ndull; and long;2\n", r"'review;stars': put texts with ';' into quotes"),
+        ("review;review;stars\nfine;so;1\n", r"south.csv' has 2 columns 'review': give each a name of its own"),
         ("review,stars\nfine,1\nbad,2,3,4\n", r"Expected 2 fields in line 3, saw 4\. Check that the file is whole"),
         ("review,stars\nfine, but late,1\ndull, and long,2\n", r"more values in each row than names in its first"),
         ('review,stars\nfine,1\n"  ",2\n', r"`review` of '.*south.csv' is empty in 1 of 2 rows, row 2 first"),

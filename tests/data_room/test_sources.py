@@ -224,7 +224,8 @@ def test_errors(tmp_path, columns, arguments, message):
             b"text,label\na,b\n",
             "test_size is 0.2, which holds out none of its 1 rows. Give a larger test_size",
         ),
-        ("d.csv", b"text;label\na;b\n", "has one column, 'text;label', whose name holds ';'.* separated by commas"),
+        ("d.csv", b"text;label|x\na;b\n", r"one column, 'text;label\|x', whose name holds ';' and '\|'\. Separate"),
+        ("d.csv", b"text;label;text\nfine;a;dull\n", "d.csv' has 2 columns 'text': give each a name of its own"),
         ("d.csv", b"text,label\nfine, but late,a\ndull, and long,b\n", "more values in each row than .*'text,label'"),
         ("d.csv", b"text,label,text\nfine,a,dull\n", "d.csv' has 2 columns 'text': give each a name of its own"),
         ("d.csv", b"text,label\nfine,a,\ndull,b,\n", "d.csv' has more values in each row than names in its first"),
@@ -236,6 +237,15 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_source(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_csv_may_have_semicolons_or_tabs(tmp_path):
+    for sign in ";\t":
+        lines = [f"text{sign}label", *(f"fine, {row}{sign}{'ab'[row % 2]}" for row in range(10))]
+        (tmp_path / "d.csv").write_text("\n".join(lines) + "\n")
+        source = load_source(str(tmp_path / "d.csv"))
+        assert sorted(source["train"]["text"][:] + source["test"]["text"][:])[1] == "fine, 1"
+        assert source["train"].features["label"].names == ["a", "b"] and source["test"].num_rows == 2
 
 
 def test_a_csv_may_have_a_column_that_is_called_as_an_index(tmp_path):

@@ -84,6 +84,8 @@ def test_apps_over_a_grid_end_with_the_bits_of_our_own_link(tmp_path):
     ours = tiny_run(tmp_path / "ours", "fedprox", data)
     assert_equal_states(state(trainers[0].model), state(ours.model))
     assert (tmp_path / "server" / "README.md").is_file()
+    # Nobody who has apps calls `train`, which is what a trainer that is stopped names otherwise.
+    assert trainers[0].goes_on_by == "the same server, started again,"
 
 
 def test_a_record_holds_long_bytes_in_pieces(monkeypatch):

@@ -41,6 +41,22 @@ def test_domains_of_the_data_are_taken_as_they_are():
         rows = data.client(client)
         assert set(rows["domain"]) == {client % 2}
         assert rows["label"][:] == [int(text.removeprefix("row ")) % 4 for text in rows["text"]]
+    given = DatasetDict(train=train, test=test)
+    with pytest.raises(
+        ValueError, match="`num_domains` is 3, but the data has a column 'domain' of 2, which are taken"
+    ):
+        TextExperiment(**SETTINGS | {"num_domains": 3}).split(given, seed=0)
+    # Left out, it is that of the data, or four.
+    unsaid = TextExperiment(**SETTINGS | {"num_domains": None})
+    assert {tuple(set(unsaid.split(given, seed=0).client(client)["domain"])) for client in range(4)} == {(0,), (1,)}
+    without = DatasetDict(train=rows_of(0, 60), test=rows_of(60, 80))
+    assert [unsaid.split(without, seed=0).client(client)["domain"][0] for client in range(4)] == [0, 1, 2, 3]
+
+
+def test_rows_without_a_domain_are_told():
+    train = rows_of(0, 60).add_column("domain", ["north", None, "south"] * 20)
+    with pytest.raises(ValueError, match=r"`domain` is missing in \d+ rows of \d+, row \d+ first: name that of each"):
+        TextExperiment(**SETTINGS | {"num_domains": None}).split(DatasetDict(train=train, test=train), seed=0)
 
 
 def test_several_data_sets_are_one_of_domains(tmp_path, monkeypatch):
@@ -80,5 +96,5 @@ def test_wrong_settings_are_told(kind, changes, message):
 
 def test_texts_cannot_be_turned():
     experiment = TextExperiment(**SETTINGS, domain_shift="rotations")
-    with pytest.raises(ValueError, match="Only images can be turned"):
+    with pytest.raises(ValueError, match=r"shift is 'rotations', but only images can be turned.*: take 'labels'"):
         experiment.split(DatasetDict(train=rows_of(0, 60), test=rows_of(60, 80)), seed=0)

@@ -39,6 +39,10 @@ def test_the_bar_counts_what_has_ended_and_what_is_running(tmp_path, capsys):
         (runs[1].folder / "round.txt").write_text("3")
         bar.watch(runs[1:])
         assert bar._bar.n == 3 and bar._bar.postfix == "fedavg, seed 0 3/4; fedprox, seed 0 prepares"
+        runs[2].folder.mkdir()
+        (runs[2].folder / "round.txt").write_text("0")  # its first round is under way
+        bar.watch(runs[1:])
+        assert bar._bar.n == 3 and bar._bar.postfix == "fedavg, seed 0 3/4; fedprox, seed 0 0/4"
         bar.end(runs[1], "2 of 3: fedavg")
         assert bar._bar.n == 4
     assert capsys.readouterr().out == "1 of 3: majority_class\n2 of 3: fedavg\n"

@@ -15,7 +15,7 @@ from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.named_strategies import CENTRALISED
 from hf_fedmoe.experiments.run_comparison import plan_runs
-from hf_fedmoe.experiments.runs import execute
+from hf_fedmoe.experiments.runs import execute, try_out
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
 from hf_fedmoe.reporting import read_client_table
@@ -162,6 +162,34 @@ def test_finished_runs_are_read_and_stopped_ones_go_on(tmp_path, monkeypatch, ca
         compare(path, out, overrides={"rounds": 3})
 
 
+def test_rows_that_are_trained_later_join_those_of_the_table(tmp_path, warm_processes):
+    rows = {"constant": "majority_class", "FedAvg": "fedavg", "far": {"method": "fedprox", "mu": 9.0}}
+    told = {"seeds": [0, 1], "reference": "FedAvg", "claim": "far is far."}
+    path, out = written(tmp_path, methods=rows, **told), tmp_path / "out"
+    compare(path, out, rows=["far"], seeds=[1], overrides={"rounds": 1})
+    # Of a row that is not asked for, what is finished: one seed. And nothing of "constant", which nobody has run.
+    table = compare(path, out, rows=["FedAvg"], overrides={"rounds": 1})
+    lines = table.splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| FedAvg", "| far", "", "The paper's claim: far is far."]
+    assert lines[0].endswith(" |  |") and lines[1].endswith("/ 1 |")
+    with (out / "results.csv").open() as file:
+        found = [(row["method"], row["seed"]) for row in csv.DictReader(file)]
+    assert found == [("FedAvg", "0"), ("FedAvg", "1"), ("far", "1")]
+    assert table + "\n" == (out / "table.md").read_text()
+    # What has other settings cannot stand beside the others, and is told.
+    written(tmp_path, methods=rows | {"far": {"method": "fedprox", "mu": 8.0}}, **told)
+    before = (out / "far" / "seed-1" / "result.json").read_bytes()
+    table = compare(path, out, rows=["constant"], overrides={"rounds": 1})
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:4]] == ["| constant", "| FedAvg"]
+    assert table.endswith(
+        "\n\nThese rows are finished with other settings and are left out:\n\n- far: another method_settings"
+    )
+    assert (out / "far" / "seed-1" / "result.json").read_bytes() == before
+    (out / "far" / "seed-1" / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result.json' is damaged: delete it"):
+        compare(path, out, rows=["constant"], overrides={"rounds": 1})
+
+
 def test_a_size_that_needs_no_data_is_named(tmp_path, monkeypatch):
     # In processes of its own: warm ones may have the variable from the shell.
     monkeypatch.delenv("HF_FEDMOE_DATA", raising=False)
@@ -194,6 +222,19 @@ def test_a_run_that_fails_is_named_and_leaves_the_others_alone(tmp_path, warm_pr
     assert "failed" not in compare(path, out, overrides={"rounds": 1})
     assert (out / "good" / "seed-0" / "result.json").stat().st_mtime_ns == before
     assert not (out / "far" / "seed-0" / "error.txt").exists()
+
+
+def test_what_all_runs_are_warned_of_is_told_once(tmp_path, capsys):
+    """The data are the same for all methods: of ten rows on three seeds each would tell it again."""
+    path = written(tmp_path, methods={"FedAvg": "fedavg", "constant": "majority_class"}, seeds=[0])
+    runs = [
+        run for row_runs in runs_of(path, tmp_path / "out", reserved_size=8, rounds=1).values() for run in row_runs
+    ]
+    try_out(runs)
+    assert capsys.readouterr().out.count("Note: The reserved set of 8 rows has no example of ") == 1
+    for run in runs:
+        execute(run)
+    assert "Note" not in capsys.readouterr().out and all(run.stored() for run in runs)
 
 
 def test_results_of_two_comparisons_are_not_mixed(tmp_path):

@@ -54,6 +54,7 @@ def test_a_path_that_is_no_yaml_file_is_told(tmp_path):
         (tmp_path, "is a folder: name a YAML file."),
         (tmp_path / "digit.yaml", f"There is no file '{tmp_path}/digit.yaml': is it '{path}'?"),
         (tmp_path / "nowhere" / "x.yaml", "x.yaml': check the path."),
+        (tmp_path / "gate.yaml", "gate.yaml': check the path."),  # only the ending is alike
         (path / "x.yaml", "cannot be read: Not a directory."),
     ):
         with pytest.raises(ValueError) as error:

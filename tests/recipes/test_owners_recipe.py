@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
 
 from hf_fedmoe import FedMoEForCausalLM
 from hf_fedmoe.experiments import owners_main
@@ -55,6 +56,23 @@ def test_texts_that_are_too_short_are_named_before_anything_is_trained(place, mo
     said = capsys.readouterr()
     assert f"The {split} text of {owner!r}: `text` has " in said.err and "and `sequence_length` is 16" in said.err
     assert "steps, loss" not in said.out and not Path("runs/owners_lm/seed-0").exists()
+
+
+def test_cores_are_counted_when_the_device_is_known(place, monkeypatch):
+    """On a machine with a GPU, `use_cpu` is what makes it a process on a CPU."""
+    told = []
+
+    def counted():
+        told.append(PartialState().device.type)
+        raise KeyboardInterrupt
+
+    PartialState._reset_state()
+    PartialState().device = torch.device("meta")  # what accelerate would take by itself
+    monkeypatch.setattr("hf_fedmoe.experiments.language_owners.use_all_cores", counted)
+    with pytest.raises(SystemExit):
+        run(monkeypatch)
+    PartialState._reset_state()
+    assert told == ["cpu"]
 
 
 def test_the_recipe_from_texts_to_tables(place, monkeypatch, capsys):
@@ -128,6 +146,11 @@ def test_the_soup_is_the_mean_of_the_updates():
         (["--unseen", "tweets"], "`texts` is 'texts.parquet', which has no test text of 'tweets': choose from"),
         (["--texts", "none.parquet"], "`texts` is 'none.parquet', which cannot be read"),
         (["--part", "train"], "`part` is 'train'"),
+        (["--owners", "court", "court", "press"], "'court' is twice among `owners`, `public` and `unseen`: name it"),
+        (["--unseen", "public"], "'public' is twice among `owners`, `public` and `unseen`: name it once."),
+        (["--owners", "press", "mixture"], "`owners` has 'mixture', as a folder beside theirs is called"),
+        (["--learning_rate", "-1"], "`learning_rate` is -1.0: give a number above 0."),
+        (["--epsilon", "-1"], "`epsilon` is -1.0: give a number above 0, or 0 for none."),
         (["--stepz", "3"], "There is no setting 'stepz': is it steps"),
     ],
 )
