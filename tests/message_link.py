@@ -1,6 +1,6 @@
 """A link of bytes in one process: nodes answer when the server looks for answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ class MessageLink:
     def nodes(self) -> set[int]:
         return set(self.answers)
 
-    def send(self, node: int, kind: str, packed: bytes) -> str:
+    def send(self, node: int, kind: str, pieces: Iterable[bytes]) -> str:
         if node not in self.answers:
             raise ConnectionError(f"node {node} is gone")
         self.sent += 1
+        packed = b"".join(pieces)
         self.bytes_down += len(packed)
         self.waiting[str(self.sent)] = node, packed
         return str(self.sent)

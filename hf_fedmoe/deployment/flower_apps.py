@@ -75,7 +75,7 @@ def client_app(make_trainer: MakeClient) -> ClientApp:
             answered = Message("failed", {"fault": str(error)})
         else:
             answered = node.answer(asked)
-        return FlowerMessage(to_record(answered.pack()), reply_to=message)
+        return FlowerMessage(to_record(answered.pieces()), reply_to=message)
 
     app.query()(answer)
     app.train()(answer)

@@ -136,13 +136,13 @@ class TrainedClient:
         row_P = self.own_row(client, message, kept).to(device)
         write_row_(row_P, message.tensors, self.layout, facts["rank"])
         integers = self.server.integers[0] | part(message.tensors, INTEGERS)
-        beside = {name: tensor.to(device) for name, tensor in part(message.tensors, BESIDE).items()}
+        beside = {name: tensor.to(device, copy=True) for name, tensor in part(message.tensors, BESIDE).items()}
         optimizer = {name: kept.pop(name) for name in list(kept) if name.startswith(OPTIMIZER_PREFIX)}
         return ClientTask(
             client,
             int(facts["round"]),
             self.participants.client_data(0),
-            Payload(row_P, {name: tensor.to(device) for name, tensor in integers.items()}, tensors=beside),
+            Payload(row_P, {name: tensor.to(device, copy=True) for name, tensor in integers.items()}, tensors=beside),
             torch.zeros_like(row_P),
             int(facts["seed"]),
             kept,
