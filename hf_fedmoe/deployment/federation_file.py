@@ -46,7 +46,7 @@ OWN_SETTINGS = {
 NOT_HERE = (
     *("dataset", "preset_name", "partition", "dirichlet_alpha", "examples_per_client", "share_low", "share_high"),
     *("reserved_size", "reserved_share", "validation_size", "max_train_examples", "max_test_examples"),
-    *("client_test_share", "unseen_share", "start_epochs", "plugin", "compare", "with_lora"),
+    *("unseen_share", "start_epochs", "plugin", "compare", "with_lora"),
     *("client_column", "coarse_column", "num_groups", "num_domains", "domain_shift", "test_share"),
 )
 # What a server that only needs sums could do without seeing uploads, and cannot yet.
@@ -136,6 +136,7 @@ def make_server_trainer(file: str | Path, link: Link, told: dict[str, Any] | Non
         min_clients=own["min_clients"],
         round_timeout=own["round_timeout"],
         max_client_examples=own["max_client_examples"],
+        client_test_share=experiment.client_test_share,
         strategy=parts.strategy,
         **parts.others,
     )
@@ -160,7 +161,8 @@ def make_node_trainer(
     rows = load({name: vars(experiment)[name] for name in experiment.source_arguments})
     rows = with_label_map(rows, "label", list(sent["label_names"]), "the client's rows")
     parts, data = make_parts(kind, str(sent["method"]), settings, FederatedDataset.from_clients({"here": rows}))
-    return NodeTrainer(parts.model, parts.args, data.pool, parts.strategy, **parts.others)
+    share = experiment.client_test_share
+    return NodeTrainer(parts.model, parts.args, data.pool, parts.strategy, client_test_share=share, **parts.others)
 
 
 def parse(kind: str, settings: dict[str, Any]) -> tuple[ClassifierExperiment, FedMoETrainingArguments]:

@@ -10,6 +10,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from .flower_link import FlowerLink, from_record, to_record
 from .link import Link
@@ -18,6 +19,8 @@ from .node import Node
 from .node_trainer import NodeTrainer
 from .server_trainer import ServerTrainer
 
+
+logger = logging.get_logger(__name__)
 
 # From a link and Flower's context to the server's trainer.
 MakeServer = Callable[[Link, Context], ServerTrainer]
@@ -43,6 +46,11 @@ def server_app(make_trainer: MakeServer) -> ServerApp:
         started = folder.is_dir() and get_last_checkpoint(str(folder))
         trainer.train(resume_from_checkpoint=started or None)
         trainer.save_model()
+        if trainer.client_test_share:
+            try:
+                trainer.evaluate_clients()
+            except RuntimeError as error:  # the model is there
+                logger.warning(f"Clients' own test rows are left out. {error}")
         trainer.save_state()
         trainer.create_model_card()
 
@@ -79,6 +87,7 @@ def client_app(make_trainer: MakeClient) -> ClientApp:
 
     app.query()(answer)
     app.train()(answer)
+    app.evaluate()(answer)
     return app
 
 

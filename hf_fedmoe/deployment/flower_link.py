@@ -21,7 +21,7 @@ RECORD = "hf_fedmoe"
 SERIALISATION = "safetensors"
 # Of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-TYPES = {"hello": MessageType.QUERY, "train": MessageType.TRAIN}
+TYPES = {"hello": MessageType.QUERY, "train": MessageType.TRAIN, "test": MessageType.EVALUATE}
 
 
 def to_record(pieces: Iterable[bytes]) -> RecordDict:

@@ -55,6 +55,7 @@ def answer(message, context):
 
 app.query()(answer)
 app.train()(answer)
+app.evaluate()(answer)
 """
 SERVER_APP = """\
 from hf_fedmoe.deployment.flower_commands import command_server_app

@@ -33,8 +33,8 @@ class Link(Protocol):
 
     def send(self, node: int, kind: str, pieces: Iterable[bytes]) -> str:
         """
-        Sends a message of a kind (`"hello"` or `"train"`), whose bytes come in pieces, and returns its id at once.
-        Raises `ConnectionError` if the node is gone.
+        Sends a message of a kind (`"hello"`, `"train"` or `"test"`), whose bytes come in pieces, and returns its id at
+        once. Raises `ConnectionError` if the node is gone.
         """
 
     def receive(self) -> Iterable[Answer]:

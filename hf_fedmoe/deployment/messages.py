@@ -54,7 +54,7 @@ class Message:
     One message.
 
     Args:
-        kind (`str`): `"hello"`, `"train"`, and in answers `"node"`, `"trained"` or `"failed"`.
+        kind (`str`): `"hello"`, `"train"`, `"test"`, and in answers `"node"`, `"trained"`, `"tested"` or `"failed"`.
         facts (`dict[str, Any]`, *optional*): Values that JSON knows.
         tensors (`dict[str, Tensor]`, *optional*): By names with a part before the first slash, see `travel.py`.
     """

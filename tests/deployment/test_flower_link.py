@@ -64,7 +64,7 @@ def test_a_record_holds_the_bytes_and_nothing_else():
 
 def test_apps_over_a_grid_end_with_the_bits_of_our_own_link(tmp_path):
     data = tiny_federation(2)
-    makers = [tiny_node(tmp_path / f"maker{client}", "fedprox", client, data).make_trainer for client in range(2)]
+    makers = [tiny_node(tmp_path / f"maker{client}", "fedprox", client, data, 0.25).make_trainer for client in (0, 1)]
     app = [client_app(lambda settings, context, make=make: make(settings)) for make in makers]
 
     def node(client):
@@ -75,15 +75,16 @@ def test_apps_over_a_grid_end_with_the_bits_of_our_own_link(tmp_path):
     trainers = []
 
     def make_trainer(link, context):
-        trainers.append(tiny_server(tmp_path / "server", "fedprox", link, data, min_clients=2))
+        trainers.append(tiny_server(tmp_path / "server", "fedprox", link, data, min_clients=2, client_test_share=0.25))
         return trainers[-1]
 
     link = FlowerLink(Grid({}))
     assert list(link.receive()) == []
     context = flower.Context(1, 0, {}, flower.RecordDict(), {})
     server_app(make_trainer)(Grid({100 + client: node(client) for client in range(2)}), context)
-    ours = tiny_run(tmp_path / "ours", "fedprox", data)
+    ours = tiny_run(tmp_path / "ours", "fedprox", data, test_share=0.25)
     assert_equal_states(state(trainers[0].model), state(ours.model))
+    assert [score.test_size for score in trainers[0].client_table] == [3, 3]
     assert (tmp_path / "server" / "README.md").is_file()
 
 
@@ -140,7 +141,8 @@ def test_a_record_that_lacks_pieces_is_the_node_s_own_fault():
     assert list(link.receive()) == [Answer(name, None, "the record holds no message of hf_fedmoe", lost=False)]
 
 
-def test_the_app_at_a_node_hands_bytes_to_its_own_process(tmp_path):
+@pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
+def test_the_app_at_a_node_hands_bytes_to_its_own_process(kind, tmp_path):
     import threading
     from multiprocessing.connection import Listener
 
@@ -159,7 +161,7 @@ def test_the_app_at_a_node_hands_bytes_to_its_own_process(tmp_path):
     with Listener(str(socket), FAMILY) as listener:
         server = threading.Thread(target=lambda: codes.append(serve(node, socket, supernode, listener)))
         server.start()
-        asked = flower.Message(to_record([hello]), dst_node_id=1, message_type="query")
+        asked = flower.Message(to_record([hello]), dst_node_id=1, message_type=kind)
         reply = names["app"](message=asked, context=context)
         ended.set()
         server.join(10)
