@@ -15,7 +15,7 @@ SHARE = 0.25
 
 
 def right(trainer, rows):
-    """How many of some rows a model finds, one by one."""
+    """Counts the rows whose class a model finds, one by one."""
     found = 0
     for row in rows:
         batch = trainer.data_collator([row])
