@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +270,8 @@ class Direct:
     def nodes(self) -> set[int]:
         return set(range(len(self.of)))
 
-    def send(self, node: int, kind: str, packed: bytes) -> str:
-        message, name = Message.unpack(packed), f"{len(self.came)}-{time.monotonic_ns()}"
+    def send(self, node: int, kind: str, pieces: Iterable[bytes]) -> str:
+        message, name = Message.unpack(b"".join(pieces)), f"{len(self.came)}-{time.monotonic_ns()}"
         gone = (message.facts.get("round"), node) in self.missing
         answer = Message("failed", {"fault": "missing"}) if gone else self.of[node].answer(message)
         self.came.append(Answer(name, answer.pack()))

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from transformers.utils import logging
 
 from hf_fedmoe.deployment import Answer, Node, make_node_trainer, make_server_trainer
 from hf_fedmoe.deployment.client_rows import client_rows
-from hf_fedmoe.deployment.relay import FAMILY, serve
+from hf_fedmoe.deployment.relay import FAMILY, STOP, serve
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -54,18 +55,23 @@ class SocketLink:
                     self.sockets[pid] = f"{name}-{pid}"
         return set(self.sockets)
 
-    def send(self, node: int, kind: str, packed: bytes) -> str:
+    def send(self, node: int, kind: str, pieces: Iterable[bytes]) -> str:
         if node not in self.sockets or CUT.exists():
             raise ConnectionError(f"process {node} is gone")
         self.sent += 1
-        threading.Thread(target=self._ask, args=(str(self.sent), self.sockets[node], packed), daemon=True).start()
+        threading.Thread(
+            target=self._ask, args=(str(self.sent), self.sockets[node], list(pieces)), daemon=True
+        ).start()
         return str(self.sent)
 
-    def _ask(self, name: str, socket: str, packed: bytes) -> None:
+    def _ask(self, name: str, socket: str, pieces: list[bytes]) -> None:
+        answered = bytearray()
         try:
             with Client(socket, FAMILY) as connection:
-                connection.send_bytes(packed)
-                answered = connection.recv_bytes()
+                for piece in [*pieces, STOP]:
+                    connection.send_bytes(piece)
+                while piece := connection.recv_bytes():
+                    answered += piece
             if CUT.exists():
                 raise ConnectionError("the link is cut")
         except (OSError, EOFError) as error:

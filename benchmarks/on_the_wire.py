@@ -26,10 +26,10 @@ FEDERATION = """\
 model: [model]
 method: fedavg
 labels: [bad, good]
-num_clients: 2
-min_clients: 2
-clients_per_round: 2
-round_timeout: 1200
+num_clients: {nodes}
+min_clients: {nodes}
+clients_per_round: {nodes}
+round_timeout: 1800
 validation: rows.csv
 rounds: {rounds}
 max_length: 8
@@ -38,6 +38,7 @@ optim: sgd
 use_cpu: true
 output_dir: run
 """
+NODES = ("north", "south")
 KINDS = {
     "flwr-serverapp": "server's app",
     "flower-superlink": "SuperLink",
@@ -91,7 +92,12 @@ def peak_memory(processes: dict[int, tuple[str, int]]) -> None:
             processes[process.pid] = kind, max(kilobytes, processes.get(process.pid, ("", 0))[1])
 
 
-def write_files(folder: Path, layers: int, width: int, rounds: int) -> int:
+def enough_memory(least: float) -> bool:
+    """Tells whether so many GB of memory can still be had."""
+    return psutil.virtual_memory().available > least * 1e9
+
+
+def write_files(folder: Path, layers: int, width: int, rounds: int, nodes: int = 2) -> int:
     """Writes model, rows and settings; returns the bytes of the model."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "gpt2-reviews")
     config = GPT2Config(
@@ -101,9 +107,9 @@ def write_files(folder: Path, layers: int, width: int, rounds: int) -> int:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = "text,label\n" + "a fine dress,good\nit tore,bad\n" * 4
-    for name in ("rows", "north", "south"):
+    for name in ("rows", *NODES):
         (folder / f"{name}.csv").write_text(rows)
-    (folder / "federation.yaml").write_text(FEDERATION.format(rounds=rounds))
+    (folder / "federation.yaml").write_text(FEDERATION.format(rounds=rounds, nodes=nodes))
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -112,12 +118,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--least-memory", type=float, default=1.5, help="GB of the machine, under which it stops")
     parser.add_argument("--port", type=int, default=8420)
     options = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as temporary:
         folder, processes = Path(temporary), dict[int, tuple[str, int]]()
-        size = write_files(folder, options.layers, options.width, options.rounds)
+        size = write_files(folder, options.layers, options.width, options.rounds, options.nodes)
         proxy = CountingProxy(options.port + 1, options.port)
         log, superlink = (folder / "log").open("w"), f"127.0.0.1:{options.port + 1}"
         running = [
@@ -128,13 +136,15 @@ def main() -> None:
                 stdout=log,
                 stderr=log,
             )
-            for name in ("north", "south")
+            for name in NODES[: options.nodes]
         ]
         server = [*COMMAND, "server", "federation.yaml", "--port", str(options.port)]
         running.append(subprocess.Popen(server, cwd=folder, env=environment, stdout=log, stderr=log))
         started = time.monotonic()
         while running[-1].poll() is None:
             peak_memory(processes)
+            if not enough_memory(options.least_memory):
+                running[-1].terminate()
             time.sleep(0.2)
         seconds = time.monotonic() - started
         for process in running[:-1]:
@@ -144,7 +154,7 @@ def main() -> None:
             sys.stderr.write((folder / "run" / "_flower" / "superlink.log").read_text()[-6000:])
             sys.exit((folder / "log").read_text()[-4000:])
         history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
-    print(f"model {size / 1e6:.1f} MB, {options.rounds} rounds, {seconds:.0f} s")
+    print(f"model {size / 1e6:.1f} MB, {options.nodes} nodes, {options.rounds} rounds, {seconds:.0f} s")
     for way, found in (("up", proxy.up), ("down", proxy.down)):
         wanted = sum(entry.get(f"bytes_{way}", 0) for entry in history)
         print(f"bytes {way}: {found:,} between SuperNodes and SuperLink, {wanted:,} counted, {found / wanted:.4f}")

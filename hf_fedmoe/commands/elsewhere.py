@@ -33,7 +33,9 @@ def add(commands: "argparse._SubParsersAction[Any]") -> None:
         description="Starts Flower's SuperNode, which trains on this machine's rows whenever the server asks.",
     )
     client.add_argument("--superlink", required=True, help="host:port of the server")
-    client.add_argument("--data", required=True, help="a .csv or .parquet file, or mydata.py:function")
+    client.add_argument(
+        "--data", required=True, help="a .csv or .parquet file, a folder of images, or mydata.py:function"
+    )
     client.add_argument("--folder", required=True, help="of this client alone: what stays with it")
     client.add_argument("--client", type=int, help="its number (the first that is free)")
     client.add_argument("--root-certificates", help="of the server's TLS; without them nothing is encrypted")

@@ -39,7 +39,7 @@ def read_own_folders(
     """
     paths = named_paths(clients)
     check_paths({**paths, **others}, (), "folder")
-    found = {path: _list(path) for path in dict.fromkeys([*paths.values(), *others.values()])}
+    found = {path: list_images(path) for path in dict.fromkeys([*paths.values(), *others.values()])}
     labels = {repr(str(path)): np.array([name for name, _ in images], dtype=object) for path, images in found.items()}
     kind = one_label_map(labels, "subfolder", classes)
     tables = {path: _table(images, kind) for path, images in found.items()}
@@ -54,8 +54,16 @@ def _table(images: list[tuple[str, Path]], kind: ClassLabel) -> Dataset:
     return Dataset.from_dict(columns, features=Features({"image": Image(), "label": kind}))
 
 
-def _list(folder: OwnPath) -> list[tuple[str, Path]]:
-    """The class and the path of each image, sorted."""
+def list_images(folder: OwnPath) -> list[tuple[str, Path]]:
+    """
+    Returns the class and the path of each image of a folder with a subfolder for every class, sorted.
+
+    Args:
+        folder (`str`): The folder.
+
+    Raises:
+        ValueError: When it has no subfolders, or one of them no images.
+    """
     endings = image_endings()
     images: list[tuple[str, Path]] = []
     shown = [path for path in sorted(Path(folder).expanduser().iterdir()) if _is_shown(path)]

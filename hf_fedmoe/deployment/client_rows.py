@@ -1,21 +1,22 @@
-"""The rows of a client, by what `hf-fedmoe client --data` says."""
+"""The rows of a client, by what `hf-fedmoe client --data` says, and those of the server."""
 
 import importlib.util
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 
 from ..data import load_named_classes
+from ..data.own_folders import list_images
 
 
 def client_rows(data: str, columns: dict[str, Any]) -> Dataset:
     """
-    Returns a client's rows, with columns `text` and `label`.
+    Returns a client's rows, with columns `text` or `image`, and `label`.
 
     Args:
-        data (`str`): A file, or a name that [`~data.load_source`] knows, or `file.py:function`, which returns a
-            `datasets.Dataset` or such a name.
+        data (`str`): A file, a folder of images with a subfolder for each class, or a name that
+            [`~data.load_source`] knows, or `file.py:function`, which returns a `datasets.Dataset` or such a name.
         columns (`dict`): Names of the columns, where they are not obvious.
     """
     file, _, function = data.rpartition(":")
@@ -24,7 +25,25 @@ def client_rows(data: str, columns: dict[str, Any]) -> Dataset:
         found = _function_of(Path(file), function)()
     if isinstance(found, Dataset):
         return found
-    return load_named_classes(str(found), **columns)
+    return named_rows(str(found), columns)
+
+
+def named_rows(name: str, columns: dict[str, Any]) -> Dataset:
+    """
+    Returns rows whose classes are called by their names.
+
+    Args:
+        name (`str`): A file, a folder of images with a subfolder for each class, or a name that
+            [`~data.load_source`] knows.
+        columns (`dict`): Names of the columns, where they are not obvious.
+    """
+    if "image_column" not in columns or not Path(name).expanduser().is_dir():
+        return load_named_classes(name, **columns)
+    images = list_images(name)
+    features = Features({"image": Image(), "label": Value("string")})
+    return Dataset.from_dict(
+        {"image": [str(path) for _, path in images], "label": [label for label, _ in images]}, features
+    )
 
 
 def _function_of(file: Path, name: str) -> Any:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data import FederatedDataset
 from ..data.label_maps import merge_names, with_label_map
-from ..data.sources import load_named_classes
-from ..experiments import TextExperiment, parse_settings
+from ..experiments import ImageExperiment, TextExperiment, parse_settings
+from ..experiments.classifier_experiment import ClassifierExperiment
 from ..experiments.methods import WITHOUT_STRATEGY, check_method, make_strategy
 from ..experiments.named_strategies import STRATEGIES
 from ..experiments.server_models import MIXTURES, MODELS
@@ -20,6 +20,7 @@ from ..experiments.settings import Setting, typed_settings
 from ..experiments.yaml_files import read_yaml
 from ..strategies import FedMoE, FedMoESettings, Strategy
 from ..training import FedMoETrainingArguments
+from .client_rows import named_rows
 from .link import Link
 from .node_trainer import NodeTrainer
 from .roster import MAX_EXAMPLES
@@ -27,8 +28,11 @@ from .server_dataset import ServerDataset
 from .server_trainer import ServerTrainer
 
 
+# What clients classify, as the `kind` of a federation's file names it.
+KINDS: dict[str, type[ClassifierExperiment]] = {"texts": TextExperiment, "images": ImageExperiment}
 # What a federation's file has besides the settings of recipes; files are found beside it.
 OWN_SETTINGS = {
+    "kind": Setting(str, tuple(KINDS)),
     "method": Setting(str),
     "labels": Setting(list[str]),
     "reserved": Setting(str),
@@ -42,7 +46,8 @@ OWN_SETTINGS = {
 NOT_HERE = (
     *("dataset", "preset_name", "partition", "dirichlet_alpha", "examples_per_client", "share_low", "share_high"),
     *("reserved_size", "reserved_share", "validation_size", "max_train_examples", "max_test_examples"),
-    *("client_test_share", "unseen_share", "start_epochs", "plugin", "compare", "with_lora"),
+    *("unseen_share", "start_epochs", "plugin", "compare", "with_lora"),
+    *("client_column", "coarse_column", "num_groups", "num_domains", "domain_shift", "test_share"),
 )
 # What a server that only needs sums could do without seeing uploads, and cannot yet.
 SECURE_AGGREGATION = "secure_aggregation"
@@ -92,7 +97,7 @@ def read_federation(file: str | Path, told: dict[str, Any] | None = None) -> tup
     # From where the command is given it would be another folder than from where Flower runs its app.
     given["output_dir"] = str(Path(file).resolve().parent / given.get("output_dir", f"runs/{Path(file).stem}"))
     limits = {"min_clients": 1, "round_timeout": 600.0, "max_client_examples": MAX_EXAMPLES}
-    return {"method": "fedmoe", **limits, **own}, given
+    return {"kind": "texts", "method": "fedmoe", **limits, **own}, given
 
 
 def check_settings(given: dict[str, Any]) -> None:
@@ -113,15 +118,13 @@ def check_settings(given: dict[str, Any]) -> None:
 def make_server_trainer(file: str | Path, link: Link, told: dict[str, Any] | None = None) -> ServerTrainer:
     """Makes the server's trainer of a federation's YAML; raises `ValueError` for what is wrong with that."""
     own, settings = read_federation(file, told)
-    experiment, _ = parse(settings)
+    experiment, _ = parse(own["kind"], settings)
     columns = {name: vars(experiment)[name] for name in experiment.source_arguments}
-    rows = {
-        name: load_named_classes(own[name], **columns) for name in ("reserved", "validation", "test") if name in own
-    }
+    rows = {name: named_rows(own[name], columns) for name in ("reserved", "validation", "test") if name in own}
     names = own.get("labels") or merge_names([tuple(set(each["label"])) for each in rows.values()], [])
     rows = {name: with_label_map(each, "label", names, name) for name, each in rows.items()}
     data = ServerDataset(experiment.num_clients, rows.get("reserved"), rows.get("validation"), rows.get("test"))
-    parts, prepared = make_parts(own["method"], settings, data)
+    parts, prepared = make_parts(own["kind"], own["method"], settings, data)
     assert isinstance(prepared, ServerDataset)  # it is a copy of one
     sent = {name: value for name, value in settings.items() if name not in OF_THE_SERVER}
     return ServerTrainer(
@@ -129,10 +132,11 @@ def make_server_trainer(file: str | Path, link: Link, told: dict[str, Any] | Non
         parts.args,
         prepared,
         link,
-        settings={"method": own["method"], "settings": sent, "label_names": names},
+        settings={"kind": own["kind"], "method": own["method"], "settings": sent, "label_names": names},
         min_clients=own["min_clients"],
         round_timeout=own["round_timeout"],
         max_client_examples=own["max_client_examples"],
+        client_test_share=experiment.client_test_share,
         strategy=parts.strategy,
         **parts.others,
     )
@@ -147,27 +151,31 @@ def make_node_trainer(
     Args:
         sent (`dict`): The settings.
         folder (`str`): The node's.
-        load (`Callable`): From the names of the columns of texts and labels, as the server calls them, to the client's
-            rows, which have them as `text` and `label`.
+        load (`Callable`): From the names of the columns of contents and labels, as the server calls them, to the
+            client's rows, which have them as `text` or `image`, and `label`.
     """
     check_settings(sent["settings"])
     settings = {**sent["settings"], "output_dir": str(Path(folder) / "trainer")}
-    experiment, _ = parse(settings)
+    kind = str(sent["kind"])
+    experiment, _ = parse(kind, settings)
     rows = load({name: vars(experiment)[name] for name in experiment.source_arguments})
     rows = with_label_map(rows, "label", list(sent["label_names"]), "the client's rows")
-    parts, data = make_parts(str(sent["method"]), settings, FederatedDataset.from_clients({"here": rows}))
-    return NodeTrainer(parts.model, parts.args, data.pool, parts.strategy, **parts.others)
+    parts, data = make_parts(kind, str(sent["method"]), settings, FederatedDataset.from_clients({"here": rows}))
+    share = experiment.client_test_share
+    return NodeTrainer(parts.model, parts.args, data.pool, parts.strategy, client_test_share=share, **parts.others)
 
 
-def parse(settings: dict[str, Any]) -> tuple[TextExperiment, FedMoETrainingArguments]:
-    """Reads settings as recipes do."""
+def parse(kind: str, settings: dict[str, Any]) -> tuple[ClassifierExperiment, FedMoETrainingArguments]:
+    """Reads settings as recipes of a kind do."""
     told = {"use_cpu": True} if settings.get("use_cpu") else {}
-    return parse_settings(TextExperiment, {**settings, "dataset": ["elsewhere"]}, told)
+    return parse_settings(KINDS[kind], {**settings, "dataset": ["elsewhere"]}, told)
 
 
-def make_parts(method: str, settings: dict[str, Any], data: FederatedDataset) -> tuple[Parts, FederatedDataset]:
+def make_parts(
+    kind: str, method: str, settings: dict[str, Any], data: FederatedDataset
+) -> tuple[Parts, FederatedDataset]:
     """Makes model, strategy and arguments of settings, and prepares the rows for the model."""
-    experiment, args = parse(settings)
+    experiment, args = parse(kind, settings)
     check_method(method, experiment, args)
     processor = experiment.load_processor()
     data = experiment.prepare(data, processor)

@@ -10,7 +10,9 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
+from ..data.counted import counted
 from .flower_link import FlowerLink, from_record, to_record
 from .link import Link
 from .messages import Message, MessageError
@@ -18,6 +20,8 @@ from .node import Node
 from .node_trainer import NodeTrainer
 from .server_trainer import ServerTrainer
 
+
+logger = logging.get_logger(__name__)
 
 # From a link and Flower's context to the server's trainer.
 MakeServer = Callable[[Link, Context], ServerTrainer]
@@ -43,10 +47,26 @@ def server_app(make_trainer: MakeServer) -> ServerApp:
         started = folder.is_dir() and get_last_checkpoint(str(folder))
         trainer.train(resume_from_checkpoint=started or None)
         trainer.save_model()
+        if trainer.client_test_share:
+            _print_client_tests(trainer)
         trainer.save_state()
         trainer.create_model_card()
 
     return app
+
+
+def _print_client_tests(trainer: ServerTrainer) -> None:
+    """Prints how well clients are served; whatever goes wrong, the model is there."""
+    try:
+        found = trainer.evaluate_clients()
+    except RuntimeError as error:
+        logger.warning(f"Clients' own test rows are left out. {error}")
+        return
+    print(
+        f"{counted(int(found['clients_tested']), 'client')} tested on own rows: accuracy "
+        f"{found['clients_accuracy']:.3f}, bottom decile {found['clients_bottom_decile']:.3f}, worst "
+        f"{found['clients_worst']:.3f}"
+    )
 
 
 def client_app(make_trainer: MakeClient) -> ClientApp:
@@ -75,10 +95,11 @@ def client_app(make_trainer: MakeClient) -> ClientApp:
             answered = Message("failed", {"fault": str(error)})
         else:
             answered = node.answer(asked)
-        return FlowerMessage(to_record(answered.pack()), reply_to=message)
+        return FlowerMessage(to_record(answered.pieces()), reply_to=message)
 
     app.query()(answer)
     app.train()(answer)
+    app.evaluate()(answer)
     return app
 
 

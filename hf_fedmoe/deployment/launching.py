@@ -39,23 +39,23 @@ from flwr.clientapp import ClientApp
 
 
 app = ClientApp()
-PIECE_BYTES = 20 * 2**20
 
 
 def answer(message, context):
-    asked, pieces = message.content["hf_fedmoe"], ArrayRecord()
+    asked, answered = message.content["hf_fedmoe"], ArrayRecord()
     with Client(str(context.node_config["socket"]), "AF_UNIX") as connection:
-        connection.send_bytes(b"".join(asked[str(place)].data for place in range(len(asked))))
-        asked.clear()  # Flower keeps the message
-        answered = connection.recv_bytes()
-    for place, start in enumerate(range(0, len(answered), PIECE_BYTES)):
-        data = answered[start : start + PIECE_BYTES]
-        pieces[str(place)] = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
-    return Message(RecordDict({"hf_fedmoe": pieces}), reply_to=message)
+        for place in range(len(asked)):
+            connection.send_bytes(asked.pop(str(place)).data)  # Flower keeps the message
+        connection.send_bytes(b"")
+        while data := connection.recv_bytes():
+            piece = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+            answered[str(len(answered))] = piece
+    return Message(RecordDict({"hf_fedmoe": answered}), reply_to=message)
 
 
 app.query()(answer)
 app.train()(answer)
+app.evaluate()(answer)
 """
 SERVER_APP = """\
 from hf_fedmoe.deployment.flower_commands import command_server_app
@@ -93,16 +93,16 @@ default = "here"
 address = {address}
 {security}
 """
-# Nothing is installed at run time, and nobody is told of anything.
+# Nothing is installed at run time, and nobody is told of anything. Flower's chunks, of 5 MB, go back to the system
+# when they are freed (glibc): in its threads they leave holes otherwise, as large as a model. The server's app, which
+# computes, sets that back, see `flower_link.py`.
 ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
 }
-# At a node Flower's chunks, of 5 MB, go back to the system when they are freed (glibc): in its threads they leave
-# holes otherwise, as large as a model. Not at the server, whose app computes: a step takes a third longer or more.
-NODE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 START_SECONDS = 60
 # How often a client looks whether SuperLink is there, and how the end of its SuperNode is called when it was not.
 LOOK_SECONDS = 3
@@ -207,8 +207,7 @@ def run_client(
         _wait_for_superlink(address)
         # Not in `folder`: the names of sockets are short.
         with tempfile.TemporaryDirectory(prefix="hf_fedmoe_") as private:
-            environment = _environment(place / "flower") | NODE_ENVIRONMENT
-            code = _run_supernode(command, node, Path(private, "node"), environment, address, log)
+            code = _run_supernode(command, node, Path(private, "node"), _environment(place / "flower"), address, log)
     lock.release()
     if code:
         raise RuntimeError(f"flower-supernode ended with the code {code}: {log} says why.")

@@ -10,14 +10,14 @@ class Answer(NamedTuple):
 
     Args:
         message_id (`str`): Of the message that it answers.
-        packed (`bytes`, *optional*): The answer, `None` if there will be none.
+        packed (`bytes`, *optional*): The answer, `None` if there will be none. A `bytearray` is read without a copy.
         fault (`str`, *optional*): Why there will be none.
         lost (`bool`, *optional*, defaults to `True`): Whether another try may bring it; not where the node itself has
             sent what is no answer.
     """
 
     message_id: str
-    packed: bytes | None
+    packed: bytes | bytearray | None
     fault: str | None = None
     lost: bool = True
 
@@ -31,10 +31,10 @@ class Link(Protocol):
     def nodes(self) -> set[int]:
         """Returns the nodes that are connected now."""
 
-    def send(self, node: int, kind: str, packed: bytes) -> str:
+    def send(self, node: int, kind: str, pieces: Iterable[bytes]) -> str:
         """
-        Sends a message of a kind (`"hello"` or `"train"`), and returns its id at once. Raises `ConnectionError` if the
-        node is gone.
+        Sends a message of a kind (`"hello"`, `"train"` or `"test"`), whose bytes come in pieces, and returns its id at
+        once. Raises `ConnectionError` if the node is gone.
         """
 
     def receive(self) -> Iterable[Answer]:

@@ -243,7 +243,7 @@ class MessageEngine(EachItsOwn):
         if node is None or node == asked.node or time.monotonic() < asked.not_before:
             return
         try:
-            asked.message_ids.append(self.link.send(node, "train", self.message(asked).pack()))
+            asked.message_ids.append(self.link.send(node, "train", self.message(asked).pieces()))
             asked.node = node
         except ConnectionError as error:
             logger.warning(f"{self.name(asked)} cannot be asked: {error}.")

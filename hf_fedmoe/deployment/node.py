@@ -16,6 +16,7 @@ from ..federation.local_updates import OPTIMIZER_PREFIX
 from ..weights import Payload
 from .messages import Message, MessageError
 from .node_store import NodeStore, identity_of
+from .node_tests import served_tensors, write_served_
 from .node_trainer import NodeTrainer
 from .travel import BESIDE, INTEGERS, frozen_digest, layout_digest, part, payload_tensors, tensor_digests, write_row_
 
@@ -47,6 +48,8 @@ class Node:
                 return client.introduce(self.client)
             if message.kind == "train":
                 return client.train(message)
+            if message.kind == "test":
+                return client.test(message)
             raise MessageError(f"there is no message {message.kind!r}")
         except Exception as error:  # the server goes on without this client, and says why
             logger.warning("A message could not be answered.", exc_info=error)
@@ -129,6 +132,22 @@ class TrainedClient:
         told |= {"num_examples": int(payload.num_examples), "metrics": dict(payload.metrics)}
         return Message("trained", told, payload_tensors(payload, self.layout, names, rank))
 
+    def test(self, message: Message) -> Message:
+        """Tests the server's model on the client's own test rows, and tells how many are right."""
+        model, data = self.server.model, self.trainer.federated_dataset
+        assert data is not None
+        if not data.client_test_indices:
+            raise MessageError("`client_test_share` is 0, and so there are no test rows")
+        before = {name: tensor.clone() for name, tensor in served_tensors(model).items()}
+        try:
+            write_served_(model, message.tensors)
+            (score,) = self.trainer.client_scores(self.federation)
+        finally:
+            write_served_(model, before)  # a client without a round begins with what was there
+        correct = round(score.accuracy * score.test_size)
+        told = {"client": int(message.facts["client"]), "test_size": score.test_size, "correct": correct}
+        return Message("tested", told)
+
     def task(self, message: Message, kept: dict[str, Tensor]) -> ClientTask:
         """Makes the client's task of what came and of what it has kept."""
         facts, device = message.facts, self.server.bank_SP.device
@@ -136,13 +155,13 @@ class TrainedClient:
         row_P = self.own_row(client, message, kept).to(device)
         write_row_(row_P, message.tensors, self.layout, facts["rank"])
         integers = self.server.integers[0] | part(message.tensors, INTEGERS)
-        beside = {name: tensor.to(device) for name, tensor in part(message.tensors, BESIDE).items()}
+        beside = {name: tensor.to(device, copy=True) for name, tensor in part(message.tensors, BESIDE).items()}
         optimizer = {name: kept.pop(name) for name in list(kept) if name.startswith(OPTIMIZER_PREFIX)}
         return ClientTask(
             client,
             int(facts["round"]),
             self.participants.client_data(0),
-            Payload(row_P, {name: tensor.to(device) for name, tensor in integers.items()}, tensors=beside),
+            Payload(row_P, {name: tensor.to(device, copy=True) for name, tensor in integers.items()}, tensors=beside),
             torch.zeros_like(row_P),
             int(facts["seed"]),
             kept,

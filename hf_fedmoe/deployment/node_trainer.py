@@ -6,12 +6,14 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..data import FederatedDataset
+from ..data import FederatedDataset, hold_out_client_tests
 from ..federation import Federation
+from ..reporting import ClientScore
 from ..strategies import Strategy
 from ..training import FederatedTrainer, FederatedTrainingArguments
 from ..training.adapters import check_adapters
 from ..training.checks import check_classes
+from ..training.client_evaluation import score_clients
 from ..training.honoured import check_arguments
 from ..training.label_names import settle_label_names
 from ..training.precision import train_in_float32
@@ -30,6 +32,8 @@ class NodeTrainer(FederatedTrainer):
         strategy ([`~strategies.Strategy`]): As the server's.
         label_column (`str`, *optional*, defaults to `"label"`): Column of labels.
         num_labels (`int`, *optional*): Number of classes, when the column holds integers without names.
+        client_test_share (`float`, *optional*, defaults to 0): Share of the rows on which nobody trains, and the
+            server's model is tested.
         kwargs: As in [`~training.FederatedTrainer`].
     """
 
@@ -41,11 +45,14 @@ class NodeTrainer(FederatedTrainer):
         strategy: Strategy,
         label_column: str = "label",
         num_labels: int | None = None,
+        client_test_share: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(model, args, strategy=strategy, **kwargs)
         # What a trainer checks that has all clients, less what is the server's matter.
         data = FederatedDataset.from_clients({"here": dataset}, label_column=label_column, num_labels=num_labels)
+        if client_test_share:
+            data = hold_out_client_tests(data, client_test_share, seed=args.seed)
         train_in_float32(self.model)
         check_arguments(args)
         strategy.check_arguments(args)
@@ -57,8 +64,12 @@ class NodeTrainer(FederatedTrainer):
 
     @property
     def client_size(self) -> int:
-        """Rows of the client."""
+        """Rows that the client trains on."""
         return int(self._data.client_sizes[0])
+
+    def client_scores(self, federation: Federation) -> list[ClientScore]:
+        """Scores the model on the client's test rows."""
+        return score_clients(federation, self._data, [0], self._columns_of_clients(), self.data_collator)
 
     @cached_property
     def federation(self) -> Federation:

@@ -1,6 +1,7 @@
 """
 From Flower's app at a node to the process of `hf-fedmoe client`: Flower starts a process for each message, and a model
-would be loaded anew in each. Bytes go through a socket of this machine, which only its user can open.
+would be loaded anew in each. A message goes through a socket of this machine, which only its user can open, in pieces
+and an empty one.
 """
 
 import subprocess
@@ -14,7 +15,8 @@ from .node import Node
 
 
 FAMILY = "AF_UNIX"
-# Nobody will ask any more, if SuperNode has ended: a server can send an empty message too.
+# Ends a message. One of no pieces says that nobody will ask any more, if SuperNode has ended: a server can send it
+# too.
 STOP = b""
 
 
@@ -29,11 +31,13 @@ def serve(node: Node, socket: Path, supernode: subprocess.Popen, listener: Liste
 
 def _answer(node: Node, connection: Connection) -> bool:
     """Answers one message; tells whether it was one."""
+    packed = bytearray()
     try:
-        packed = connection.recv_bytes()
+        while piece := connection.recv_bytes():
+            packed += piece
     except (EOFError, OSError):  # whoever asked has gone, before its message or amid it
         return True
-    if packed == STOP:
+    if not packed:
         return False
     try:
         message = Message.unpack(packed)
@@ -42,7 +46,9 @@ def _answer(node: Node, connection: Connection) -> bool:
     except MessageError as error:
         answer = Message("failed", {"fault": str(error)})
     with suppress(OSError):  # gone meanwhile; the server will ask again
-        connection.send_bytes(answer.pack())
+        for piece in answer.pieces():
+            connection.send_bytes(piece)
+        connection.send_bytes(STOP)
     return True
 
 

@@ -105,7 +105,7 @@ class Roster:
         self.connected = {client: node for client, node in self.connected.items() if node in present}
         self._greeted &= present
         self._not_before = {node: until for node, until in self._not_before.items() if node in present}
-        hello = Message("hello", {"run": self.run, "settings": self.settings}).pack()
+        hello = Message("hello", {"run": self.run, "settings": self.settings})
         now = time.monotonic()
         silent = {node for node in self._waiting.values() if now > self._greeted_at[node] + PATIENCE_SECONDS}
         due = present - self._greeted | present & silent
@@ -113,7 +113,7 @@ class Roster:
             self._greeted.add(node)
             self._greeted_at[node] = now
             try:
-                self._waiting[self.link.send(node, "hello", hello)] = node
+                self._waiting[self.link.send(node, "hello", hello.pieces())] = node
             except ConnectionError:
                 self._greeted.discard(node)
 

@@ -7,11 +7,14 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from ..federation import EachItsOwn, Participants
+from ..federation import EachItsOwn, Participants, overrides
+from ..reporting import ClientScore, summarise_clients, write_client_table
 from ..training import FederatedTrainer, FederatedTrainingArguments
+from ..training.client_evaluation import CLIENT_TABLE_NAME
 from ..training.resuming import numbered_checkpoints
 from .link import Link
 from .message_engine import MessageEngine
+from .node_tests import ask_for_tests
 from .roster import MAX_EXAMPLES, Identity, Roster
 from .server_dataset import ServerDataset
 from .travel import frozen_digest, layout_digest
@@ -33,6 +36,8 @@ class ServerTrainer(FederatedTrainer):
             have not answered.
         max_client_examples (`int`, *optional*, defaults to 1000000): As many examples may a client say that it has
             when it comes, and never more afterwards: methods weigh clients by them.
+        client_test_share (`float`, *optional*, defaults to 0): Share of a client's rows that its node holds out, for
+            [`ServerTrainer.evaluate_clients`].
         kwargs: As in [`FederatedTrainer`].
     """
 
@@ -48,6 +53,7 @@ class ServerTrainer(FederatedTrainer):
         min_clients: int = 1,
         round_timeout: float = 600.0,
         max_client_examples: int = MAX_EXAMPLES,
+        client_test_share: float = 0.0,
         **kwargs: Any,
     ):
         if not isinstance(train_dataset, ServerDataset):
@@ -63,7 +69,13 @@ class ServerTrainer(FederatedTrainer):
             raise ValueError(f"`max_client_examples` is {max_client_examples}: give at least 1.")
         super().__init__(model, args, train_dataset, **kwargs)
         MessageEngine.refuse(self.strategy.server_models(model)[0], args, self.strategy)
+        if client_test_share and overrides(self.strategy, "personal_model"):
+            raise ValueError(
+                f"`client_test_share` is {client_test_share}, but {self.strategy.name!r} makes a personal model for "
+                "each client, and nodes test the server's: leave it out, or choose a method of one model."
+            )
         self.min_clients, self.round_timeout = min_clients, round_timeout
+        self.client_test_share = client_test_share
         self.roster = Roster(link, self._output_dir, train_dataset.sizes_M, settings or {}, max_client_examples)
 
     def train(
@@ -79,6 +91,38 @@ class ServerTrainer(FederatedTrainer):
         # Of the model as it is built, before a checkpoint is loaded into it: so nodes build it too.
         self.roster.open(Identity(layout_digest(layout), frozen_digest(modules[0])))
         self.roster.wait_for(self.min_clients)
+
+    def evaluate_clients(self) -> dict[str, float]:
+        """
+        Has the nodes test the model on their clients' own test rows, of which they tell the number and how many are
+        right. The clients' accuracies become `client_table` and `_client_metrics.csv` in `args.output_dir`.
+
+        Returns:
+            `dict[str, float]`: `clients_accuracy` (the mean, weighted by test rows), `clients_bottom_decile`,
+            `clients_worst` and `clients_tested`, how many have answered.
+
+        Raises:
+            ValueError: When nodes hold no rows out.
+            RuntimeError: When no node answers.
+        """
+        if not self.client_test_share:
+            raise ValueError("`client_test_share` is 0, so that nodes hold no rows out: give a share, 0.2.")
+        found = ask_for_tests(self.roster, self.model, self.round_timeout)
+        if not found:
+            raise RuntimeError(f"No node has tested the model in `round_timeout` = {self.round_timeout:g} s.")
+        sizes, unknown = self.roster.sizes_M, float("nan")  # counts say nothing of F1 and AUC
+        self.client_table = [
+            ClientScore(
+                client, self.client_name(client), False, int(sizes[client]), size, correct / size, unknown, unknown
+            )
+            for client, (size, correct) in sorted(found.items())
+        ]
+        write_client_table(self.client_table, self._output_dir / CLIENT_TABLE_NAME)
+        summary = summarise_clients(self.client_table)
+        metrics = {f"clients_{name}": summary[name] for name in ("accuracy", "bottom_decile", "worst")}
+        metrics["clients_tested"] = len(found)
+        self.log(dict(metrics))
+        return metrics
 
     def _engine(self, participants: Participants) -> EachItsOwn:
         return MessageEngine(

@@ -261,8 +261,8 @@ def test_one_that_cannot_answer_a_greeting_is_not_greeted_without_pause(tmp_path
                 deaf = answer.message_id in self.to_deaf
                 yield Answer(answer.message_id, None, "the app failed") if deaf else answer
 
-        def send(self, node, kind, packed):
-            name = super().send(node, kind, packed)
+        def send(self, node, kind, pieces):
+            name = super().send(node, kind, pieces)
             self.to_deaf += [name] * (node == 102)
             return name
 

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from transformers import pipeline
 
 from hf_fedmoe.deployment import Node, make_node_trainer, make_server_trainer, methods_table
@@ -55,6 +57,58 @@ def test_the_federation_of_the_page(files):
     assert {each["label"] for each in classify(["fine", "tore"], top_k=None)[0]} == {"good", "bad"}
 
 
+IMAGES = """\
+kind: images
+model: [small_cnn]
+model_config: '{"channels": [4, 6], "kernel_size": 3, "padding": 1, "hidden_size": 8}'
+image_size: 8
+method: fedavg
+num_clients: 2
+min_clients: 2
+clients_per_round: 2
+validation: watched
+rounds: 2
+save_strategy: "no"
+learning_rate: 0.1
+optim: sgd
+use_cpu: true
+output_dir: run
+"""
+
+
+def write_images(folder, *classes):
+    """Dark cats and light dogs, six of a class."""
+    chance = np.random.default_rng(len(str(folder)))
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            pixels_YX = chance.integers(0, 60, (8, 8)) + 180 * (name == "dog")
+            Image.fromarray(pixels_YX.astype(np.uint8)).save(folder / name / f"{number}.png")
+
+
+def test_folders_of_images_by_class(tmp_path):
+    """One client has a class only, whose number is that of the server's."""
+    write_images(tmp_path / "watched", "cat", "dog")
+    write_images(tmp_path / "north", "dog")
+    write_images(tmp_path / "south", "cat", "dog")
+    (tmp_path / "federation.yaml").write_text(IMAGES)
+    nodes = {number: node(tmp_path, f"node{number}", str(tmp_path / n)) for number, n in enumerate(("north", "south"))}
+    link = MessageLink({number: answering(each) for number, each in nodes.items()})
+    trainer = make_server_trainer(tmp_path / "federation.yaml", link)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert [report.refused for report in trainer.rounds] == [{}, {}]
+    assert trainer.rounds[0].num_examples == 18 and trainer.evaluate()["eval_loss"] < before
+    assert trainer.model.config.id2label == {0: "cat", 1: "dog"}
+    assert client_rows(str(tmp_path / "north"), {"image_column": None, "label_column": None})["label"] == ["dog"] * 6
+
+
+def test_a_folder_of_images_without_classes_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"'.*empty' has no subfolders: put its images into one for each class"):
+        client_rows(str(tmp_path / "empty"), {"image_column": None, "label_column": None})
+
+
 def test_the_table_of_the_page():
     # fedavg_tuned_at_end is FedAvgReserved by another name.
     assert methods_table(STRATEGIES) in PAGE
@@ -79,6 +133,8 @@ def test_the_node_is_told_what_is_wrong_with_its_rows(files):
             {"secure_aggregation": True},
             "`secure_aggregation` is True, but there is none: Flower 1.42",
         ),
+        ({"kind": "sounds"}, "`kind` is 'sounds': choose from texts, images"),
+        ({"kind": "images"}, "There is no setting 'peft'"),
         ({"min_clients": 3}, "`min_clients` is 3: give 1 to 2, all clients"),
         ({"round_timeout": 0}, "`round_timeout` is 0.0: give seconds above 0"),
         ({"method": "l2sgd", "peft": "none"}, "'l2sgd' cannot run there: the server changes rows that stay"),

@@ -88,8 +88,10 @@ def test_a_count_that_is_left_out_is_asked_for(asked_and_answer, monkeypatch):
     out_P = torch.empty_like(engine.server.bank_SP[0])
     with pytest.raises(MessageError, match="it sends nothing as `integers/count`"):
         read_upload(answer, asked, engine.server, None, out_P)
-    message = replace(answer, tensors=answer.tensors | {"integers/count": torch.tensor(5)})
-    assert read_upload(message, asked, engine.server, None, out_P).integers == {"count": torch.tensor(5)}
+    count = torch.tensor(5)
+    message = replace(answer, tensors=answer.tensors | {"integers/count": count})
+    found = read_upload(message, asked, engine.server, None, out_P).integers
+    assert found == {"count": count} and found["count"].data_ptr() != count.data_ptr()  # no view of the message
 
 
 @pytest.mark.parametrize("name", FORGERIES)
