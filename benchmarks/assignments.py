@@ -78,7 +78,7 @@ def indices(told: dict[str, object], rule: str, rounds: list[int]) -> list[str]:
             found.append(f"{index:.2f} ({len(set(group_M[known].tolist()))})")
         return report
 
-    trainer.strategy.update = noting  # type: ignore[method-assign]
+    trainer.strategy.update = noting
     trainer.train()
     return found
 
