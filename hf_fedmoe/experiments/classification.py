@@ -24,6 +24,8 @@ from .settings import Setting
 
 SCORES = ("accuracy", "macro_f1", "auc")
 OF_CLIENTS = (*SCORES, "bottom_decile", "worst")
+# Mixtures that are taken apart: what their experts are alone, together, and as the gate has them.
+TAKEN_APART = ("fedmoe", "fedmoe_groups")
 
 
 class Classification(Kind[ClassifierExperiment]):
@@ -68,14 +70,14 @@ class Classification(Kind[ClassifierExperiment]):
         if experiment.client_test_share and method not in CENTRALISED:
             whose = ("clients", "clients_unseen") if experiment.unseen_share else ("clients",)
             names += [f"{prefix}_{name}" for prefix in whose for name in OF_CLIENTS]
-        if method == "fedmoe":
+        if method in TAKEN_APART:
             names += [f"{part}_{name}" for part in self.part_names(method, experiment) for name in SCORES]
             names.remove("oracle_expert_auc")
             names.append("disagreement")
         return {name: metric_named(name) for name in names}
 
     def part_names(self, method: str, experiment: ClassifierExperiment) -> list[str]:
-        if method != "fedmoe":
+        if method not in TAKEN_APART:
             return []
         numbers = range(experiment.num_routed_experts)
         return [
@@ -100,7 +102,7 @@ class Classification(Kind[ClassifierExperiment]):
         processor: Any,
     ) -> dict[str, float]:
         metrics = metrics_of_tests(trainer, data)
-        if trainer.strategy.name == "fedmoe":
+        if method in TAKEN_APART:
             analysis = analyse(trainer, data, trainer.args.eval_batch_size)
             for part, scores in analysis.scores.items():
                 metrics |= {f"{part}_{name}": value for name, value in scores.items()}
