@@ -21,8 +21,8 @@ LEAST_SQUARED_DISTANCE = 4.0
 # Of so many clients is estimated by how much groups differ: each step compares all pairs.
 MOST_COMPARED = 100
 MOST_STEPS = 20
-# Rows by which a client's spread is taken to be the common one, before its own are counted.
-PRIOR_ROWS = 2.0
+# Squared deviations that a client's spread is taken to be the common one by, before its own are counted.
+PRIOR_DEVIATIONS = 10.0
 
 
 @dataclass
@@ -60,7 +60,7 @@ class ClassSums:
         size = (covariance_dd * inverse_dd).sum().item()
         squares_M = torch.einsum("mde,de->m", scatter_Mdd.to(factor_dd), inverse_dd)
         free_M = count_MC.sum(1) - (count_MC > 0).sum(1)  # each mean takes a row
-        spread_M = (PRIOR_ROWS + squares_M / size) / (PRIOR_ROWS + free_M)
+        spread_M = (PRIOR_DEVIATIONS + squares_M) / (PRIOR_DEVIATIONS + size * free_M)
         return cls(count_MC / spread_M[:, None], white_MCd / spread_M[:, None, None], size)
 
     def __getitem__(self, clients: Tensor | slice) -> "ClassSums":
