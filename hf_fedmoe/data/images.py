@@ -5,6 +5,7 @@ Shape suffixes: B batch, N channels, Y height, X width.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,9 @@ def name_undecodable(datasets: Mapping[str, Dataset], image_processor: BaseImage
                 decode([decode.read(rows[row]["image"])])
             except Exception:
                 faults.append(encoded[row]["image"]["path"] or f"row {row} of the {name}")
-    more = [fault for fault in dict.fromkeys(faults) if fault not in known]
+    # As whole names: "3.png" is part of "13.png".
+    told = (rf"(?<![\w./-]){re.escape(fault)}(?![\w-])" for fault in dict.fromkeys(faults))
+    more = [fault for fault, it in zip(dict.fromkeys(faults), told, strict=True) if not re.search(it, known)]
     return f" And with {counted(len(more), 'image')} of other batches: {name_some(more)}." if more else ""
 
 

@@ -144,11 +144,7 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
             `ValueError`: If the router knows no owner, or the mask does not say what is padding.
         """
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        if attention_mask is not None and attention_mask.shape != embeds.shape[:2]:
-            raise ValueError(
-                f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but the tokens "
-                f"{tuple(embeds.shape[:2])}: pass a mask with 1 for each token and 0 for padding, or `expert_weights`."
-            )
+        _check_mask(attention_mask, embeds.shape[:2])
         if not self.config.owners:
             return embeds.new_ones(*embeds.shape[:2], 1, dtype=torch.float32)
         # Of several processes that train, only the main one writes names; all have the router.
@@ -169,7 +165,8 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         """
         Computes the weight of each expert at each position by how likely it alone finds the text up to and including
         it: the posterior over experts, of which each is as likely before. It takes a forward for each expert, and no
-        statistics; experts without a role in the router count too.
+        statistics; experts without a role in the router count too. As with the router, `top_l` of the configuration
+        says how many weights stay.
 
         `generate(**inputs, expert_weights=model.route_by_likelihood(**inputs)[:, -1:])` lets the prompt choose the
         experts once: each new token then costs what it does with the router.
@@ -181,8 +178,13 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
                 0 at padding, which does not count.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, E)`: the weights, in float32, the base's first; alike at the first token.
+            `torch.Tensor` of shape `(B, T, E)`: the weights, in float32, the base's first; before `top_l` alike at the
+            first token.
+
+        Raises:
+            `ValueError`: If the mask does not say what is padding.
         """
+        _check_mask(attention_mask, input_ids.shape)
         # A token counts where one is seen before it.
         counted_BS = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -195,10 +197,9 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         for expert in range(len(self.config.expert_names)):
             logits_BSV = self(**inputs, expert=expert, use_cache=False).logits[:, :-1].float()
             told_BS = -nn.functional.cross_entropy(logits_BSV.transpose(1, 2), input_ids[:, 1:], reduction="none")
-            found.append((told_BS * counted_BS).cumsum(1))
-        weights_BSE = torch.stack(found, dim=-1).softmax(dim=-1)
-        first_B1E = torch.full_like(weights_BSE[:, :1], 1 / len(found))
-        return torch.cat([first_B1E, weights_BSE], dim=1)
+            # Padding may be without end unlikely, which times 0 is no number.
+            found.append(nn.functional.pad(told_BS.where(counted_BS, 0), (1, 0)).cumsum(1))
+        return expert_weights_of(torch.stack(found, dim=-1), 1.0, self.config.top_l)
 
     def forward(
         self,
@@ -396,6 +397,14 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
             module._is_hf_initialized = True  # type: ignore[assignment]  # their weights are there
         with torch.device("meta"):
             return cls(config, base)
+
+
+def _check_mask(attention_mask: Tensor | None, size: torch.Size) -> None:
+    if attention_mask is not None and attention_mask.shape != size:
+        raise ValueError(
+            f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but the tokens {tuple(size)}: pass a mask "
+            "with 1 for each token and 0 for padding, or `expert_weights`."
+        )
 
 
 def _cached_length(cache: Cache | None) -> int:

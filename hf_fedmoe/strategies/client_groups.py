@@ -18,7 +18,7 @@ from .client_statistics import covariance_factor
 # Groups are taken to be two standard deviations apart in each class at least: nearer ones need no model each, and if
 # nothing could differ, nothing would be in favour of joining any.
 LEAST_SQUARED_DISTANCE = 4.0
-# Of so many clients, evenly spaced, is estimated by how much groups differ: each step compares all pairs.
+# Of so many clients is estimated by how much groups differ: each step compares all pairs.
 MOST_COMPARED = 100
 MOST_STEPS = 20
 # Squared deviations that a client's spread is taken to be the common one by, before its own are counted.
@@ -36,10 +36,12 @@ class ClassSums:
     Args:
         count_MC (`Tensor` of shape `[M, C]`): Rows of each class, by the share that they count.
         sum_MCd (`Tensor` of shape `[M, C, d]`): The sums of their features.
+        size (`float`): Directions in which features vary: d, or fewer where some never do or depend on others.
     """
 
     count_MC: Tensor
     sum_MCd: Tensor
+    size: float
 
     @classmethod
     def whitened(cls, count_MC: Tensor, sum_MCd: Tensor, scatter_Mdd: Tensor, covariance_dd: Tensor) -> "ClassSums":
@@ -54,13 +56,15 @@ class ClassSums:
         """
         rows_Nd, factor_dd = sum_MCd.flatten(0, 1), covariance_factor(covariance_dd)
         white_MCd = torch.linalg.solve_triangular(factor_dd, rows_Nd.T, upper=False).T.view_as(sum_MCd)
-        squares_M = torch.einsum("mde,de->m", scatter_Mdd.to(factor_dd), torch.cholesky_inverse(factor_dd))
+        inverse_dd = torch.cholesky_inverse(factor_dd)
+        size = (covariance_dd * inverse_dd).sum().item()
+        squares_M = torch.einsum("mde,de->m", scatter_Mdd.to(factor_dd), inverse_dd)
         free_M = count_MC.sum(1) - (count_MC > 0).sum(1)  # each mean takes a row
-        spread_M = (PRIOR_DEVIATIONS + squares_M) / (PRIOR_DEVIATIONS + len(factor_dd) * free_M)
-        return cls(count_MC / spread_M[:, None], white_MCd / spread_M[:, None, None])
+        spread_M = (PRIOR_DEVIATIONS + squares_M) / (PRIOR_DEVIATIONS + size * free_M)
+        return cls(count_MC / spread_M[:, None], white_MCd / spread_M[:, None, None], size)
 
-    def __getitem__(self, clients: slice) -> "ClassSums":
-        return ClassSums(self.count_MC[clients], self.sum_MCd[clients])
+    def __getitem__(self, clients: Tensor | slice) -> "ClassSums":
+        return ClassSums(self.count_MC[clients], self.sum_MCd[clients], self.size)
 
     def join(self, first: int, second: int) -> None:
         """Adds the sums of `second` to those of `first`."""
@@ -70,7 +74,7 @@ class ClassSums:
     def distances(self, other: "ClassSums") -> Iterator[tuple[Tensor, Tensor]]:
         """
         Yields for each class what is known of any two `[A, B]`, half the harmonic mean of their rows, and the squared
-        distance of their means, times that: d on average if they have the same mean, 0 where one has no rows.
+        distance of their means, times that: `size` on average if they have the same mean, 0 where one has no rows.
         """
         mean_ACd, mean_BCd = (each.sum_MCd / _or_one(each.count_MC)[..., None] for each in (self, other))
         for c, (count_A, count_B) in enumerate(zip(self.count_MC.T, other.count_MC.T, strict=True)):
@@ -98,7 +102,7 @@ def strays(sums: ClassSums) -> Tensor:
     Returns the standard deviation `[M, M]` by which [`shifts`] stray where two clients are alike; 0 where they have no
     class in common.
     """
-    count_MC, size = sums.count_MC, sums.sum_MCd.shape[2]
+    count_MC, size = sums.count_MC, sums.size
     classes_MM, all_known_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(count_MC)
     for count_M in count_MC.T:
         known_MM = count_M[:, None] * count_M / _or_one(count_M[:, None] + count_M)
@@ -114,7 +118,7 @@ def _apart(sums: ClassSums) -> tuple[Tensor, Tensor]:
     """
     total_MM, all_known_MM = torch.zeros(2, len(sums.count_MC), len(sums.count_MC)).to(sums.sum_MCd)
     for known_MM, distance_MM in sums.distances(sums):
-        total_MM += distance_MM - sums.sum_MCd.shape[2] * (known_MM > 0)
+        total_MM += distance_MM - sums.size * (known_MM > 0)
         all_known_MM += known_MM
     return total_MM, all_known_MM
 
@@ -129,7 +133,7 @@ def groups_of(sums: ClassSums, num_groups: int) -> Tensor:
         num_groups (`int`): How many groups are left.
     """
     num_clients, variance = len(sums.count_MC), _variance_between(sums)
-    sums = ClassSums(sums.count_MC.clone(), sums.sum_MCd.clone())
+    sums = ClassSums(sums.count_MC.clone(), sums.sum_MCd.clone(), sums.size)
     evidence_MM = _evidence(sums, sums, variance).fill_diagonal_(-torch.inf)
     group_M = torch.arange(num_clients)
     for _ in range(num_clients - num_groups):
@@ -150,8 +154,10 @@ def _variance_between(sums: ClassSums) -> float:
     Estimates by how much the means of two clients of different groups differ in each direction, in variances within
     classes: by expectation maximisation over the pairs, of which each is alike or differs.
     """
-    sums = sums[:: math.ceil(len(sums.count_MC) / MOST_COMPARED)]
-    size = sums.sum_MCd.shape[2]
+    # Not every so manyth one: clients may come in the order of their groups, one of each in turn.
+    order_M = torch.randperm(len(sums.count_MC), generator=torch.Generator().manual_seed(0))
+    sums = sums[order_M[:MOST_COMPARED].sort().values]
+    size = sums.size
     least = LEAST_SQUARED_DISTANCE / size
     total_MM, known_MM = (each_MM.triu(1) for each_MM in _apart(sums))
     is_pair_MM = known_MM > 0
@@ -176,11 +182,10 @@ def _evidence(ours: ClassSums, theirs: ClassSums, variance: float) -> Tensor:
     difference is normal with `variance` in each direction. It is 0 for two that have no class in common: of them
     nothing is known, and those that are known to be alike come first.
     """
-    size = ours.sum_MCd.shape[2]
     evidence_AB = torch.zeros(len(ours.count_MC), len(theirs.count_MC)).to(ours.sum_MCd)
     for known_AB, distance_AB in ours.distances(theirs):
         ratio_AB = known_AB * variance
-        evidence_AB += size * ratio_AB.log1p() - distance_AB * ratio_AB / (1 + ratio_AB)
+        evidence_AB += ours.size * ratio_AB.log1p() - distance_AB * ratio_AB / (1 + ratio_AB)
     return evidence_AB
 
 

@@ -63,6 +63,8 @@ class ClientStatistics:
             return f"its statistics are of {count_C.tolist()} rows by class, where there are {num_examples}"
         # Rounding leaves directions in which nothing varies a little below 0.
         slack = 1e-6 * gram_dd.diagonal().abs().max()
+        if gram_dd.diagonal().max() > (most := torch.finfo(torch.float32).max):  # in which the server keeps scatters
+            return f"its statistics hold {gram_dd.diagonal().max():.3g}, too much to compute with: above {most:.3g}"
         if (gram_dd - gram_dd.T).abs().max() > slack or torch.linalg.eigvalsh(self.scatter())[0] < -slack:
             return "its statistics have a variance below 0, as no rows have"
         return None

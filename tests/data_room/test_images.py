@@ -187,9 +187,15 @@ def test_damaged_files_of_other_batches_are_named():
         match=r"'3-cut.png', .* with 1 more .*: 9-cut.png\. And with 3 .* 300-cut.png, 301-cut.png, 599-cut",
     ):
         experiment.prepare(data, SmallImageProcessor(size=4))
+    # A name that ends as one of the first batch does is another.
+    files[303] = {"bytes": sound[:60], "path": "cut.png"}
+    files[3] = {"bytes": sound[:60], "path": "3cut.png"}
+    data = FederatedDataset.from_clients({"south": rows(files[:400])})
+    with pytest.raises(ValueError, match=r"'3cut.png', .* And with 3 .* 300-cut.png, 301-cut.png, cut.png"):
+        experiment.prepare(data, SmallImageProcessor(size=4))
     # Of one batch alone all is said already.
     few = FederatedDataset.from_clients({"south": rows(files[:20])})
-    with pytest.raises(ValueError, match=r"'3-cut.png', .* with 1 more image of this batch: 9-cut.png\.$"):
+    with pytest.raises(ValueError, match=r"'3cut.png', .* with 1 more image of this batch: 9-cut.png\.$"):
         experiment.prepare(few, SmallImageProcessor(size=4))
 
 

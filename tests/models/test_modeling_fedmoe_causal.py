@@ -104,7 +104,40 @@ def test_experts_are_weighted_by_how_likely_they_find_the_text(family):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     assert torch.equal(found, text)
     one = model.route_by_likelihood(batch["input_ids"][:, :1])
-    assert torch.equal(one, torch.full_like(one, 1 / len(model.config.expert_names)))
+    assert torch.equal(one, torch.full((3, 1, 4), 1 / 4))
+    assert model.generate(**prompts(pad=False), expert_weights=one, max_new_tokens=1).shape[1] == text.shape[1] - 3
+
+
+@torch.no_grad()
+def test_of_weights_by_likelihood_as_many_stay_as_of_the_router():
+    model, batch = tiny_mixture(), prompts()
+    all_BTE = model.route_by_likelihood(**batch)
+    model.config.top_l = 2
+    found_BTE = model.route_by_likelihood(**batch)
+    largest_BT2, experts_BT2 = all_BTE[:, 1:].topk(2)
+    expected = torch.zeros_like(all_BTE[:, 1:]).scatter(2, experts_BT2, largest_BT2 / largest_BT2.sum(2, True))
+    assert_close(found_BTE[:, 1:], expected)
+    assert ((found_BTE > 0).sum(2) == 2).all()
+
+
+@torch.no_grad()
+def test_padding_that_is_no_number_counts_nothing_in_likelihoods():
+    """Some attention gives no numbers where a position sees none, and a head may rule out the token of padding."""
+    model, batch = tiny_mixture(), prompts()
+    expected = model.route_by_likelihood(**batch)
+    padding_BT = ~batch["attention_mask"].bool()
+
+    def spoil(head, args, logits_BTV):
+        return logits_BTV.masked_fill(padding_BT[..., None], torch.nan)
+
+    model.base.lm_head.register_forward_hook(spoil)
+    assert padding_BT.any() and torch.equal(model.route_by_likelihood(**batch), expected)
+
+
+def test_a_mask_that_is_not_of_the_tokens_is_refused_for_likelihoods():
+    batch = prompts()
+    with pytest.raises(ValueError, match=r"`attention_mask` has the shape \(3, 9\), but the tokens \(3, 10\)"):
+        tiny_mixture().route_by_likelihood(batch["input_ids"], batch["attention_mask"][:, 1:])
 
 
 @pytest.mark.parametrize("family", FEW)

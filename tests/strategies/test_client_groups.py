@@ -50,8 +50,8 @@ def test_shifts_of_clients_who_are_alike_stray_by_chance_as_far_as_is_told():
     counts = torch.tensor([[50.0, 0.0], [20.0, 30.0], [10.0, 0.0], [0.0, 10.0]]).double()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2000, *counts.shape, D, generator=generator).double() * counts.sqrt()[..., None]
-    drawn = torch.stack([shifts(ClassSums(counts, each)) for each in noise])
-    told = strays(ClassSums(counts, noise[0]))
+    drawn = torch.stack([shifts(ClassSums(counts, each, D)) for each in noise])
+    told = strays(ClassSums(counts, noise[0], D))
     assert told[2, 3] == 0 and (drawn[:, 2, 3] == 0).all()
     for pair in ((0, 1), (0, 2), (1, 2), (1, 3)):
         assert drawn[:, *pair].std().item() == pytest.approx(told[pair].item(), rel=0.08)
@@ -68,8 +68,8 @@ def test_proportions_of_classes_make_no_shift():
 
 def test_evidence_is_the_bayes_factor_of_one_mean_against_two():
     """Compares in one direction the densities of a difference with, and without, what groups differ by."""
-    first = ClassSums(torch.tensor([[4.0, 3.0]]), torch.tensor([[[8.0], [3.0]]]))
-    second = ClassSums(torch.tensor([[12.0, 0.0]]), torch.tensor([[[6.0], [0.0]]]))
+    first = ClassSums(torch.tensor([[4.0, 3.0]]), torch.tensor([[[8.0], [3.0]]]), 1)
+    second = ClassSums(torch.tensor([[12.0, 0.0]]), torch.tensor([[[6.0], [0.0]]]), 1)
     # Of class 1 nothing is known of the second; means of class 0 are 2 and .5 with variances 1 / 4 and 1 / 12.
     chance, between, difference = 1 / 4 + 1 / 12, 0.7, torch.tensor(1.5)
     log_density = {v: Normal(0.0, v**0.5).log_prob(difference) for v in (chance, chance + between)}
@@ -145,12 +145,34 @@ def test_how_much_groups_differ_is_told_by_the_pairs_that_do():
         assert _variance_between(known) == pytest.approx(expected, rel=0.1)
 
 
+def test_how_much_groups_differ_is_told_where_clients_come_in_the_order_of_their_groups():
+    """Compares a part of the clients, which would be of one group were every so manyth taken."""
+    groups = [0, 1] * 100
+    known = in_common(clients_of_groups(groups, means_of_groups(2, 1.5), [EVERY] * 200, rows=30))
+    differ = torch.tensor(groups)[:, None] != torch.tensor(groups)
+    assert _variance_between(known) == pytest.approx((shifts(known)[differ].mean() / D).item(), rel=0.1)
+
+
+def test_features_that_never_vary_and_copies_of_others_tell_nothing():
+    """Clients seem as far apart, and by chance as far, with them as without."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(60, 4, generator=generator) for _ in range(12)]
+    labels = [torch.randint(3, (60,), generator=generator) for _ in range(12)]
+    few = in_common([ClientStatistics.of(x, y, 3) for x, y in zip(features, labels, strict=True)])
+    more = [torch.cat([x, x, 2 * x[:, :1], torch.full((60, 20), 3.0)], dim=1) for x in features]
+    many = in_common([ClientStatistics.of(x, y, 3) for x, y in zip(more, labels, strict=True)])
+    assert few.size == pytest.approx(4, rel=2e-3) and many.size == pytest.approx(4, rel=2e-3)
+    torch.testing.assert_close(many.count_MC, few.count_MC, rtol=5e-3, atol=0)
+    torch.testing.assert_close(shifts(many), shifts(few), rtol=0, atol=0.01)
+    torch.testing.assert_close(strays(many), strays(few), rtol=5e-3, atol=0)
+
+
 def test_clients_without_groups_are_divided_without_an_error():
     alike = in_common(clients_of_groups([0] * 6, means_of_groups(1, 1.0), [EVERY] * 6))
     assert groups_of(alike, 3).unique().tolist() == [0, 1, 2]
     # Nor where clients have no class in common.
     alone = torch.eye(3).double() * 5
-    assert groups_of(ClassSums(alone, alone[..., None] * torch.ones(5).double()), 2).unique().tolist() == [0, 1]
+    assert groups_of(ClassSums(alone, alone[..., None] * torch.ones(5).double(), 5), 2).unique().tolist() == [0, 1]
 
 
 def test_what_is_given_stays_as_it_is():

@@ -174,6 +174,10 @@ def test_one_group_of_one_known_client(tmp_path):
         (lambda sent: sent["gram_dd"][0, 1].add_(1e6), "its statistics have a variance below 0"),
         (lambda sent: sent["count_C"].neg_(), "its statistics are of .* rows by class, where there are 60"),
         (lambda sent: sent["count_C"].zero_(), r"its statistics are of \[0.0, 0.0, 0.0\] rows by class"),
+        (
+            lambda sent: sent["gram_dd"].add_(1e40 * torch.eye(16).double()),
+            r"its statistics hold 1e\+40, too much to compute",
+        ),
         (lambda sent: sent["sum_Cd"].mul_(1e200), "`sum_Cd` holds .*, too much to compute with"),
     ],
 )
