@@ -50,8 +50,8 @@ class FedMoEGroups(Strategy):
         own (`tuple[str]`, *optional*): Beginnings of the names of the tensors that each group has for itself;
             `("",)` for whole experts. By default all that lie outside of the backbone of a Hugging Face model.
         trunk_rounds (`int`, *optional*): Rounds in which there is a trunk; after them each group has all tensors for
-            itself. By default there is one until the end. Half of the rounds pay where inputs of groups look
-            different, and cost where the same input means something else to them.
+            itself. By default there is one until the end. Half of the rounds, or whole experts, pay where inputs of
+            groups look different, and cost where the same input means something else to them.
         statistics_size (`int`, *optional*, defaults to 256): d, the features that statistics are of, at most.
         calibrates (`bool`, *optional*, defaults to `True`): Whether temperature and alpha are those with which the
             mixture is surest of the reserved labels, or 1 and what the model starts with, without a reserved set.
