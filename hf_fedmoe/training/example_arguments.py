@@ -146,7 +146,7 @@ def _faults_by_opacus(model: nn.Module) -> list[str]:
         said = [" ".join(str(error).split()) for error in errors]
         if not said and next(module.buffers(), None) is not None:
             said = ["a layer that learns and has buffers"]
-        faults += [f"`{name}` ({type(module).__name__}): {text}" for text in said]
+        faults += [f"{f'`{name}`' if name else 'itself'} ({type(module).__name__}): {text}" for text in said]
     return faults
 
 

@@ -198,7 +198,6 @@ class BothBudgets(NoBudget):
 
     def __init__(self, of_clients: PrivacyBudget, of_examples: ExampleBudget):
         self.of_clients, self.of_examples = of_clients, of_examples
-        self.example_privacy, self.example_facts = of_examples.example_privacy, of_examples.example_facts
 
     def begin(self, federation: Federation, output_dir: Path, resumed: Path | None) -> None:
         self.of_clients.begin(federation, output_dir, resumed)
@@ -218,6 +217,12 @@ class BothBudgets(NoBudget):
 
     def facts(self) -> PrivacyFacts | None:
         return self.of_clients.facts()
+
+    def example_privacy(self) -> ExamplePrivacy:
+        return self.of_examples.example_privacy()
+
+    def example_facts(self) -> ExamplePrivacyFacts | None:
+        return self.of_examples.example_facts()
 
 
 def make_budget(args: FederatedTrainingArguments, client_sizes: Sequence[int]) -> NoBudget:
