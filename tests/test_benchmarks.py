@@ -38,6 +38,8 @@ def test_what_is_timed_by_name_is_there(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_each_ends(name):
+    if name == "example_privacy_cost":
+        pytest.importorskip("opacus", reason="example-level privacy is by Opacus: pip install 'hf_fedmoe[test]'")
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=FOLDER.parent, check=False)
     assert result.returncode == 0 and result.stdout.count("|") > 5, result.stderr[-2000:]

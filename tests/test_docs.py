@@ -91,12 +91,25 @@ def test_trainer_page_as_it_stands(newcomer):
 
 
 def test_private_run_of_the_docs(newcomer):
-    (private,) = blocks("docs/privacy.md")
+    private, _ = blocks("docs/privacy.md")
     assert "rounds=10" in private
     names = run(private.replace("rounds=10", "rounds=2"))
     epsilons = [entry["epsilon"] for entry in names["trainer"].state.log_history if "epsilon" in entry]
     assert len(epsilons) == 2 and 7.9 < epsilons[1] <= 8.0
     assert "(8, 0.001)-differentially private" in Path("runs/private/README.md").read_text()
+
+
+def test_run_that_hides_examples_of_the_docs(newcomer):
+    pytest.importorskip("opacus", reason="example-level privacy is by Opacus: pip install 'hf_fedmoe[test]'")
+    _, hidden = blocks("docs/privacy.md")
+    names = run(hidden)
+    epsilons = [entry["example_epsilon"] for entry in names["trainer"].state.log_history if "example_epsilon" in entry]
+    assert len(epsilons) == 5 and 1 < epsilons[0] < epsilons[4] <= 8.0
+    assert (
+        "differentially private for adding or leaving out one of its"
+        in Path("runs/hidden_examples/README.md").read_text()
+    )
+    assert names["trainer"].evaluate(names["data"].test)["eval_accuracy"] > 0.4
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])

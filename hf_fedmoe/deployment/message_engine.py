@@ -85,7 +85,9 @@ class MessageEngine(EachItsOwn):
         if args.world_size > 1:
             raise ValueError(f"{begin} {args.world_size} processes were launched: start the server as one.")
         settings: dict[str, Any] = vars(args)
-        for name, wanted in (("clients_at_once", 1), ("deepspeed", None)):
+        not_there = [("clients_at_once", 1), ("deepspeed", None)]
+        not_there += [("example_noise_multiplier", None), ("example_target_epsilon", None)]
+        for name, wanted in not_there:
             if settings[name] != wanted:
                 raise ValueError(f"{begin} `{name}` is {settings[name]!r}, which is not done there: leave it out.")
         if args.client_parallelism == "data":

@@ -22,16 +22,18 @@ from .contract import (
 )
 from .defence import ROBUST_FUSIONS, Defence, make_defence
 from .engines import EachItsOwn, EngineArguments, SomeAtOnce, Together, TogetherByZero
+from .example_privacy import ExamplePrivacy, PoissonDraw, PrivateUpdates, opacus, poisson_draw
 from .files import FileDigest, atomic_directory, read_json, remove_directory, remove_leftovers, write_json
 from .filters import Filter, make_filters
 from .folder_lock import FolderLock
 from .local_training import LocalTrainer, Loss, StepBatches, local_steps, scale_learning_rates
 from .local_updates import CapturedUpdates
 from .manifest import UnreadableManifestError, find_faults, has_manifest, read_manifest, write_manifest
+from .noise import seeded_normals, system_normals
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
 from .only_sums import methods_of_sums, why_not_private, why_not_summed
 from .participants import Participants
-from .private_mean import AdaptiveNorm, FixedNorm, GaussianMean, PlainMean, seeded_normals, system_normals
+from .private_mean import AdaptiveNorm, FixedNorm, GaussianMean, PlainMean
 from .process_group import ProcessGroup
 from .processes import Processes, balance, leave_group
 from .randomness import Stream, seed_of
@@ -58,6 +60,7 @@ __all__ = [
     "Defence",
     "EachItsOwn",
     "EngineArguments",
+    "ExamplePrivacy",
     "Federation",
     "FileDigest",
     "Filter",
@@ -71,6 +74,8 @@ __all__ = [
     "Participants",
     "Pass",
     "PlainMean",
+    "PoissonDraw",
+    "PrivateUpdates",
     "ProcessGroup",
     "Processes",
     "RoundReport",
@@ -107,8 +112,10 @@ __all__ = [
     "make_filters",
     "methods_of_sums",
     "never_accepted",
+    "opacus",
     "overrides",
     "own_loss",
+    "poisson_draw",
     "read_identity",
     "read_json",
     "read_manifest",

@@ -22,6 +22,7 @@ from .batch_reader import BatchReader
 from .batch_worker import Wanted
 from .captured_passes import CapturedPasses
 from .client_clock import ClientClock
+from .example_privacy import ExamplePrivacy, PrivateUpdates, poisson_draw
 from .local_updates import CapturedUpdates, LocalUpdates
 from .objective import LocalObjective, has_own_loss, held_near, own_loss
 from .process_group import ProcessGroup, Stage
@@ -117,6 +118,7 @@ class LocalTrainer:
         objective (`Callable`, *optional*): Of (model, batch), in the place of the model's own loss.
         cuda_graphs (`bool`, *optional*, defaults to `False`): Whether forward and backward passes of shapes that come
             again are replayed as CUDA graphs, on a GPU.
+        example_privacy ([`ExamplePrivacy`], *optional*): Has [`LocalTrainer.train`] hide single examples by DP-SGD.
     """
 
     worker: nn.Module
@@ -133,6 +135,7 @@ class LocalTrainer:
     clock: ClientClock = field(default_factory=ClientClock)
     objective: Loss = own_loss
     cuda_graphs: bool = False
+    example_privacy: ExamplePrivacy | None = None
 
     def __post_init__(self) -> None:
         self._parameters = list(self.worker.parameters())
@@ -154,6 +157,10 @@ class LocalTrainer:
             grads: dict[nn.Parameter, Tensor] = {}
             self._pass = CapturedPasses(self.worker, self._plain_pass, self.clock.whole, grads)
             self._updates = CapturedUpdates(self.optimizer, self._clip, grads)
+        self.private_updates: PrivateUpdates | None = None
+        if self.example_privacy is not None:
+            self.private_updates = PrivateUpdates(self.optimizer, self._clip, self.worker, runs, self.example_privacy)
+            self._updates = self.private_updates
         if self.args.torch_compile:
             # In place: strategies see the module itself.
             self.worker.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
@@ -162,7 +169,8 @@ class LocalTrainer:
     def captures(self) -> bool:
         """Tells whether passes may become CUDA graphs."""
         compiled, scaler = self.args.torch_compile, self.accelerator.scaler
-        return self.cuda_graphs and self.accelerator.device.type == "cuda" and not compiled and scaler is None
+        replayable = not compiled and scaler is None and self.example_privacy is None
+        return self.cuda_graphs and self.accelerator.device.type == "cuda" and replayable
 
     def train(
         self,
@@ -196,6 +204,10 @@ class LocalTrainer:
             loss = self.loss_near(received_P)
         plan = self.plan(dataset, seed, epochs)
         self.begin(received_P, integers, len(plan), kept_optimizer, only)
+        if self.private_updates is not None:
+            expected = poisson_draw(len(dataset), self.args, epochs).expected
+            mu = self.strategy.proximal_weight
+            self.private_updates.begin_client(expected, seed, self.layout.views(received_P), mu)
         total = torch.zeros((), device=self.accelerator.device)
         for batches in self.steps(dataset, plan, seed):
             total += self.step(batches, loss)
@@ -203,7 +215,8 @@ class LocalTrainer:
 
     def loss_near(self, received_P: Tensor) -> Loss:
         """The loss of (model, batch) of a client that received a row: [`LocalObjective.loss`] of `objective`."""
-        if has_own_loss(self.strategy) and not self.strategy.proximal_weight:
+        # In private steps what holds the model near is added to the gradients of examples.
+        if has_own_loss(self.strategy) and (not self.strategy.proximal_weight or self.example_privacy is not None):
             return self.objective
         received = self.layout.views(received_P)
 
@@ -215,7 +228,10 @@ class LocalTrainer:
         return loss
 
     def plan(self, dataset: Subset, seed: int, epochs: float | None = None) -> list[list[list[int]]]:
-        """The client's optimizer steps, see [`local_steps`]."""
+        """The client's optimizer steps, see [`local_steps`]; in private runs see [`ExamplePrivacy.steps`]."""
+        if self.example_privacy is not None:
+            draw = poisson_draw(len(dataset), self.args, epochs)
+            return self.example_privacy.steps(draw, len(dataset), seed)
         return local_steps(len(dataset), self.args, seed, epochs, self.has_batch_statistics)
 
     def begin(
@@ -294,7 +310,9 @@ class LocalTrainer:
     def payload(self, out_P: Tensor, num_examples: int, total_loss: Tensor, num_steps: int) -> Payload:
         """The worker as an upload, its row written to `out_P`."""
         self.layout.read(self.worker, out=out_P)
-        metrics = {"loss": (total_loss / num_steps).item(), "steps": num_steps}
+        metrics: dict[str, float] = {"steps": num_steps}
+        if self.example_privacy is None:  # no noise hides what the loss tells of single examples
+            metrics["loss"] = (total_loss / num_steps).item()
         payload = Payload(out_P, self.layout.read_integers(self.worker), num_examples, metrics)
         payload.weigh(self.layout)
         return payload

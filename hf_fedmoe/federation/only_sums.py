@@ -34,12 +34,14 @@ def why_not_private(strategy: Strategy | type[Strategy]) -> str | None:
 
 def methods_of_sums(strategies: Mapping[str, type[Strategy]]) -> str:
     """
-    Returns a Markdown table of methods, by their names: whether their server needs only sums, whether they can be
-    differentially private, and why not.
+    Returns a Markdown table of methods, by their names: whether their server needs only sums, whether clients can be
+    differentially private, why not, and whether their examples can.
     """
-    lines = ["| method | needs only sums | client-level privacy | why not |", "|---|---|---|---|"]
+    lines = ["| method | needs only sums | client-level privacy | why not | example-level privacy |"]
+    lines.append("|---|---|---|---|---|")
     for name, strategy in sorted(strategies.items()):
         summed, private = why_not_summed(strategy) is None, why_not_private(strategy)
-        words = ["yes" if holds else "no" for holds in (summed, private is None)]
-        lines.append(f"| `{name}` | {' | '.join(words)} | {private or ''} |")
+        trained = not overrides(strategy, "train_client") and not overrides(strategy, "loss")
+        *words, of_examples = ["yes" if holds else "no" for holds in (summed, private is None, trained)]
+        lines.append(f"| `{name}` | {' | '.join(words)} | {private or ''} | {of_examples} |")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 Shape suffixes: m participants, P elements of a model's row.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class RoundReport:
     Args:
         clients (`list[int]`): Who took part.
         num_examples (`int`): Training examples of those whose upload was accepted.
-        loss (`float`): Mean local training loss, weighted by examples.
+        loss (`float`): Mean local training loss, weighted by examples; NaN where clients do not tell it.
         bytes_down (`int`), bytes_up (`int`): Communication with all participants.
         seconds (`dict[str, float]`): By stage: `clients`, `server`, `synchronise`.
         metrics (`dict[str, float]`): What the strategy reports.
@@ -78,6 +79,7 @@ class Federation:
         defence ([`Defence`], *optional*): Against hostile uploads; none if left out.
         mean ([`PlainMean`], *optional*): What becomes of uploads before the method sees them: nothing, or
             [`GaussianMean`].
+        on_draw (`Callable`, *optional*): Called with the participants of a round before they train.
     """
 
     engine: EachItsOwn
@@ -90,6 +92,7 @@ class Federation:
     computes_finite: Callable[[nn.Module], bool] = lambda model: True
     defence: Defence = UNDEFENDED
     mean: PlainMean = field(default_factory=PlainMean)
+    on_draw: Callable[[list[int]], None] = lambda chosen: None
 
     def __post_init__(self) -> None:
         self.participants, self.processes = self.engine.participants, self.engine.processes
@@ -117,6 +120,7 @@ class Federation:
         started = time.perf_counter()
         drawn = self.draw(round_index, clients_per_round)
         chosen = soundness.participants_of(self.strategy, self.server, drawn, round_index, self.num_clients)
+        self.on_draw(chosen)
         plan = self.engine.plan(chosen)
         beside = [soundness.tensors_due(self.strategy, self.server, client) for client in chosen]
         collected = self.collect(self.server, self.memory, self.processes, *plan[1:], self.strategy.needs, beside)
@@ -182,7 +186,8 @@ class Federation:
         examples = [reply.num_examples for reply in sound]
         report.num_examples = sum(examples)
         if sound:
-            report.loss = float(np.average([reply.metrics["loss"] for reply in sound], weights=examples))
+            losses = [reply.metrics.get("loss", math.nan) for reply in sound]
+            report.loss = float(np.average(losses, weights=examples))
         return report
 
     def close(self, collected: Rows, chosen: list[int], replies: list[Reply]) -> Uploads:

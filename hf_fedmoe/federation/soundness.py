@@ -100,7 +100,7 @@ def upload_of(
     what it has beside its model.
     """
     result = fit(task)
-    fault = _fault_of_result(result, task, local.layout, bank_SP)
+    fault = _fault_of_result(result, task, local.layout, bank_SP, needs_loss=local.example_privacy is None)
     if fault := fault or _fault_of_tensors(result[0].tensors, due):
         raise BrokenPromiseError(strategy, f"`train_client` of client {task.client} {fault}")
     if task.kept_optimizer is not None and not local.has_kept_optimizer:
@@ -109,7 +109,9 @@ def upload_of(
     return result
 
 
-def _fault_of_result(result: Any, task: ClientTask, layout: StateLayout, bank_SP: Tensor) -> str | None:
+def _fault_of_result(
+    result: Any, task: ClientTask, layout: StateLayout, bank_SP: Tensor, needs_loss: bool
+) -> str | None:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Payload)):
         return f"returns a {type(result).__name__}, where a `Payload` and what stays with the client are due"
     payload, retained = result
@@ -125,7 +127,7 @@ def _fault_of_result(result: Any, task: ClientTask, layout: StateLayout, bank_SP
         return f"reports num_examples = {payload.num_examples}, where the number of the client's examples is due"
     if fault := _fault_of_numbers(payload.metrics, "metrics"):
         return fault
-    if "loss" not in payload.metrics:
+    if needs_loss and "loss" not in payload.metrics:
         return f"reports the metrics {sorted(payload.metrics)}, without a `loss`"
     if not isinstance(retained, dict) or not all(isinstance(tensor, Tensor) for tensor in retained.values()):
         return "leaves something else with the client than named tensors"

@@ -17,7 +17,7 @@ from .gate_heatmap import plot_gate
 from .learning_curves import plot_learning_curves
 from .metric import COSTS, METRICS, Metric, metric_named
 from .model_card import RunFacts, names_of_experts, training_table, write_model_card
-from .privacy_facts import PrivacyFacts
+from .privacy_facts import ExamplePrivacyFacts, PrivacyFacts
 
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "METRICS",
     "ClientDifferences",
     "ClientScore",
+    "ExamplePrivacyFacts",
     "ExpertAnalysis",
     "ExpertFacts",
     "Metric",

@@ -25,7 +25,7 @@ from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..models.configuration_checks import built, class_names
 from .expert_facts import ExpertFacts, write_expert_facts
 from .markdown import Markup, code, plain, table
-from .privacy_facts import PrivacyFacts
+from .privacy_facts import ExamplePrivacyFacts, PrivacyFacts
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -104,7 +104,8 @@ class RunFacts:
         refused (`int`): Uploads that were refused in the counted rounds.
         contribution_SM (`np.ndarray` of shape `[S, M]`, *optional*): How much of each expert came from each client.
         evaluations (`dict[str, dict[str, float]]`): Metrics of the finished model by prefix, e.g. `"test"`.
-        privacy ([`PrivacyFacts`], *optional*): Of a run with differential privacy.
+        privacy ([`PrivacyFacts`], *optional*): Of a run with differential privacy of clients.
+        example_privacy ([`ExamplePrivacyFacts`], *optional*): Of a run with differential privacy of examples.
     """
 
     method: str
@@ -124,6 +125,7 @@ class RunFacts:
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     client_names: list[str] | None = None
     privacy: PrivacyFacts | None = None
+    example_privacy: ExamplePrivacyFacts | None = None
 
     @property
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ from ..models.configuration_checks import check_weights, class_names
 from ..strategies import Strategy, check_setting_kinds
 from .defence_checks import check_defence
 from .engine_choice import engine_kind
+from .example_arguments import check_example_run
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_arguments
 from .privacy_arguments import check_private_run
@@ -167,6 +168,7 @@ def check_run(
         args.lora_fusion,
         args.client_parallelism,
     )
+    check_example_run(args, strategy, client_model_of(strategy.server_models(model)[0]), data.client_sizes.tolist())
     if args.keep_client_optimizer and not strategy.keeps_optimizer:
         raise ValueError(
             f"`keep_client_optimizer` is True, but {strategy.name!r} does not promise to go on with an optimizer "

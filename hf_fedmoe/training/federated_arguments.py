@@ -11,6 +11,7 @@ from ..federation import CLIENT_CHOICES, ROBUST_FUSIONS, EngineArguments, leave_
 from ..strategies import check_setting_kinds
 from ..weights import COMPRESSIONS, make_codec
 from .deepspeed_config import hidden_from_accelerate, requested_config
+from .example_arguments import ExamplePrivacyArguments, check_example_arguments
 from .privacy_arguments import PrivacyArguments, check_privacy_arguments
 
 
@@ -21,7 +22,7 @@ NOT_NEGATIVE += ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass
-class FederatedTrainingArguments(PrivacyArguments, EngineArguments):
+class FederatedTrainingArguments(ExamplePrivacyArguments, PrivacyArguments, EngineArguments):
     """
     [`~transformers.TrainingArguments`] of a federated run.
 
@@ -30,8 +31,8 @@ class FederatedTrainingArguments(PrivacyArguments, EngineArguments):
     `bf16` and so on are those of local training; `dataloader_num_workers` processes read clients' batches meanwhile,
     the same ones for all. What counts steps counts rounds: `logging_steps`, `eval_steps`, `save_steps`. A round is
     logged and saved by default; the two newest checkpoints are kept (`save_total_limit`). Processes besides the main
-    one log what that logs (`log_level_replica`). [`PrivacyArguments`] has those of differential privacy, and
-    [`FedMoETrainingArguments`] Fed-MoE's besides.
+    one log what that logs (`log_level_replica`). [`PrivacyArguments`] and [`ExamplePrivacyArguments`] have those of
+    differential privacy, and [`FedMoETrainingArguments`] Fed-MoE's besides.
 
     Args:
         rounds (`int`, *optional*, defaults to 10):
@@ -185,6 +186,7 @@ class FederatedTrainingArguments(PrivacyArguments, EngineArguments):
             raise ValueError(f"`max_update_norm` is {self.max_update_norm}: give a norm above 0, or leave it out.")
         self._check_defence()
         check_privacy_arguments(self, self.client_choice, self.clients_per_round)
+        check_example_arguments(self)
         if self.lora_fusion not in LORA_FUSIONS:
             raise ValueError(
                 f"`lora_fusion` is {self.lora_fusion!r}: choose one of {', '.join(map(repr, LORA_FUSIONS))}."

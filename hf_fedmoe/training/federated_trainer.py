@@ -55,13 +55,14 @@ from .client_training import ClientTraining
 from .columns import ModelColumns, check_batch_has_labels
 from .engine_choice import make_engine, make_gate_fit
 from .evaluated_rows import EvaluatedRows
+from .example_budget import make_budget
 from .federated_arguments import FederatedTrainingArguments
 from .honoured import check_hooks, check_init_arguments, loss_name
 from .known_rows import trial_on_known_rows
 from .label_names import settle_label_names
 from .metrics import OF_CLASSES, OF_EVALUATION, classification_metrics, first_logits
 from .precision import train_in_float32
-from .privacy_budget import NoBudget, make_budget
+from .privacy_budget import NoBudget
 from .progress import Watch, one_line_a_round, without_bars_of_files
 from .resuming import CLIENTS_FOLDER
 from .run_facts import run_facts
@@ -151,7 +152,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             train_in_float32(model, args.should_log)
             check_run(model, args, train_dataset, self.strategy, processing_class)
             check_adapters(self.strategy.server_models(model), args)
-            self._privacy = make_budget(args, train_dataset.num_clients)
+            self._privacy = make_budget(args, train_dataset.client_sizes.tolist())
             if train_dataset.has_classes:
                 settle_label_names(model, train_dataset)
             elif compute_metrics is classification_metrics:
@@ -363,6 +364,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
             ClientClock(args.client_timeout),
             self._objective(),
             args.cuda_graphs,
+            self._privacy.example_privacy(),
         )
         # Collated when they are asked for, after the trial of what the collators make.
         known_rows = cache(
@@ -443,6 +445,7 @@ class FederatedTrainer(ClientTraining, ClientEvaluation, EvaluatedRows, Checkpoi
                 self._privacy.tellable_rounds(self.rounds),
                 self._contribution_SM,
                 self._privacy.facts(),
+                self._privacy.example_facts(),
             )
         folder = Path(folder or self._output_dir)
         if isinstance(self.model, FedMoEForCausalLM):

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..data.counted import counted
 from ..federation import (
     AdaptiveNorm,
+    ExamplePrivacy,
     Federation,
     FixedNorm,
     GaussianMean,
@@ -23,7 +24,7 @@ from ..federation import (
     system_normals,
     write_json,
 )
-from ..reporting import PrivacyFacts
+from ..reporting import ExamplePrivacyFacts, PrivacyFacts
 from .federated_arguments import FederatedTrainingArguments
 from .privacy_arguments import RELATIONS, check_noise_of_count
 
@@ -67,6 +68,14 @@ class NoBudget:
 
     def facts(self) -> PrivacyFacts | None:
         """Returns what the model card says of it."""
+        return None
+
+    def example_privacy(self) -> ExamplePrivacy | None:
+        """Returns by what clients hide their examples, if they do."""
+        return None
+
+    def example_facts(self) -> ExamplePrivacyFacts | None:
+        """Returns what the model card says of the privacy of examples."""
         return None
 
 
@@ -246,11 +255,6 @@ class PrivacyBudget(NoBudget):
         # bound for draws of a fixed size takes the noise in units of that.
         event = dp.GaussianDpEvent(noise_multiplier / 2)
         return dp.SampledWithoutReplacementDpEvent(self.num_clients, drawn, event)
-
-
-def make_budget(args: FederatedTrainingArguments, num_clients: int) -> NoBudget:
-    """Returns the accounting of a run."""
-    return PrivacyBudget(args, num_clients) if args.is_private else NoBudget()
 
 
 def dp_accounting() -> Any:

@@ -7,7 +7,7 @@ from transformers import TrainerState
 
 from ..data import FederatedDataset
 from ..federation import RoundReport
-from ..reporting import PrivacyFacts, RunFacts
+from ..reporting import ExamplePrivacyFacts, PrivacyFacts, RunFacts
 from ..strategies import Strategy
 from .federated_arguments import FederatedTrainingArguments
 
@@ -26,6 +26,7 @@ def run_facts(
     reports: list[RoundReport],
     contribution_SM: np.ndarray | None = None,
     privacy: PrivacyFacts | None = None,
+    example_privacy: ExamplePrivacyFacts | None = None,
 ) -> RunFacts:
     """
     Gathers [`~reporting.RunFacts`].
@@ -40,6 +41,7 @@ def run_facts(
         contribution_SM (`np.ndarray` of shape `[S, M]`, *optional*): How much of each expert came from each client
             after the last round; it says nothing of the model of an earlier one.
         privacy ([`~reporting.PrivacyFacts`], *optional*): Of a private run.
+        example_privacy ([`~reporting.ExamplePrivacyFacts`], *optional*): Of a run whose clients hide examples.
     """
     rounds = state.global_step
     sent: dict[float, dict[str, Any]] = {entry["step"]: entry for entry in state.log_history if "bytes_up" in entry}
@@ -72,6 +74,7 @@ def run_facts(
         contribution_SM=contribution_SM if chosen_round in (None, rounds) else None,
         evaluations=_evaluations(state.log_history),
         privacy=privacy,
+        example_privacy=example_privacy,
     )
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..federation import Federation, StepBatches
 from ..strategies import ClientTask, has_own_loss
 from ..weights import Payload
+from .example_gradients import check_example_gradients
 from .readers import Reader
 from .single_rows import check_single_rows
 from .trainer_of_rounds import client_model_of
@@ -71,6 +72,13 @@ class Trial:
         try:
             # DeepSpeed shares out what one process may have no room for.
             if reader.trains and not self.local.args.deepspeed:
+                if self.local.example_privacy is not None:
+                    self._evaluate(batch)
+                    self._begin()
+                    # Three rows, for a dimension of two may be anything.
+                    check_example_gradients(
+                        self.local, self._collate(reader, [*rows, rows[0], rows[0]][:3]), self._loss_is
+                    )
                 self._train(batch)
             else:
                 self._evaluate(batch)

@@ -14,9 +14,10 @@ from hf_fedmoe.federation import (
     PlainMean,
     Server,
     Strategy,
-    private_mean,
+    noise,
 )
-from hf_fedmoe.federation.private_mean import NORM, seeded_normals, system_normals
+from hf_fedmoe.federation.noise import seeded_normals, system_normals
+from hf_fedmoe.federation.private_mean import NORM
 from hf_fedmoe.federation.uploads import KINDS, NotKeptError
 from hf_fedmoe.weights import StateLayout
 
@@ -117,7 +118,7 @@ def test_seeded_noise_follows_from_seed_and_round_and_the_systems_from_nothing()
 
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
 def test_no_draw_of_the_system_is_infinite(byte, monkeypatch):
-    monkeypatch.setattr(private_mean.os, "urandom", lambda count: byte * count)
+    monkeypatch.setattr(noise.os, "urandom", lambda count: byte * count)
     drawn = system_normals(0)(2)
     assert drawn.isfinite().all() and 8 < drawn.abs().min() < 9
 
