@@ -23,6 +23,7 @@ from tests.tiny_federation import (
     tiny_mixture,
 )
 from tests.tiny_images import tiny_image_federation, tiny_processor, tiny_resnet
+from tests.training.test_owners_of_text import trainer as trainer_of_owners
 from tests.two_processes import (
     PROCESSES,
     assert_same,
@@ -149,7 +150,15 @@ def sums(output_dir, client_parallelism="sums"):
     return run
 
 
+def owners_of_text(output_dir):
+    """A mixture for language, whose owners' sums travel beside their adapters."""
+    run = trainer_of_owners(output_dir, **SETTINGS | {"save_strategy": "steps", "save_steps": 1})
+    run.train()
+    return run
+
+
 CASES = {
+    "owners_of_text": owners_of_text,
     "failing_client": failing_client,
     "an_idle_process": an_idle_process,
     "other_weights_in_one_process": other_weights_in_one_process,
