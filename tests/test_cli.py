@@ -34,7 +34,7 @@ finally:
             "train: give either --clients, a file of each",
         ),
         (["predict", "runs/mine"], 2, "hf-fedmoe predict: the following arguments are required: file"),
-        (["compare", "--help"], 0, "only these rows of the table"),
+        (["compare", "--help"], 0, "train only these rows"),
         (["--version"], 0, f"hf_fedmoe {__version__}"),
         (["comapre"], 2, "hf-fedmoe: argument COMMAND: invalid choice: 'comapre' (choose from"),
         ([], 2, "hf-fedmoe: the following arguments are required: COMMAND"),

@@ -120,7 +120,7 @@ def clients_of_kinds(seed: int) -> tuple[list[int], ClassSums]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_groups_of_clients_that_vary_more_than_others_are_found(seed):
-    """What chance does is told by each client's own spread, and by how much groups differ by pairs that do."""
+    """Needs each client's own spread, to know what chance does, and the pairs that differ, to know by how much."""
     kinds, known = clients_of_kinds(seed)
     assert adjusted_rand_score(kinds, groups_of(known, 3).tolist()) == 1
 
