@@ -22,6 +22,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from who_asks import GROUPS, QUICK
 
+from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.experiments import ImageExperiment, make_trainer, parse_settings
 from hf_fedmoe.experiments.yaml_files import read_yaml
 from hf_fedmoe.federation import Server, ServerStep, Uploads
@@ -59,12 +60,12 @@ RULES: dict[str, tuple[str, Callable[[Server, Uploads, Tensor], Tensor]]] = {
 }
 
 
-def indices(told: dict[str, object], rule: str, rounds: list[int]) -> list[str]:
+def indices(
+    told: dict[str, object], rule: str, rounds: list[int], data: FederatedDataset, processor: object
+) -> list[str]:
     """Trains the method of a rule, and tells the index and the number of groups after each of `rounds`."""
     method, assigned = RULES[rule]
     experiment, args = parse_settings(ImageExperiment, told)
-    processor = experiment.load_processor()
-    _, data = experiment.load_data(processor, args.seed)
     truth_M = np.array([data.client(client)[0]["domain"] for client in range(data.num_clients)])
     trainer = make_trainer(method, experiment, args, data, processor)
     update, last_M, found = trainer.strategy.update, torch.full((data.num_clients,), NOBODY), []
@@ -96,9 +97,13 @@ def main() -> None:
     told = read_yaml(options.file)["settings"] | (QUICK if options.quick else {})
     told |= {"seed": options.seed, "rounds": rounds[-1], "save_strategy": "no", "disable_tqdm": True}
     table = []
-    for rule in options.rules:
-        with tempfile.TemporaryDirectory() as folder:
-            table.append([rule, *indices(told | {"output_dir": folder}, rule, rounds)])
+    with tempfile.TemporaryDirectory() as folder:
+        experiment, _ = parse_settings(ImageExperiment, told | {"output_dir": folder})
+        processor = experiment.load_processor()
+        _, data = experiment.load_data(processor, options.seed)
+        for rule in options.rules:
+            own = told | {"output_dir": f"{folder}/{rule}"}
+            table.append([rule, *indices(own, rule, rounds, data, processor)])
     title = f"{options.file.name}, seed {options.seed}: adjusted Rand index (groups) after so many rounds"
     print_table(title, ["rule", *map(str, rounds)], table)
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 from machine import benchmark_parser, pin_threads, print_table
-from privacy_cost import make_data
+from privacy_cost import linear_trainer, make_data
 
 from hf_fedmoe.data import FederatedDataset
-from hf_fedmoe.models import LinearConfig, LinearForClassification
-from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments
+from hf_fedmoe.training import FederatedTrainingArguments
 from hf_fedmoe.training.example_budget import ExampleBudget
 
 
@@ -38,12 +37,8 @@ def few_rows(data: FederatedDataset, count: int) -> FederatedDataset:
 def train(data: FederatedDataset, args: dict[str, Any]) -> tuple[float, float]:
     """Trains on the clients; returns the accuracy on the test rows and the median seconds of clients in a round."""
     assert data.test is not None
-    config = LinearConfig(num_features=len(data.pool[0]["features"]), num_labels=data.num_labels)
-    model = LinearForClassification(config)
-    for parameter in model.parameters():
-        parameter.data.zero_()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = FederatedTrainer(model, arguments(folder, **args), data)
+        trainer = linear_trainer(data, arguments(folder, **args))
         trainer.train()
         seconds = statistics.median(report.seconds["clients"] for report in trainer.rounds)
         return trainer.evaluate(data.test)["eval_accuracy"], seconds

@@ -46,12 +46,7 @@ def statistics(told: dict[str, object]) -> tuple[np.ndarray, list[ClientStatisti
 
 def indices(groups: np.ndarray, found: list[ClientStatistics]) -> tuple[float, float]:
     """Returns the adjusted Rand index of average linkage of shifts, and of the package's groups."""
-    together = found[0]
-    for each in found[1:]:
-        together = together + each
-    counts, sums = (torch.stack([getattr(each, name) for each in found]) for name in ("count_C", "sum_Cd"))
-    scatters = torch.stack([each.scatter() for each in found])
-    white = ClassSums.whitened(counts, sums, scatters, together.within_covariance())
+    white = ClassSums.of(found)
     num_groups = len(set(groups.tolist()))
     shift_MM: Tensor = shifts(white)
     linkage = AgglomerativeClustering(num_groups, metric="precomputed", linkage="average")

@@ -75,15 +75,20 @@ def arguments(folder: str, **args: Any) -> FederatedTrainingArguments:
     )
 
 
-def accuracy(data: FederatedDataset, args: dict[str, Any], seed: int) -> float:
-    """Trains on the clients; returns the accuracy on the test rows."""
-    assert data.test is not None
+def linear_trainer(data: FederatedDataset, args: FederatedTrainingArguments) -> FederatedTrainer:
+    """Makes a trainer of a linear model that begins with zeros."""
     config = LinearConfig(num_features=len(data.pool[0]["features"]), num_labels=data.num_labels)
     model = LinearForClassification(config)
     for parameter in model.parameters():
         parameter.data.zero_()
+    return FederatedTrainer(model, args, data)
+
+
+def accuracy(data: FederatedDataset, args: dict[str, Any], seed: int) -> float:
+    """Trains on the clients; returns the accuracy on the test rows."""
+    assert data.test is not None
     with tempfile.TemporaryDirectory() as folder:
-        trainer = FederatedTrainer(model, arguments(folder, seed=seed, **args), data)
+        trainer = linear_trainer(data, arguments(folder, seed=seed, **args))
         trainer.train()
         return trainer.evaluate(data.test)["eval_accuracy"]
 

@@ -30,9 +30,4 @@ def clients_of_groups(
 
 def in_common(clients: list[ClientStatistics]) -> ClassSums:
     """Returns what is known of clients, in units of the covariance within classes of all."""
-    together = clients[0]
-    for client in clients[1:]:
-        together = together + client
-    counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
-    scatters = torch.stack([client.scatter() for client in clients])
-    return ClassSums.whitened(counts, sums, scatters, together.within_covariance())
+    return ClassSums.of(clients)

@@ -144,14 +144,7 @@ def diagnose(
         found = [statistics_of(model, head, _batches(rows, model, data_collator), statistics_size) for rows in clients]
     finally:
         model.train(training)
-    together = found[0]
-    for statistics in found[1:]:
-        together = together + statistics
-    count_MC, sum_MCd, scatter_Mdd = (
-        torch.stack(each).cpu()
-        for each in zip(*((own.count_C, own.sum_Cd, own.scatter()) for own in found), strict=True)
-    )
-    sums = ClassSums.whitened(count_MC, sum_MCd, scatter_Mdd, together.within_covariance().cpu())
+    sums = ClassSums.of(found)
     shift_MM = shifts(sums)
     groups, clearness = _clearest_groups(shift_MM, strays(sums), lambda count: groups_of(sums, count).tolist())
     shares_MC = counts_MC / counts_MC.sum(1, keepdims=True)

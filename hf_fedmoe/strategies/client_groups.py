@@ -5,14 +5,16 @@ Shape suffixes: M, A and B clients or groups of them, K groups, C classes, d fea
 """
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .client_statistics import covariance_factor
+from .client_statistics import ClientStatistics, covariance_factor
 
 
 # Groups are taken to be two standard deviations apart in each class at least: nearer ones need no model each, and if
@@ -42,6 +44,16 @@ class ClassSums:
     count_MC: Tensor
     sum_MCd: Tensor
     size: float
+
+    @classmethod
+    def of(cls, clients: Sequence[ClientStatistics]) -> "ClassSums":
+        """Returns those of clients, in units of the covariance within classes of all their rows, on the CPU."""
+        counts, sums, scatters = (
+            torch.stack(each).cpu()
+            for each in zip(*((own.count_C, own.sum_Cd, own.scatter()) for own in clients), strict=True)
+        )
+        together = reduce(operator.add, clients)
+        return cls.whitened(counts, sums, scatters, together.within_covariance().cpu())
 
     @classmethod
     def whitened(cls, count_MC: Tensor, sum_MCd: Tensor, scatter_Mdd: Tensor, covariance_dd: Tensor) -> "ClassSums":
@@ -78,13 +90,18 @@ class ClassSums:
         """
         mean_ACd, mean_BCd = (each.sum_MCd / _or_one(each.count_MC)[..., None] for each in (self, other))
         for c, (count_A, count_B) in enumerate(zip(self.count_MC.T, other.count_MC.T, strict=True)):
-            known_AB = count_A[:, None] * count_B / _or_one(count_A[:, None] + count_B)
+            known_AB = _known(count_A, count_B)
             yield known_AB, known_AB * torch.cdist(mean_ACd[:, c], mean_BCd[:, c]).square()
 
 
 def _or_one(count: Tensor) -> Tensor:
     """Returns what can be divided by, where nothing is divided."""
     return count.where(count > 0, 1)
+
+
+def _known(count_A: Tensor, count_B: Tensor) -> Tensor:
+    """Returns half the harmonic mean `[A, B]` of the rows that any two have of a class."""
+    return count_A[:, None] * count_B / _or_one(count_A[:, None] + count_B)
 
 
 def shifts(sums: ClassSums) -> Tensor:
@@ -105,7 +122,7 @@ def strays(sums: ClassSums) -> Tensor:
     count_MC, size = sums.count_MC, sums.size
     classes_MM, all_known_MM = torch.zeros(2, len(count_MC), len(count_MC)).to(count_MC)
     for count_M in count_MC.T:
-        known_MM = count_M[:, None] * count_M / _or_one(count_M[:, None] + count_M)
+        known_MM = _known(count_M, count_M)
         classes_MM += known_MM > 0
         all_known_MM += known_MM
     return (2 * size * classes_MM).sqrt() / _or_one(all_known_MM)
