@@ -96,7 +96,7 @@ def name_undecodable(datasets: Mapping[str, Dataset], image_processor: BaseImage
             try:
                 decode([decode.read(rows[row]["image"])])
             except Exception:
-                faults.append(encoded[row]["image"]["path"] or f"row {row} of the {name}")
+                faults.append(_path(encoded[row]) or f"row {row} of the {name}")
     # As whole names: "3.png" is part of "13.png".
     told = (rf"(?<![\w./-]){re.escape(fault)}(?![\w-])" for fault in dict.fromkeys(faults))
     more = [fault for fault, it in zip(dict.fromkeys(faults), told, strict=True) if not re.search(it, known)]

@@ -197,6 +197,11 @@ def test_damaged_files_of_other_batches_are_named():
     few = FederatedDataset.from_clients({"south": rows(files[:20])})
     with pytest.raises(ValueError, match=r"'3cut.png', .* with 1 more image of this batch: 9-cut.png\.$"):
         experiment.prepare(few, SmallImageProcessor(size=4))
+    # A row without an image has no name.
+    files[301] = None
+    data = FederatedDataset.from_clients({"south": rows(files[:400])})
+    with pytest.raises(ValueError, match=r"And with 3 .* 300-cut.png, row 301 of the pool, cut"):
+        experiment.prepare(data, SmallImageProcessor(size=4))
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch):
