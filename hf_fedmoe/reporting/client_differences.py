@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ..data import FederatedDataset
 from ..data.labels import labels_for_collators
-from ..strategies.client_groups import ClassSums, groups_of, shifts, strays
+from ..strategies.client_groups import ClassSums, groups_of, input_distance, shifts, strays
 from ..strategies.client_statistics import head_of, statistics_of
+from ..strategies.fedmoe_groups import INPUTS_DIFFER
 from .markdown import table
 
 
@@ -51,6 +52,8 @@ class ClientDifferences:
         groups (`list[int]`): The group of each client; one for all where no groups are clear.
         clearness (`float`): Silhouette of the groups, -1 to 1; of the best division if none is clear.
         comparable (`float`, *optional*, defaults to 1): Share of the pairs of clients that have a class in common.
+        input_distance (`float`, *optional*, defaults to 0): How far the inputs of groups are apart whatever their
+            labels, in squared standard deviations within classes; around 0 where the same input means another label.
     """
 
     label_skew: float
@@ -58,6 +61,7 @@ class ClientDifferences:
     groups: list[int]
     clearness: float
     comparable: float = 1.0
+    input_distance: float = 0.0
 
     @property
     def num_groups(self) -> int:
@@ -73,8 +77,12 @@ class ClientDifferences:
                 f"fewer than {FEWEST} clients. Take FedAvg, tuned on the reserved set, and FedAvg+ beside it."
             )
         if self.num_groups > 1:
+            why = (
+                "inputs themselves differ" if self.input_distance > INPUTS_DIFFER else "like inputs mean other labels"
+            )
             return (
-                f"Classes look different in {self.num_groups} groups of clients: no single compact model serves all. "
+                f"Classes look different in {self.num_groups} groups of clients, where {why}: no single compact model "
+                "serves all. "
                 f"Compare `fedmoe_groups` with {self.num_groups} routed experts; its controls are `ifca` and "
                 "`fedavg_plus`."
             )
@@ -101,6 +109,7 @@ class ClientDifferences:
             ["clearness of groups, -1 to 1", f"{self.clearness:.2f}"],
             ["shift of classes within groups", f"{within.mean():.2f}"],
             ["shift of classes between groups", f"{between.mean():.2f}" if len(between) else "-"],
+            ["distance of inputs between groups", f"{self.input_distance:.2f}" if len(between) else "-"],
         ]
         return f"{table(rows, ['', ''])}\n\n{self.advice}"
 
@@ -151,7 +160,8 @@ def diagnose(
     skew = np.abs(shares_MC - counts_MC.sum(0) / counts_MC.sum()).sum(1).mean() / 2
     has_MC = (counts_MC > 0).astype(int)
     comparable = ((has_MC @ has_MC.T) > 0)[~np.eye(len(has_MC), dtype=bool)].mean()
-    return ClientDifferences(float(skew), shift_MM.numpy(), groups, clearness, float(comparable))
+    distance = input_distance(sums.of_groups(torch.tensor(groups)))
+    return ClientDifferences(float(skew), shift_MM.numpy(), groups, clearness, float(comparable), distance)
 
 
 def _check_enough_rows(counts_MC: np.ndarray) -> None:

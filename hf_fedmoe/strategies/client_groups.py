@@ -4,6 +4,7 @@ Groups of clients whose classes look alike, as statistics of their data tell the
 Shape suffixes: M, A and B clients or groups of them, K groups, C classes, d features.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,15 @@ class ClassSums:
 
     def __getitem__(self, clients: Tensor | slice) -> "ClassSums":
         return ClassSums(self.count_MC[clients], self.sum_MCd[clients], self.size)
+
+    def of_groups(self, group_M: Tensor) -> "ClassSums":
+        """Returns the sums of groups, from the group `[M]` of each client."""
+        groups, group_M = group_M.unique(return_inverse=True)
+        count_KC, sum_KCd = (
+            each.new_zeros(len(groups), *each.shape[1:]).index_add_(0, group_M, each)
+            for each in (self.count_MC, self.sum_MCd)
+        )
+        return ClassSums(count_KC, sum_KCd, self.size)
 
     def join(self, first: int, second: int) -> None:
         """Adds the sums of `second` to those of `first`."""
@@ -164,6 +174,34 @@ def groups_of(sums: ClassSums, num_groups: int) -> Tensor:
         evidence_MM[first] = evidence_MM[:, first] = evidence_M
         evidence_MM[second] = evidence_MM[:, second] = -torch.inf
     return group_M.unique(return_inverse=True)[1]
+
+
+def input_distance(groups: ClassSums) -> float:
+    """
+    Returns how far the inputs of groups are apart, whatever their labels: the mean over pairs of groups that have a
+    class in common of the squared distance of their means, in units of the covariance within classes and without what
+    is expected of chance. Around 0 or below where groups see the same inputs, also if these mean something else to
+    each, or come in other proportions; 0 where no two have a class in common.
+
+    Of a pair it is the smaller of two distances. That of the means of all rows is 0 where the same inputs have other
+    labels, that of the means over classes in equal proportions where only proportions differ.
+    """
+    distances = []
+    rows_K = groups.count_MC.sum(1)
+    mean_Kd = groups.sum_MCd.sum(1) / _or_one(rows_K)[:, None]
+    mean_KCd = groups.sum_MCd / _or_one(groups.count_MC)[..., None]
+    for first, second in itertools.combinations(range(len(rows_K)), 2):
+        count_C, other_C = groups.count_MC[first], groups.count_MC[second]
+        known_C = count_C * other_C / _or_one(count_C + other_C)
+        if not known_C.any():
+            continue
+        share_C = known_C / known_C.sum()
+        apart_d = share_C @ (mean_KCd[first] - mean_KCd[second])
+        of_classes = apart_d.square().sum() - groups.size * (share_C.square() / _or_one(known_C)).sum()
+        of_rows = (mean_Kd[first] - mean_Kd[second]).square().sum()
+        of_rows -= groups.size * (1 / rows_K[first] + 1 / rows_K[second])
+        distances.append(min(of_classes.item(), of_rows.item()))
+    return sum(distances) / max(1, len(distances))
 
 
 def _variance_between(sums: ClassSums) -> float:

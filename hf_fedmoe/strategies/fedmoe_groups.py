@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import AdapterExpert, FedMoEPreTrainedModel
 from ..weights import Payload, fuse_integers
-from .client_groups import ClassSums, groups_of, with_old_names
+from .client_groups import ClassSums, groups_of, input_distance, with_old_names
 from .client_statistics import ClientStatistics, client_statistics, head_of, projection, prototype_scores
 from .fedrep import names_of_part
 from .gate_training import calibrated
@@ -27,12 +27,16 @@ from .setting_kinds import check_setting_kinds
 
 # Of a client whose group is unknown.
 NOBODY = -1
+# Squared standard deviations: groups whose inputs are further apart look different. Groups that are found where there
+# are none came to 0.6 at most, kinds of pictures and turned ones to 1.3 and more (docs/results.md).
+INPUTS_DIFFER = 1.0
 
 
 @dataclass
 class FedMoEGroups(Strategy):
     """
-    One routed expert for each group of clients, a trunk that all clients train, and a main expert that is their mean.
+    One routed expert for each group of clients, a main expert that is the mean of all, and where their inputs look
+    alike a trunk that all clients train.
 
     Groups are of clients whose classes look alike: whether their pictures are turned, or the same picture means
     another label to them, the means of their classes are apart in the features of the model that all start from. With
@@ -48,10 +52,9 @@ class FedMoEGroups(Strategy):
 
     Args:
         own (`tuple[str]`, *optional*): Beginnings of the names of the tensors that each group has for itself;
-            `("",)` for whole experts. By default all that lie outside of the backbone of a Hugging Face model.
-        trunk_rounds (`int`, *optional*): Rounds in which there is a trunk; after them each group has all tensors for
-            itself. By default there is one until the end. Half of the rounds, or whole experts, pay where inputs of
-            groups look different, and cost where the same input means something else to them.
+            `("",)` for whole experts. By default the statistics decide: whole experts where inputs of groups look
+            different ([`input_distance`] above 1), and where they look alike all that lie outside of the backbone
+            of a Hugging Face model.
         statistics_size (`int`, *optional*, defaults to 256): d, the features that statistics are of, at most.
         calibrates (`bool`, *optional*, defaults to `True`): Whether temperature and alpha are those with which the
             mixture is surest of the reserved labels, or 1 and what the model starts with, without a reserved set.
@@ -63,7 +66,6 @@ class FedMoEGroups(Strategy):
     """
 
     own: tuple[str, ...] | None = None
-    trunk_rounds: int | None = None
     statistics_size: int = 256
     calibrates: bool = True
     final_expert_epochs: int = 5
@@ -80,8 +82,6 @@ class FedMoEGroups(Strategy):
         for name, lowest in (("statistics_size", 1), ("final_expert_epochs", 0), ("expert_batch_size", 1)):
             if vars(self)[name] < lowest:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give at least {lowest}.")
-        if self.trunk_rounds is not None and self.trunk_rounds < 0:
-            raise ValueError(f"`trunk_rounds` is {self.trunk_rounds}: give 0 or more, or leave it out.")
         if self.expert_learning_rate <= 0:
             raise ValueError(f"`expert_learning_rate` is {self.expert_learning_rate}: give more than 0.")
 
@@ -140,6 +140,7 @@ class FedMoEGroups(Strategy):
             "sum_MCd": torch.zeros(num_clients, num_labels, d, dtype=torch.float64),
             "gram_dd": torch.zeros(d, d, dtype=torch.float64),
             "scatter_Mdd": torch.zeros(num_clients, d, d),
+            "input_distance": torch.zeros(()),
             "contribution_SM": torch.zeros(len(server.bank_SP), num_clients),
         }
 
@@ -171,9 +172,9 @@ class FedMoEGroups(Strategy):
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
         self._find_groups(server, uploads)
-        report = self._fuse(server, uploads, step.round_index)
+        report = self._fuse(server, uploads)
         if (server.tensors["group_M"] != NOBODY).any():
-            report |= self._fit_gate(step)
+            report |= self._fit_gate(step) | {"input_distance": server.tensors["input_distance"].item()}
         return report | {"alpha": as_mixture(server.model).alpha.item()}
 
     def finish(self, server: Server, step: ServerStep) -> None:
@@ -205,6 +206,7 @@ class FedMoEGroups(Strategy):
         sums = ClassSums.whitened(count_nC, sum_nCd, tensors["scatter_Mdd"][known], together.within_covariance())
         group_n = groups_of(sums, num_groups)
         tensors["group_M"][known] = with_old_names(group_n, tensors["group_M"][known], num_groups)
+        tensors["input_distance"].fill_(input_distance(sums.of_groups(group_n)))
 
     @torch.no_grad()
     def _fit_gate(self, step: ServerStep) -> dict[str, float]:
@@ -236,7 +238,7 @@ class FedMoEGroups(Strategy):
         model.alpha_logit.fill_(math.log(alpha / (1 - alpha)))
         return {"gate_temperature": temperature}
 
-    def _fuse(self, server: Server, uploads: Uploads, round_index: int) -> dict[str, float]:
+    def _fuse(self, server: Server, uploads: Uploads) -> dict[str, float]:
         """Averages the trunk over all participants, and each group's own part over its own."""
         layout, device = server.layout, server.bank_SP.device
         num_experts = len(server.bank_SP)
@@ -247,8 +249,8 @@ class FedMoEGroups(Strategy):
         weights_Sm /= total_S.clamp_min(1)[:, None]
         keep_S = (total_S == 0).to(weights_Sm)
         uploads.fuse_into_(server, weights_Sm, keep_S)
-        has_trunk = self.trunk_rounds is None or round_index < self.trunk_rounds
-        own = names_of_part(layout, server.worker, self.own if has_trunk else ("",))
+        inputs_differ = server.tensors["input_distance"] > INPUTS_DIFFER
+        own = names_of_part(layout, server.worker, ("",) if self.own is None and inputs_differ else self.own)
         experts = [layout.views(row_P) for row_P in server.bank_SP]
         for s, weights_m in enumerate(weights_Sm):
             trunk = {name: view for name, view in experts[s].items() if name not in own} if s else {}

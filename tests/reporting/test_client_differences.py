@@ -13,7 +13,7 @@ from hf_fedmoe.reporting import client_differences
 from hf_fedmoe.strategies.client_groups import groups_of, shifts, strays
 from hf_fedmoe.strategies.client_statistics import ClientStatistics
 from tests.clients_of_groups import in_common
-from tests.strategies.test_fedmoe_groups import federation_of_groups
+from tests.strategies.test_fedmoe_groups import federation_of_groups, federation_of_other_inputs
 from tests.tiny_federation import tiny_expert, tiny_rows, with_padding
 
 
@@ -30,8 +30,16 @@ def test_groups_to_whom_labels_mean_something_else():
     assert found.num_groups == 2 and len(set(found.groups[::2])) == len(set(found.groups[1::2])) == 1
     same_MM = np.equal.outer(found.groups, found.groups)
     assert found.shift_MM[~same_MM].min() > found.shift_MM[same_MM].max()
+    assert "where like inputs mean other labels" in found.advice and abs(found.input_distance) < 0.1
     assert "Compare `fedmoe_groups` with 2 routed experts" in found.advice
     assert "| groups | 2 |" in str(found) and found.clearness > 0.5
+
+
+def test_groups_whose_inputs_differ():
+    found = of(federation_of_other_inputs())
+    assert found.num_groups == 2 and "2 groups of clients, where inputs themselves differ" in found.advice
+    assert f"| distance of inputs between groups | {found.input_distance:.2f} |" in str(found)
+    assert found.input_distance > 1
 
 
 def clearest(groups: list[int], rows: list[int], means_gCd: torch.Tensor, seed: int) -> list[int]:

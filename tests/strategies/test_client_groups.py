@@ -12,6 +12,7 @@ from hf_fedmoe.strategies.client_groups import (
     _evidence,
     _variance_between,
     groups_of,
+    input_distance,
     shifts,
     strays,
     with_old_names,
@@ -64,6 +65,39 @@ def test_proportions_of_classes_make_no_shift():
     assert shifts(alike).fill_diagonal_(0).abs().max() < 0.2
     apart = in_common(clients_of_groups([0, 1] * 2, means_of_groups(2, 1.0), [[0, 1]] * 4))
     assert shifts(apart)[0, 1] > 2
+
+
+def test_inputs_of_groups_are_apart_by_what_is_not_in_their_labels():
+    """Labels that mean something else leave inputs as they are, other proportions leave classes as they are."""
+    means_1Cd = means_of_groups(1, 2.0)
+    moved_gCd = torch.cat([means_1Cd, means_1Cd.roll(1, 1)])
+
+    def found(means_gCd, classes):
+        clients = clients_of_groups([0, 1] * 4, means_gCd, classes, rows=1000)
+        variances = SCALES_d.double().square().diag()
+        counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
+        scatters = torch.stack([client.scatter() for client in clients])
+        white = ClassSums.whitened(counts, sums, scatters, variances)
+        groups = white.of_groups(torch.tensor([0, 1] * 4))
+        return input_distance(groups), shifts(groups)[0, 1].item()
+
+    distance, shift = found(moved_gCd, [EVERY] * 8)
+    assert distance == pytest.approx(0, abs=0.05) and shift > 10
+    distance, shift = found(means_1Cd.expand(2, -1, -1), [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]] * 4)
+    assert distance == pytest.approx(0, abs=0.05) and shift == pytest.approx(0, abs=0.05)
+    # Each class is moved by as much: in whatever proportions they come, inputs are that far apart.
+    away_d = torch.tensor([0.3, -0.2, 0.0, 0.4, 0.1])
+    distance, shift = found(torch.cat([means_1Cd, means_1Cd + away_d]), [EVERY] * 8)
+    assert distance == pytest.approx(away_d.square().sum().item(), abs=0.08) and shift == pytest.approx(0.3, abs=0.05)
+    assert found(moved_gCd, [[0], [1]] * 4)[0] == 0  # no class in common
+
+
+def test_inputs_of_alike_groups_are_apart_by_nothing_on_average():
+    """Subtracts what is expected of chance, of few rows: the smaller of two estimates lies a little below 0."""
+    generator, counts = torch.Generator().manual_seed(0), torch.tensor([[6.0, 3.0], [2.0, 9.0]]).double()
+    noise = torch.randn(2000, *counts.shape, D, generator=generator).double() * counts.sqrt()[..., None]
+    found = torch.tensor([input_distance(ClassSums(counts, each, D)) for each in noise])
+    assert -0.3 < found.mean().item() < 0.01
 
 
 def test_evidence_is_the_bayes_factor_of_one_mean_against_two():

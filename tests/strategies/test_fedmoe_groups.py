@@ -98,32 +98,33 @@ def test_a_round_by_hand(tmp_path):
         assert torch.equal(view, before[name] if name.startswith("classifier.") else main[name])
 
 
+def federation_of_other_inputs() -> FederatedDataset:
+    """Six clients: the odd ones' texts have one token at every other place, with the same labels."""
+    rows = tiny_rows(CLIENTS * SIZE + 30)
+    input_ids = np.array(rows["input_ids"])
+    for client in range(1, CLIENTS, 2):
+        input_ids[client * SIZE : (client + 1) * SIZE, ::2] = 3
+    features = rows.features
+    rows = rows.remove_columns("input_ids").add_column("input_ids", input_ids.tolist()).cast(features)
+    parts = [np.arange(client * SIZE, (client + 1) * SIZE) for client in range(CLIENTS)]
+    return FederatedDataset(rows, parts, reserved=np.arange(CLIENTS * SIZE, CLIENTS * SIZE + 30))
+
+
 @pytest.mark.parametrize(
-    ("settings", "same"),
-    [
-        ({"trunk_rounds": 0}, {"own": ("",)}),
-        ({"trunk_rounds": 2}, {}),
-        ({"own": ("",), "trunk_rounds": 1}, {"own": ("",)}),
-    ],
+    ("federation", "same"), [(federation_of_groups, ("classifier",)), (federation_of_other_inputs, ("",))]
 )
-def test_a_trunk_of_no_or_of_all_rounds_is_whole_experts_or_the_default(tmp_path, settings, same):
+def test_experts_are_whole_where_inputs_of_groups_differ_and_heads_where_only_labels_do(tmp_path, federation, same):
     runs = [
-        trained(tmp_path / name, FedMoEGroups(statistics_size=16, **own), save_strategy="no")
-        for name, own in {"one": settings, "other": same}.items()
+        trained(tmp_path / str(own), FedMoEGroups(own, statistics_size=16), data=federation(), save_strategy="no")
+        for own in (None, same, ("classifier",) if same == ("",) else ("",))
     ]
-    first, second = (run.model.state_dict() for run in runs)
+    first, second, third = (run.model.state_dict() for run in runs)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
-def test_after_the_rounds_of_the_trunk_experts_go_their_own_ways(tmp_path):
-    """Experts of whole models would have parted in the first round, those of one trunk never."""
-    strategy = FedMoEGroups(statistics_size=16, trunk_rounds=1, final_expert_epochs=0)
-    apart = []
-    for rounds in (1, 2):
-        model = trained(tmp_path / str(rounds), strategy, rounds=rounds, save_strategy="no").model
-        first, second = (dict(expert.base_model.named_parameters()) for expert in model.experts[1:])
-        apart.append([not torch.equal(tensor, second[name]) for name, tensor in first.items()])
-    assert not any(apart[0]) and all(apart[1])
+    assert not all(torch.equal(tensor, third[name]) for name, tensor in first.items())
+    group_M = runs[0]._left[0]["group_M"]
+    assert (group_M[::2] == group_M[0]).all() and (group_M[1::2] == 1 - group_M[0]).all()
+    distances = [each.metrics["input_distance"] for each in runs[0].rounds]
+    assert distances[0] == distances[1] and (distances[0] > 1 if same == ("",) else abs(distances[0]) < 0.1)
 
 
 def test_statistics_travel_once(tmp_path):
@@ -218,8 +219,6 @@ def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):
     refused(
         r"The names of the part are 'classifier': give a tuple, \('classifier',\)", strategy=FedMoEGroups("classifier")
     )
-    with pytest.raises(ValueError, match="`trunk_rounds` is -1: give 0 or more, or leave it out"):
-        FedMoEGroups(trunk_rounds=-1)
     for name, value in (("statistics_size", 0), ("final_expert_epochs", -1), ("expert_batch_size", 0)):
         with pytest.raises(ValueError, match=f"`{name}` is {value}: give at least"):
             FedMoEGroups(**{name: value})
