@@ -8,7 +8,8 @@ from transformers import default_data_collator
 
 from hf_fedmoe.data import ReservedSet
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from hf_fedmoe.strategies.gate_training import CapturedGateFit, GateFit, train_gate
+from hf_fedmoe.models.mixture_fedmoe import dense_mixture
+from hf_fedmoe.strategies.gate_training import CapturedGateFit, GateFit, calibrated, train_gate
 from hf_fedmoe.strategies.server_training import ExpertOutputs
 from tests.eager_graphs import EagerGraph, stand_in
 from tests.tiny_federation import assert_equal_states, state, tiny_expert, tiny_gate, tiny_rows
@@ -103,3 +104,14 @@ def test_other_weights_of_the_objective_are_captured_anew(monkeypatch):
         expected, found = train_gate(GateFit(plain), *settings), train_gate(fit, *settings)
         assert found == pytest.approx(expected, rel=1e-5)
     assert_equal_states(state(plain), state(captured), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.95), (3.0, 0.65), (5.0, 0.2)])
+def test_calibration_finds_the_temperature_and_alpha_that_labels_were_drawn_by(temperature, alpha):
+    generator = torch.Generator().manual_seed(0)
+    logits_RSC = 3 * torch.randn(40_000, 3, 4, generator=generator)
+    scores_RKN = 6 * torch.randn(40_000, 2, 2, generator=generator)
+    Q_RK = (scores_RKN / temperature).logsumexp(-1).softmax(-1)
+    P_RC = dense_mixture(logits_RSC, Q_RK, torch.tensor([alpha]), 1).exp()
+    labels_R = torch.multinomial(P_RC, 1, generator=generator)[:, 0]
+    assert calibrated(mixture(), logits_RSC, scores_RKN, labels_R) == (temperature, alpha)
