@@ -44,6 +44,7 @@ _ROOMS = {
     "FedAdagrad": "strategies",
     "FedAdam": "strategies",
     "FedAvg": "strategies",
+    "FedAvgAdjusted": "strategies",
     "FedAvgMovingAverage": "strategies",
     "FedAvgPlus": "strategies",
     "FedAvgReserved": "strategies",

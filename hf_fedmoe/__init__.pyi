@@ -40,6 +40,7 @@ from .strategies import Decentralised as Decentralised
 from .strategies import FedAdagrad as FedAdagrad
 from .strategies import FedAdam as FedAdam
 from .strategies import FedAvg as FedAvg
+from .strategies import FedAvgAdjusted as FedAvgAdjusted
 from .strategies import FedAvgMovingAverage as FedAvgMovingAverage
 from .strategies import FedAvgPlus as FedAvgPlus
 from .strategies import FedAvgReserved as FedAvgReserved

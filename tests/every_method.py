@@ -28,6 +28,7 @@ from hf_fedmoe.strategies import (
     FedAdagrad,
     FedAdam,
     FedAvg,
+    FedAvgAdjusted,
     FedAvgMovingAverage,
     FedAvgPlus,
     FedAvgReserved,
@@ -193,6 +194,9 @@ METHODS = {
     "fedavg": Method(FedAvg, LIMITS + "test_one_client_and_one_round_of_fedavg_is_a_plain_trainer"),
     "fedavg_reserved": Method(
         FedAvgReserved, LIMITS + "test_fine_tuning_on_the_reserved_set_for_no_epoch_at_rate_zero_is_fedavg"
+    ),
+    "fedavg_adjusted": Method(
+        FedAvgAdjusted, LIMITS + "test_adjustment_of_strength_zero_is_fedavg_tuned_at_the_end", resumed=MOST_STATE
     ),
     "fedavg_moving_average": Method(FedAvgMovingAverage, LIMITS + "test_moving_average_of_rate_one_is_fedavg"),
     "fedadagrad": Method(FedAdagrad, LIMITS + "test_server_optimizers_that_are_not_adaptive_are_fedavg"),

@@ -142,6 +142,7 @@ def make_strategy(
             when="round", epochs=max(1, args.expert_epochs or 0, args.download_epochs or 0), **server
         ),
         "fedavg_tuned_at_end": dict(when="end", epochs=args.final_expert_epochs or TUNING_EPOCHS, **server),
+        "fedavg_adjusted": dict(epochs=args.final_expert_epochs or TUNING_EPOCHS, **server),
         "fedavg_moving_average": dict(rate=args.fusion_rate),
     }
     own = typed_settings(experiment.read_json("method_settings").get(method, {}), own_settings(method))

@@ -18,6 +18,7 @@ from .apfl import APFL
 from .clustered import ClusteredFL
 from .decentralised import Decentralised
 from .fedavg import FedAvg, FedAvgMovingAverage, FedAvgReserved
+from .fedavg_adjusted import FedAvgAdjusted
 from .fedavg_plus import FedAvgPlus
 from .fedem import FedEM
 from .fedjets import FedJETs, freeze_common_expert
@@ -55,6 +56,7 @@ __all__ = [
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
+    "FedAvgAdjusted",
     "FedAvgMovingAverage",
     "FedAvgPlus",
     "FedAvgReserved",

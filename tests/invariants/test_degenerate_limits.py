@@ -10,6 +10,7 @@ from hf_fedmoe.strategies import (
     FedAdagrad,
     FedAdam,
     FedAvg,
+    FedAvgAdjusted,
     FedAvgMovingAverage,
     FedAvgReserved,
     FedProx,
@@ -162,6 +163,11 @@ def test_fine_tuning_on_the_reserved_set_for_no_epoch_at_rate_zero_is_fedavg(tmp
     for when in ("round", "end"):
         tuned = run(tmp_path, FedAvgReserved(when=when, learning_rate=0.0))
         assert_equal_states(state(tuned.model), state(run(tmp_path, FedAvg()).model))
+
+
+def test_adjustment_of_strength_zero_is_fedavg_tuned_at_the_end(tmp_path):
+    adjusted = state(run(tmp_path / "adjusted", FedAvgAdjusted(strength=0.0)).model)
+    assert_equal_states(adjusted, state(run(tmp_path / "tuned", FedAvgReserved(when="end")).model))
 
 
 def test_fed_moe_of_identical_clients_is_fedavg_of_them(tmp_path):
