@@ -69,6 +69,13 @@ class ExamplePrivacy:
         drawn = (np.flatnonzero(generator.random(num_examples) < draw.rate).tolist() for _ in range(draw.steps))
         return [[batch] if batch else [] for batch in drawn]
 
+    def seed_of_masks(self, seed: int) -> int:
+        """
+        Returns the seed of dropout and augmentation: a fresh one with noise of the system. In a batch each row has
+        those of its place, so that whoever knew them could tell a row's absence by the masks of the rows behind it.
+        """
+        return fresh_seed() >> 65 if self.noise_source == "system" else seed
+
     def normals(self, seed: int) -> Normals:
         """Returns the noise of a client's round."""
         return system_normals(0) if self.noise_source == "system" else seeded_normals(seed_of(seed, Stream.NOISE))(0)

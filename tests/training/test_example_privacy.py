@@ -29,7 +29,7 @@ from tests.tiny_federation import (
     tiny_mixture,
 )
 from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
-from tests.tiny_models import tiny_char_lstm
+from tests.tiny_models import tiny_bert, tiny_char_lstm
 
 
 pytest.importorskip("opacus", reason="example-level privacy is by Opacus: pip install 'hf_fedmoe[test]'")
@@ -233,6 +233,19 @@ def test_equal_seeds_give_equal_bits_but_not_of_the_system(source, tmp_path):
         assert_equal_states(first, second)
     else:
         assert not torch.allclose(first["classifier.weight"], second["classifier.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("source", ["system", "seed"])
+def test_masks_of_dropout_are_known_to_nobody_but_by_the_seed(source, tmp_path):
+    # Each row has the masks of its place: known ones would tell who is missing before it.
+    model = tiny_bert(3, hidden_dropout_prob=0.5)
+    clipped = {"example_noise_multiplier": 0.0, "example_clipping_norm": 1e3, "noise_source": source}
+    everybody = {"per_device_train_batch_size": 12, "rounds": 1}  # the same rows in each step, and no noise
+    runs = [trainer(tmp_path / str(n), model=copy.deepcopy(model), **clipped | everybody) for n in range(2)]
+    for run in runs:
+        run.train()
+    first, second = (state(run.model)["classifier.weight"] for run in runs)
+    assert torch.equal(first, second) == (source == "seed")
 
 
 def test_a_resumed_run_has_the_same_bits_and_counts_on(tmp_path):
