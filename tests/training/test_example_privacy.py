@@ -17,6 +17,7 @@ from hf_fedmoe.federation import ExamplePrivacy, Federation, Stream, poisson_dra
 from hf_fedmoe.strategies import APFL, FedAvg, FedMoE, FedProx, Scaffold
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.training.example_budget import SPENT, SPENT_FILE, ExampleBudget
+from hf_fedmoe.training.readers import Reader
 from tests.tiny_federation import (
     assert_equal_states,
     interrupted_and_resumed,
@@ -132,6 +133,35 @@ def test_a_draw_has_as_many_steps_as_without_privacy_and_each_row_equally_often(
     assert ((counts - 2000).abs() < 5 * 37).all()
     sizes = torch.tensor([float(len(step[0])) if step else 0.0 for step in steps])
     assert sizes.var().item() == pytest.approx(12 * 2 / 9, rel=0.1)  # of a binomial, not of batches of a size
+
+
+def huge_loss_of_class_2(outputs, labels, num_items_in_batch=None):
+    losses = nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+    return (losses * torch.where(labels == 2, math.inf, 1.0)).mean()
+
+
+@pytest.mark.parametrize("z", [1.0, 0.0])
+def test_a_row_whose_gradient_is_not_finite_moves_nothing(z, tmp_path, monkeypatch):
+    # Its upload would be refused, which tells everybody that the row is there.
+    data = tiny_federation(1)
+    labels = torch.tensor(data.pool["label"])[data.client_rows(0)]
+    finite = torch.nonzero(labels != 2).flatten().tolist()
+
+    def run(batch):
+        # The trial sees none of the rows at fault.
+        monkeypatch.setattr(Reader, "extremes", lambda reader: [int(reader.rows[place]) for place in finite[:2]])
+        monkeypatch.setattr(ExamplePrivacy, "steps", lambda self, draw, count, seed: [[batch if count == 12 else [0]]])
+        args = tiny_args(tmp_path, **HIDDEN | {"example_noise_multiplier": z, "clients_per_round": 1, "rounds": 1})
+        made = FederatedTrainer(tiny_expert(), args, data, compute_loss_func=huge_loss_of_class_2)
+        made.train()
+        return state(made.model)
+
+    if z:
+        assert 0 < len(finite) < 12
+        assert_equal_states(run([*range(12)]), run(finite), atol=1e-6, rtol=1e-6)
+    else:  # nothing is hidden, and a fault of the loss must show
+        with pytest.raises(RuntimeError, match="sent a sound model"):
+            run([*range(12)])
 
 
 def test_a_client_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch):
