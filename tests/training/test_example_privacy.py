@@ -233,6 +233,12 @@ def test_the_noise_is_the_least_with_which_every_client_may_be_in_all_rounds(acc
     assert budget(tmp_path, sizes, example_noise_multiplier=z - 0.01, **changes).epsilon(every) > 3.0
 
 
+def test_the_least_noise_where_the_target_is_far_away(tmp_path):
+    for accountant in ("rdp", "pld"):
+        asked = budget(tmp_path, **FOUND | {"example_target_epsilon": 1e5, "privacy_accountant": accountant})
+        assert asked.find_noise() == 0.05
+
+
 # A run
 
 
@@ -314,6 +320,32 @@ def test_a_run_stops_before_a_client_overspends(tmp_path):
     assert 2.9 < budget(tmp_path, example_noise_multiplier=z).epsilon([2] * 4) <= 3.0
 
 
+def test_a_first_round_that_costs_too_much_is_no_run(tmp_path):
+    message = (
+        r"`example_target_epsilon` is 0\.1, but with `example_noise_multiplier` 1 the first round costs a client 2\.45"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, example_target_epsilon=0.1).train()
+
+
+@pytest.mark.parametrize(
+    ("began", "changes"),
+    [
+        (HIDDEN, {"example_noise_multiplier": 9.0}),
+        (HIDDEN, {"per_device_train_batch_size": 1}),
+        (HIDDEN, {"num_train_epochs": 0.5}),
+        (FOUND, {"rounds": 9}),
+    ],
+)
+def test_earlier_rounds_of_a_trainer_are_not_counted_as_others(began, changes, tmp_path):
+    run = trainer(tmp_path, **began | {"rounds": 1})
+    run.train()
+    for name, value in changes.items():
+        setattr(run.args, name, value)
+    with pytest.raises(ValueError, match=r"This trainer has trained with .* and would with"):
+        run.train()
+
+
 def test_the_card_says_what_holds_of_examples_and_of_clients(tmp_path):
     def card(folder, **changes):
         run = trainer(folder, rounds=1, **changes)
@@ -366,6 +398,12 @@ def test_experts_of_a_mixture_are_trained_so_too(tmp_path):
 def test_arguments_that_contradict_one_another(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_args(tmp_path, **HIDDEN | changes)
+
+
+def test_the_precision_of_the_launcher_counts_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="`mixed_precision` is 'bf16', but clients train by DP-SGD"):
+        tiny_args(tmp_path, **HIDDEN)
 
 
 def test_methods_models_and_clients_whose_examples_cannot_be_hidden(tmp_path):
