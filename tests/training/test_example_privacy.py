@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import nn
 
 from hf_fedmoe.deployment.message_engine import MessageEngine
-from hf_fedmoe.federation import ExamplePrivacy, Federation, Stream, poisson_draw, seed_of
+from hf_fedmoe.federation import ExamplePrivacy, Federation, PoissonDraw, Stream, poisson_draw, seed_of
 from hf_fedmoe.strategies import APFL, FedAvg, FedMoE, FedProx, Scaffold
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.training.example_budget import SPENT, SPENT_FILE, ExampleBudget
@@ -133,6 +133,16 @@ def test_a_draw_has_as_many_steps_as_without_privacy_and_each_row_equally_often(
     assert ((counts - 2000).abs() < 5 * 37).all()
     sizes = torch.tensor([float(len(step[0])) if step else 0.0 for step in steps])
     assert sizes.var().item() == pytest.approx(12 * 2 / 9, rel=0.1)  # of a binomial, not of batches of a size
+
+
+@pytest.mark.parametrize("source", ["system", "seed"])
+def test_who_is_in_a_batch_and_its_noise_follow_from_the_seed_only_if_asked(source):
+    # Epsilon counts on both being unknown.
+    privacy, draw = ExamplePrivacy(1.0, 1.0, source), PoissonDraw(0.5, 20, 6)
+    first, second = (privacy.steps(draw, 12, seed=0) for _ in range(2))
+    assert (first == second) == (source == "seed") and privacy.steps(draw, 12, seed=1) != first
+    first, second = (privacy.normals(0)(20) for _ in range(2))
+    assert torch.equal(first, second) == (source == "seed") and not torch.equal(privacy.normals(1)(20), first)
 
 
 def huge_loss_of_class_2(outputs, labels, num_items_in_batch=None):
