@@ -1,6 +1,7 @@
 """A look at the gradients that Opacus finds of single examples, before anybody relies on them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ def telling_rows(reader: Reader) -> list[int]:
     other classes, or with other numbers of labelled tokens, since a loss may weigh rows by them.
     """
     stored = reader.dataset.with_format(None)
-    label, kinds = next((name for name in LABELS if name in stored.column_names), None), {}
+    label = next((name for name in LABELS if name in stored.column_names), None)
+    kinds: dict[Any, int] = {}
     if label is not None:
         every = reader.rows
         asked = every[np.linspace(0, len(every) - 1, min(len(every), MOST_ASKED)).astype(int)]

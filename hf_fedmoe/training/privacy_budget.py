@@ -190,13 +190,15 @@ class PrivacyBudget(NoBudget):
 
     def find_noise(self) -> float:
         """Returns the least noise multiplier with which all rounds stay within the target."""
-        if self._epsilon(LEAST_NOISE, self.args.rounds, (self.args.delta, "rdp")) <= self.args.target_epsilon:
+        args = self.args
+        assert args.target_epsilon is not None  # there is no noise, the arguments are checked
+        if self._epsilon(LEAST_NOISE, args.rounds, (args.delta, "rdp")) <= args.target_epsilon:
             return LEAST_NOISE
         found = self._find_noise("rdp", LEAST_NOISE, 1.0)
-        if self.args.privacy_accountant == "rdp":
+        if args.privacy_accountant == "rdp":
             return found
         # A little less does, and far less would take hours to account for.
-        return self._find_noise(self.args.privacy_accountant, 0.6 * found, found)
+        return self._find_noise(args.privacy_accountant, 0.6 * found, found)
 
     def _find_noise(self, accountant: str, low: float, guess: float) -> float:
         dp, args = dp_accounting(), self.args
