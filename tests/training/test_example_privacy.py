@@ -227,11 +227,13 @@ def test_a_client_of_few_rows_has_all_of_them_in_each_step(tmp_path):
     assert budget(tmp_path, [3, 3]).epsilon([4, 1]) == RdpAccountant().compose(event, 4).get_epsilon(1e-2)
 
 
-def test_the_worst_client_is_told(tmp_path):
-    sizes, rounds = [3, 4, 5, 8, 9, 30, 31, 100], [1, 0, 2, 4, 3, 9, 8, 50]
+# Who has most steps costs most, or who has few rows, each in every batch.
+@pytest.mark.parametrize(("rounds", "worst"), [([1, 0, 2, 4, 3, 9, 8, 50], 100), ([10, 0, 2, 1, 1, 1, 1, 1], 3)])
+def test_the_worst_client_is_told(rounds, worst, tmp_path):
+    sizes = [3, 4, 5, 8, 9, 30, 31, 100]
     asked = budget(tmp_path, sizes, num_train_epochs=2)
     alone = [budget(tmp_path, [n], num_train_epochs=2).epsilon([k]) for n, k in zip(sizes, rounds, strict=True)]
-    assert asked.epsilon(rounds) == max(alone) and alone[1] == 0
+    assert asked.epsilon(rounds) == max(alone) == alone[sizes.index(worst)] and alone[1] == 0
     assert len(set(alone)) == len(sizes)
 
 
