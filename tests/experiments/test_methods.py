@@ -1,4 +1,4 @@
-"""What methods train on the reserved set alone, beside the clients."""
+"""Methods that train on the reserved set alone, beside the clients."""
 
 import pytest
 
