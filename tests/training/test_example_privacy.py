@@ -6,15 +6,17 @@ import math
 import sys
 
 import dp_accounting as dp
+import numpy as np
 import pytest
 import torch
 from dp_accounting.rdp import RdpAccountant
 from peft import LoraConfig
 from torch import nn
 
+from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.deployment.message_engine import MessageEngine
 from hf_fedmoe.federation import ExamplePrivacy, Federation, PoissonDraw, Stream, poisson_draw, seed_of
-from hf_fedmoe.strategies import APFL, FedAvg, FedMoE, FedProx, Scaffold
+from hf_fedmoe.strategies import APFL, FedAvg, FedMix, FedMoE, FedProx, Scaffold
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.training.example_budget import SPENT, SPENT_FILE, ExampleBudget
 from hf_fedmoe.training.readers import Reader
@@ -427,7 +429,13 @@ def test_methods_models_and_clients_whose_examples_cannot_be_hidden(tmp_path):
         refused(f"clients of '{strategy.name}' do more than train one model by its own loss", strategy=strategy)
     refused("running_mean` of the model is a statistic of a client's examples", tiny_resnet(3))
     refused(r"Opacus does not know all of the model: `.*` \(LSTM\): ", tiny_char_lstm(3))
+    message = r"itself \(FedMoEForSequenceClassification\): a layer that learns and has buffers"
+    refused(message, tiny_mixture(), FedMix())
     refused(r"`example_delta` is 0.1 and a client has 12 examples", example_delta=0.1)
+    data = tiny_federation()
+    few_and_many = FederatedDataset(data.pool, [np.arange(3), np.arange(3, 15)])
+    with pytest.raises(ValueError, match=r"`example_delta` is 0.1 and a client has 12 examples"):
+        trainer(tmp_path, data=few_and_many, example_delta=0.1)
 
 
 def test_clients_elsewhere_are_refused_for_now(tmp_path):
