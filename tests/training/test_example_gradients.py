@@ -49,12 +49,18 @@ def by_class(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 20.0, 400.0]))
 
 
-def test_a_loss_that_weighs_rows_by_their_classes_is_found_where_the_first_rows_are_of_one(tmp_path):
+def by_their_number(outputs, labels, num_items_in_batch=None):
+    losses = nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+    return (losses * torch.where(labels == 1, len(labels), 1)).mean()  # not in the first row
+
+
+@pytest.mark.parametrize("loss", [by_class, by_their_number])
+def test_a_loss_that_weighs_rows_by_their_classes_is_found_where_the_first_rows_are_of_one(loss, tmp_path):
     data, args = tiny_federation(), tiny_args(tmp_path, **CLIPPED)
     order = np.argsort(data.pool["label"], kind="stable")
     sorted_by_class = FederatedDataset(data.pool.select(order), data.client_indices)
     with pytest.raises(ValueError, match="The loss of `compute_loss_func` cannot be trained by DP-SGD: the gradient"):
-        FederatedTrainer(tiny_expert(), args, sorted_by_class, compute_loss_func=by_class).train()
+        FederatedTrainer(tiny_expert(), args, sorted_by_class, compute_loss_func=loss).train()
 
 
 def uneven_federation():
