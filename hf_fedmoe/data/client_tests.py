@@ -49,7 +49,7 @@ def hold_out_client_tests(
         if len(rows) < 2:
             raise ValueError(
                 f"Client {data.client_name(client)} has {len(rows)} row, too few to divide into training and test: "
-                "partition with `min_size=2` or more."
+                "give it two or more (`min_size=2` of a partition), or hold none out."
             )
         count = min(len(rows) - 1, max(1, round(test_share * len(rows))))
         order = np.random.default_rng((seed, client)).permutation(rows)

@@ -8,8 +8,10 @@ import torch
 from accelerate import PartialState
 
 
-# On Linux, of a container that may use so much time of cores in a while: `docker run --cpus 2`.
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# On Linux, of a container that may use so much time of cores in a while: `docker run --cpus 2`. Of control groups of
+# version 2 in one file, of version 1 in two.
+GROUPS = Path("/sys/fs/cgroup")
+QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 
 def use_all_cores() -> None:
@@ -25,8 +27,11 @@ def use_all_cores() -> None:
 def _limits() -> list[int]:
     """Lists limits to the cores, which `taskset` or a container sets: threads beyond them take many times as long."""
     found = [len(os.sched_getaffinity(0))] if hasattr(os, "sched_getaffinity") else []  # on Linux
-    try:
-        time, period = map(int, QUOTA.read_text().split())
-    except (OSError, ValueError):  # there is none, or it is "max"
-        return found
-    return [*found, max(1, time // period)]
+    for files in QUOTAS:
+        try:
+            time, period = (int(number) for file in files for number in (GROUPS / file).read_text().split())
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+        if time > 0 and period > 0:  # -1 is none
+            found.append(max(1, time // period))
+    return found

@@ -26,6 +26,11 @@ from .settings import Setting, nearest, settings_of, typed_settings
 WITHOUT_STRATEGY = {"reserved_only": "classifier", "cent_moe": "mixture", "fedmoe": "mixture"}
 # Of FedAvg fine-tuned at the end, where Fed-MoE does without.
 TUNING_EPOCHS = 5
+# Arguments without which a run protects neither clients nor examples.
+NOT_PRIVATE = (
+    *("noise_multiplier", "target_epsilon", "delta", "clipping_norm", "clipping_quantile"),
+    *("example_noise_multiplier", "example_target_epsilon", "example_delta", "example_clipping_norm"),
+)
 
 
 def train_on_reserved_set(
@@ -155,13 +160,18 @@ def make_strategy(
 
 
 def centralised(args: FedMoETrainingArguments, data: FederatedDataset) -> dict[str, Any]:
-    """The reserved set as the only client, with as many rounds and local steps as an average client has."""
+    """
+    The reserved set as the only client, with as many rounds and local steps as an average client has, and without
+    noise: its rows are the server's own.
+    """
     if data.reserved is None:
         raise ValueError(
             "`reserved_size` is 0, but a method that trains on the reserved set alone needs one: raise it."
         )
     args = copy.copy(args)
     args.clients_per_round = 1
+    for name in NOT_PRIVATE:
+        setattr(args, name, None)
     args.num_train_epochs *= data.client_sizes.mean() / len(data.reserved)
     alone = FederatedDataset(
         data.pool, [data.split_indices["reserved"]], validation=data.split_indices.get("validation"), test=data.test

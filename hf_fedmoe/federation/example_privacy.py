@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from ..weights import all_finite
 from .local_updates import LocalUpdates
 from .noise import Normals, seeded_normals, system_normals
 from .randomness import Stream, fresh_seed, seed_of
@@ -68,6 +69,13 @@ class ExamplePrivacy:
         generator = np.random.default_rng(fresh_seed() if self.noise_source == "system" else seed)
         drawn = (np.flatnonzero(generator.random(num_examples) < draw.rate).tolist() for _ in range(draw.steps))
         return [[batch] if batch else [] for batch in drawn]
+
+    def seed_of_masks(self, seed: int) -> int:
+        """
+        Returns the seed of dropout and augmentation: a fresh one with noise of the system. In a batch each row has
+        those of its place, so that whoever knew them could tell a row's absence by the masks of the rows behind it.
+        """
+        return fresh_seed() >> 65 if self.noise_source == "system" else seed
 
     def normals(self, seed: int) -> Normals:
         """Returns the noise of a client's round."""
@@ -185,6 +193,12 @@ class PrivateUpdates(LocalUpdates):
     def _finish_gradients(self, steps: Any) -> None:
         """Adds noise to the mean gradients, and what the loss has besides examples."""
         z = self.privacy.noise_multiplier
+        # No noise hides what is not finite: it would tell of the row, and the server would refuse the upload.
+        if z and not all_finite(parameter.grad for _, parameter in self._learning() if parameter.grad is not None):
+            self._leave_out_unsound_rows()
+            steps.clip_and_accumulate()
+            steps.add_noise()
+            steps.scale_grad()
         for name, parameter in self._learning():
             assert parameter.grad is not None  # `DPOptimizer` has just set it
             if z:
@@ -192,6 +206,15 @@ class PrivateUpdates(LocalUpdates):
                 parameter.grad.add_(noise, alpha=z * self.privacy.clipping_norm / steps.expected_batch_size)
             if self._mu:
                 parameter.grad.add_(parameter - self._received[name], alpha=self._mu)
+
+    def _leave_out_unsound_rows(self) -> None:
+        """Makes the gradients 0 of rows of which one is not finite."""
+        each = [(parameter, parameter.grad_sample) for _, parameter in self._learning()]  # type: ignore[attr-defined]
+        sound = torch.stack([gradients.flatten(1).isfinite().all(1) for _, gradients in each]).all(0)
+        for parameter, gradients in each:
+            kept = gradients.clone()  # Opacus takes each tensor once
+            kept[~sound] = 0
+            parameter.grad_sample, parameter.summed_grad = kept, None  # type: ignore[attr-defined]
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.worker.named_parameters() if p.requires_grad)

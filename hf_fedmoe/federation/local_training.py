@@ -270,7 +270,9 @@ class LocalTrainer:
         return (self.process_group.share(batch)[0] for step in plan for batch in step)
 
     def steps(self, dataset: Subset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
-        """The batches of each planned step; `seed` is that of dropout and augmentation."""
+        """The batches of each planned step; `seed` is that of dropout and augmentation, see [`ExamplePrivacy`]."""
+        if self.example_privacy is not None:
+            seed = self.example_privacy.seed_of_masks(seed)
         self._seed(self.process_group.seed(seed))
         batches = self._batches(dataset, list(self.own_rows(plan)), seed)
         for step in plan:

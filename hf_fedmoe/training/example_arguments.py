@@ -18,6 +18,7 @@ PLAIN = {
     "deepspeed": (None, "Opacus does not know its engine"),
     "bf16": (False, "sums and noise are float32"),
     "fp16": (False, "sums and noise are float32"),
+    "mixed_precision": ("no", "sums and noise are float32 (ACCELERATE_MIXED_PRECISION is the launcher's)"),
     "torch_compile": (False, "Opacus reads what layers compute"),
     "gradient_checkpointing": (False, "layers would be read twice"),
     "activation_checkpointing": (False, "layers would be read twice"),

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..federation import ExamplePrivacy, Federation, RoundReport, Server, poisson_draw, read_json, write_json
 from ..reporting import ExamplePrivacyFacts, PrivacyFacts
 from .federated_arguments import FederatedTrainingArguments
-from .privacy_budget import PLD_INTERVAL, NoBudget, PrivacyBudget, dp_accounting
+from .privacy_budget import LEAST_NOISE, PLD_INTERVAL, NoBudget, PrivacyBudget, dp_accounting
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,8 @@ class ExampleBudget(NoBudget):
         self.args, self.client_sizes = args, list(client_sizes)
         self.noise_multiplier = args.example_noise_multiplier or 0.0
         self.server: Server | None = None
+        # Noise, batch size and local epochs of the rounds so far.
+        self._trained: tuple[float, ...] = ()
         self._epsilon_once, self._find_once = cache(self._epsilon), cache(self._find_noise)
         if args.example_noise_multiplier != 0:
             dp_accounting()  # here, not after hours of training
@@ -47,7 +49,14 @@ class ExampleBudget(NoBudget):
     def example_privacy(self) -> ExamplePrivacy:
         """Returns the settings by which clients train; the noise is found, if it is not given."""
         z, norm = self.args.example_noise_multiplier, self.args.example_clipping_norm
+        target, once = self.args.example_target_epsilon, [1] * len(self.client_sizes)
         assert norm is not None  # the arguments are checked
+        if z and target is not None and self.epsilon(once) > target:
+            raise ValueError(
+                f"`example_target_epsilon` is {target:g}, but with `example_noise_multiplier` {z:g} the first round "
+                f"costs a client {self.epsilon(once):.4g}: raise one of them, or leave the noise out, which is found "
+                "then."
+            )
         return ExamplePrivacy(self.find_noise() if z is None else z, norm, self.args.noise_source)
 
     def begin(self, federation: Federation, output_dir: Path, resumed: Path | None) -> None:
@@ -57,6 +66,14 @@ class ExampleBudget(NoBudget):
         """
         privacy = federation.local_trainer.example_privacy
         assert privacy is not None  # made by `example_privacy`
+        trained = privacy.noise_multiplier, self.args.train_batch_size, self.args.num_train_epochs
+        if any(self.rounds) and resumed is None and trained != self._trained:
+            raise ValueError(
+                "This trainer has trained with (noise multiplier, batch size, local epochs) "
+                f"{self._trained} and would with {trained}, but `example_epsilon` counts all rounds alike: leave "
+                "`example_noise_multiplier`, `per_device_train_batch_size` and `num_train_epochs`, and `rounds` where "
+                "noise is found for them, as they were, or make a new trainer, whose epsilon adds to this one's."
+            )
         rounds = self.rounds  # a trainer that trains once more goes on with what it has spent
         if resumed is not None:
             privacy.noise_multiplier, *noted = federation.server.tensors[SPENT].tolist()
@@ -65,6 +82,7 @@ class ExampleBudget(NoBudget):
             if known is not None:
                 rounds = [max(pair) for pair in zip(rounds, known["rounds"], strict=True)]
         self.server, self.noise_multiplier = federation.server, privacy.noise_multiplier
+        self._trained = privacy.noise_multiplier, *trained[1:]
         self._note(rounds)
 
         def on_draw(chosen: list[int]) -> None:
@@ -150,12 +168,15 @@ class ExampleBudget(NoBudget):
         return tuple(found)
 
     def _find_noise(self, question: tuple[float, float, str], worst: tuple[tuple[float, int], ...]) -> float:
-        target, _, name = question
+        target, delta, name = question
         z = 0.0
         for rate, steps in worst:
-            if z and self._epsilon_once(z, rate, steps, question) <= target:
+            # The bound by RDP is larger, and another accountant takes long at little noise.
+            low, asked = (z, question) if z else (LEAST_NOISE, (target, delta, "rdp"))
+            if self._epsilon_once(low, rate, steps, asked) <= target:
+                z = low
                 continue
-            found = self._calibrate("rdp", rate, steps, max(z, 0.05), max(2 * z, 1.0))
+            found = self._calibrate("rdp", rate, steps, low, max(2 * z, 1.0))
             # A little less does by another accountant, which takes long at far less.
             z = found if name == "rdp" else self._calibrate(name, rate, steps, 0.6 * found, found)
         return z

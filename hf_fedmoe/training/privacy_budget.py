@@ -37,6 +37,8 @@ SPENT = "privacy.spent"
 SPENT_FILE = "_privacy_spent.json"
 # The width of the steps into which losses are rounded up: dp-accounting's own default.
 PLD_INTERVAL = 1e-4
+# No less noise is looked for, whatever the target.
+LEAST_NOISE = 0.05
 # Logged numbers of clients that have no noise.
 NOT_TOLD = (
     *("loss", "train_loss", "train_samples_per_second", "bytes_up", "bytes_down", "refused_clients"),
@@ -188,11 +190,15 @@ class PrivacyBudget(NoBudget):
 
     def find_noise(self) -> float:
         """Returns the least noise multiplier with which all rounds stay within the target."""
-        found = self._find_noise("rdp", 0.05, 1.0)
-        if self.args.privacy_accountant == "rdp":
+        args = self.args
+        assert args.target_epsilon is not None  # there is no noise, the arguments are checked
+        if self._epsilon(LEAST_NOISE, args.rounds, (args.delta, "rdp")) <= args.target_epsilon:
+            return LEAST_NOISE
+        found = self._find_noise("rdp", LEAST_NOISE, 1.0)
+        if args.privacy_accountant == "rdp":
             return found
         # A little less does, and far less would take hours to account for.
-        return self._find_noise(self.args.privacy_accountant, 0.6 * found, found)
+        return self._find_noise(args.privacy_accountant, 0.6 * found, found)
 
     def _find_noise(self, accountant: str, low: float, guess: float) -> float:
         dp, args = dp_accounting(), self.args

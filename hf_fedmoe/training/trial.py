@@ -6,6 +6,7 @@ the real collators, precision, optimizer and schedule. What cannot work is refus
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..federation import Federation, StepBatches
 from ..strategies import ClientTask, has_own_loss
 from ..weights import Payload
-from .example_gradients import check_example_gradients
+from .example_gradients import check_example_gradients, check_nothing_is_kept, telling_rows
 from .readers import Reader
 from .single_rows import check_single_rows
 from .trainer_of_rounds import client_model_of
@@ -75,10 +76,10 @@ class Trial:
                 if self.local.example_privacy is not None:
                     self._evaluate(batch)
                     self._begin()
-                    # Three rows, for a dimension of two may be anything.
-                    check_example_gradients(
-                        self.local, self._collate(reader, [*rows, rows[0], rows[0]][:3]), self._loss_is
-                    )
+                    collate = partial(self._collate, reader)
+                    check_example_gradients(self.local, telling_rows(reader), collate, self._loss_is)
+                    self._begin()
+                    check_nothing_is_kept(self.local, batch, self._loss_is)
                 self._train(batch)
             else:
                 self._evaluate(batch)

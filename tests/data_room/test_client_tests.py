@@ -75,7 +75,10 @@ def test_bad_shares(fields, message):
 
 
 def test_nothing_to_divide():
-    with pytest.raises(ValueError, match="Client 1 has 1 row"):
+    with pytest.raises(
+        ValueError,
+        match=r"Client 1 has 1 row, .*: give it two or more \(`min_size=2` of a partition\), or hold none out",
+    ):
         hold_out_client_tests(FederatedDataset(tiny_rows(4), [[0, 1, 2], [3]]))
     with pytest.raises(ValueError, match="has client tests or unseen clients already"):
         hold_out_client_tests(hold_out_client_tests(tiny_federation()))

@@ -157,7 +157,18 @@ def owners_of_text(output_dir):
     return run
 
 
+def hidden_examples(output_dir):
+    """Clients that train by DP-SGD: what each round of each has cost is counted alike in all processes."""
+    pytest.importorskip("opacus", reason="example-level privacy is by Opacus: pip install 'hf_fedmoe[test]'")
+    private = {"example_target_epsilon": 3.0, "example_delta": 1e-2, "example_clipping_norm": 0.5}
+    args = tiny_args(output_dir, noise_source="seed", **private, **SETTINGS)
+    run = FederatedTrainer(tiny_expert(), args, tiny_federation())
+    run.train()
+    return run
+
+
 CASES = {
+    "hidden_examples": hidden_examples,
     "owners_of_text": owners_of_text,
     "failing_client": failing_client,
     "an_idle_process": an_idle_process,

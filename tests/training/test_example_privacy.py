@@ -6,17 +6,20 @@ import math
 import sys
 
 import dp_accounting as dp
+import numpy as np
 import pytest
 import torch
 from dp_accounting.rdp import RdpAccountant
 from peft import LoraConfig
 from torch import nn
 
+from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.deployment.message_engine import MessageEngine
-from hf_fedmoe.federation import ExamplePrivacy, Federation, Stream, poisson_draw, seed_of
-from hf_fedmoe.strategies import APFL, FedAvg, FedMoE, FedProx, Scaffold
+from hf_fedmoe.federation import ExamplePrivacy, Federation, PoissonDraw, Stream, poisson_draw, seed_of
+from hf_fedmoe.strategies import APFL, FedAvg, FedMix, FedMoE, FedProx, Scaffold
 from hf_fedmoe.training import FederatedTrainer
 from hf_fedmoe.training.example_budget import SPENT, SPENT_FILE, ExampleBudget
+from hf_fedmoe.training.readers import Reader
 from tests.tiny_federation import (
     assert_equal_states,
     interrupted_and_resumed,
@@ -29,7 +32,7 @@ from tests.tiny_federation import (
     tiny_mixture,
 )
 from tests.tiny_images import tiny_cnn, tiny_image_federation, tiny_processor, tiny_resnet
-from tests.tiny_models import tiny_char_lstm
+from tests.tiny_models import tiny_bert, tiny_char_lstm
 
 
 pytest.importorskip("opacus", reason="example-level privacy is by Opacus: pip install 'hf_fedmoe[test]'")
@@ -134,6 +137,47 @@ def test_a_draw_has_as_many_steps_as_without_privacy_and_each_row_equally_often(
     assert sizes.var().item() == pytest.approx(12 * 2 / 9, rel=0.1)  # of a binomial, not of batches of a size
 
 
+@pytest.mark.parametrize("source", ["system", "seed"])
+def test_who_is_in_a_batch_and_its_noise_follow_from_the_seed_only_if_asked(source):
+    # Epsilon counts on both being unknown.
+    privacy, draw = ExamplePrivacy(1.0, 1.0, source), PoissonDraw(0.5, 20, 6)
+    first, second = (privacy.steps(draw, 12, seed=0) for _ in range(2))
+    assert (first == second) == (source == "seed") and privacy.steps(draw, 12, seed=1) != first
+    first, second = (privacy.normals(0)(20) for _ in range(2))
+    assert torch.equal(first, second) == (source == "seed") and not torch.equal(privacy.normals(1)(20), first)
+
+
+def huge_loss_of_class_2(outputs, labels, num_items_in_batch=None):
+    losses = nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+    return (losses * torch.where(labels == 2, math.inf, 1.0)).mean()
+
+
+@pytest.mark.parametrize("z", [1.0, 0.0])
+def test_a_row_whose_gradient_is_not_finite_moves_nothing(z, tmp_path, monkeypatch):
+    # Its upload would be refused, which tells everybody that the row is there.
+    data = tiny_federation(1)
+    labels = torch.tensor(data.pool["label"])[data.client_rows(0)]
+    finite = torch.nonzero(labels != 2).flatten().tolist()
+
+    def run(batch):
+        # The trial sees none of the rows at fault.
+        seen = [int(data.client_rows(0)[place]) for place in finite[:3]]
+        monkeypatch.setattr(Reader, "extremes", lambda reader: seen[:2])
+        monkeypatch.setattr("hf_fedmoe.training.trial.telling_rows", lambda reader: seen)
+        monkeypatch.setattr(ExamplePrivacy, "steps", lambda self, draw, count, seed: [[batch if count == 12 else [0]]])
+        args = tiny_args(tmp_path, **HIDDEN | {"example_noise_multiplier": z, "clients_per_round": 1, "rounds": 1})
+        made = FederatedTrainer(tiny_expert(), args, data, compute_loss_func=huge_loss_of_class_2)
+        made.train()
+        return state(made.model)
+
+    if z:
+        assert 0 < len(finite) < 12
+        assert_equal_states(run([*range(12)]), run(finite), atol=1e-6, rtol=1e-6)
+    else:  # nothing is hidden, and a fault of the loss must show
+        with pytest.raises(RuntimeError, match="sent a sound model"):
+            run([*range(12)])
+
+
 def test_a_client_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch):
     whole = trainer(tmp_path, rounds=1)
     whole.train()
@@ -185,11 +229,13 @@ def test_a_client_of_few_rows_has_all_of_them_in_each_step(tmp_path):
     assert budget(tmp_path, [3, 3]).epsilon([4, 1]) == RdpAccountant().compose(event, 4).get_epsilon(1e-2)
 
 
-def test_the_worst_client_is_told(tmp_path):
-    sizes, rounds = [3, 4, 5, 8, 9, 30, 31, 100], [1, 0, 2, 4, 3, 9, 8, 50]
+# Who has most steps costs most, or who has few rows, each in every batch.
+@pytest.mark.parametrize(("rounds", "worst"), [([1, 0, 2, 4, 3, 9, 8, 50], 100), ([10, 0, 2, 1, 1, 1, 1, 1], 3)])
+def test_the_worst_client_is_told(rounds, worst, tmp_path):
+    sizes = [3, 4, 5, 8, 9, 30, 31, 100]
     asked = budget(tmp_path, sizes, num_train_epochs=2)
     alone = [budget(tmp_path, [n], num_train_epochs=2).epsilon([k]) for n, k in zip(sizes, rounds, strict=True)]
-    assert asked.epsilon(rounds) == max(alone) and alone[1] == 0
+    assert asked.epsilon(rounds) == max(alone) == alone[sizes.index(worst)] and alone[1] == 0
     assert len(set(alone)) == len(sizes)
 
 
@@ -199,6 +245,12 @@ def test_the_noise_is_the_least_with_which_every_client_may_be_in_all_rounds(acc
     every, z = [5] * len(sizes), budget(tmp_path, sizes, **FOUND | changes).find_noise()
     assert budget(tmp_path, sizes, example_noise_multiplier=z, **changes).epsilon(every) <= 3.0
     assert budget(tmp_path, sizes, example_noise_multiplier=z - 0.01, **changes).epsilon(every) > 3.0
+
+
+def test_the_least_noise_where_the_target_is_far_away(tmp_path):
+    for accountant in ("rdp", "pld"):
+        asked = budget(tmp_path, **FOUND | {"example_target_epsilon": 1e5, "privacy_accountant": accountant})
+        assert asked.find_noise() == 0.05
 
 
 # A run
@@ -235,6 +287,19 @@ def test_equal_seeds_give_equal_bits_but_not_of_the_system(source, tmp_path):
         assert not torch.allclose(first["classifier.weight"], second["classifier.weight"], atol=1e-3)
 
 
+@pytest.mark.parametrize("source", ["system", "seed"])
+def test_masks_of_dropout_are_known_to_nobody_but_by_the_seed(source, tmp_path):
+    # Each row has the masks of its place: known ones would tell who is missing before it.
+    model = tiny_bert(3, hidden_dropout_prob=0.5)
+    clipped = {"example_noise_multiplier": 0.0, "example_clipping_norm": 1e3, "noise_source": source}
+    everybody = {"per_device_train_batch_size": 12, "rounds": 1}  # the same rows in each step, and no noise
+    runs = [trainer(tmp_path / str(n), model=copy.deepcopy(model), **clipped | everybody) for n in range(2)]
+    for run in runs:
+        run.train()
+    first, second = (state(run.model)["classifier.weight"] for run in runs)
+    assert torch.equal(first, second) == (source == "seed")
+
+
 def test_a_resumed_run_has_the_same_bits_and_counts_on(tmp_path):
     whole = trainer(tmp_path / "whole", save_strategy="steps", **FOUND)
     whole.train()
@@ -267,6 +332,32 @@ def test_a_run_stops_before_a_client_overspends(tmp_path):
     more.train(resume_from_checkpoint=True)  # with the noise of two rounds
     assert more.rounds == [] and more._left[0][SPENT].tolist() == [z, 2.0, 2.0, 2.0, 2.0]
     assert 2.9 < budget(tmp_path, example_noise_multiplier=z).epsilon([2] * 4) <= 3.0
+
+
+def test_a_first_round_that_costs_too_much_is_no_run(tmp_path):
+    message = (
+        r"`example_target_epsilon` is 0\.1, but with `example_noise_multiplier` 1 the first round costs a client 2\.45"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, example_target_epsilon=0.1).train()
+
+
+@pytest.mark.parametrize(
+    ("began", "changes"),
+    [
+        (HIDDEN, {"example_noise_multiplier": 9.0}),
+        (HIDDEN, {"per_device_train_batch_size": 1}),
+        (HIDDEN, {"num_train_epochs": 0.5}),
+        (FOUND, {"rounds": 9}),
+    ],
+)
+def test_earlier_rounds_of_a_trainer_are_not_counted_as_others(began, changes, tmp_path):
+    run = trainer(tmp_path, **began | {"rounds": 1})
+    run.train()
+    for name, value in changes.items():
+        setattr(run.args, name, value)
+    with pytest.raises(ValueError, match=r"This trainer has trained with .* and would with"):
+        run.train()
 
 
 def test_the_card_says_what_holds_of_examples_and_of_clients(tmp_path):
@@ -323,6 +414,12 @@ def test_arguments_that_contradict_one_another(changes, message, tmp_path):
         tiny_args(tmp_path, **HIDDEN | changes)
 
 
+def test_the_precision_of_the_launcher_counts_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="`mixed_precision` is 'bf16', but clients train by DP-SGD"):
+        tiny_args(tmp_path, **HIDDEN)
+
+
 def test_methods_models_and_clients_whose_examples_cannot_be_hidden(tmp_path):
     def refused(message, model=None, strategy=None, **changes):
         with pytest.raises(ValueError, match=message):
@@ -332,7 +429,13 @@ def test_methods_models_and_clients_whose_examples_cannot_be_hidden(tmp_path):
         refused(f"clients of '{strategy.name}' do more than train one model by its own loss", strategy=strategy)
     refused("running_mean` of the model is a statistic of a client's examples", tiny_resnet(3))
     refused(r"Opacus does not know all of the model: `.*` \(LSTM\): ", tiny_char_lstm(3))
+    message = r"itself \(FedMoEForSequenceClassification\): a layer that learns and has buffers"
+    refused(message, tiny_mixture(), FedMix())
     refused(r"`example_delta` is 0.1 and a client has 12 examples", example_delta=0.1)
+    data = tiny_federation()
+    few_and_many = FederatedDataset(data.pool, [np.arange(3), np.arange(3, 15)])
+    with pytest.raises(ValueError, match=r"`example_delta` is 0.1 and a client has 12 examples"):
+        trainer(tmp_path, data=few_and_many, example_delta=0.1)
 
 
 def test_clients_elsewhere_are_refused_for_now(tmp_path):
@@ -340,24 +443,6 @@ def test_clients_elsewhere_are_refused_for_now(tmp_path):
         args = tiny_args(tmp_path, **HIDDEN | {"example_noise_multiplier": None, name: 1.0})
         with pytest.raises(ValueError, match=f"Clients are elsewhere, but `{name}` is 1.0, which is not done there"):
             MessageEngine.refuse(tiny_expert(), args, FedAvg())
-
-
-class SharedScale(nn.Module):
-    """Divides by what all rows of a batch have in common."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, hidden):
-        return self.inner(hidden / hidden.norm())
-
-
-def test_rows_whose_gradients_depend_on_one_another_are_found(tmp_path):
-    model = tiny_expert()
-    model.classifier = SharedScale(model.classifier)
-    with pytest.raises(ValueError, match=r"the gradient of a row in `.*` is another in a batch of 3 than by itself"):
-        trainer(tmp_path, model=model).train()
 
 
 def test_the_extra_is_named(tmp_path, monkeypatch):

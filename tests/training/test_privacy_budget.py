@@ -90,6 +90,12 @@ def test_the_noise_is_the_least_for_the_target(accountant, tmp_path):
     assert budget(tmp_path, noise_multiplier=z - 0.01, **kind).epsilon(20) > 2.0
 
 
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_the_least_noise_where_the_target_is_far_away(accountant, tmp_path):
+    far = {"target_epsilon": 1e5, "privacy_accountant": accountant}
+    assert budget(tmp_path, noise_multiplier=None, **far).find_noise() == 0.05
+
+
 def test_no_question_is_computed_twice(tmp_path, monkeypatch):
     from dp_accounting.pld import privacy_loss_distribution as losses
 
