@@ -183,25 +183,42 @@ def input_distance(groups: ClassSums) -> float:
     is expected of chance. Around 0 or below where groups see the same inputs, also if these mean something else to
     each, or come in other proportions; 0 where no two have a class in common.
 
-    Of a pair it is the smaller of two distances. That of the means of all rows is 0 where the same inputs have other
-    labels, that of the means over classes in equal proportions where only proportions differ.
+    Of a pair it is the smallest of three distances. That of the means of all rows is 0 where the same inputs have
+    other labels, that of the means over classes in equal proportions where only proportions differ. Where both do,
+    that is 0 which compares each class with the one whose mean lies nearest, whatever it is called.
     """
     distances = []
     rows_K = groups.count_MC.sum(1)
     mean_Kd = groups.sum_MCd.sum(1) / _or_one(rows_K)[:, None]
-    mean_KCd = groups.sum_MCd / _or_one(groups.count_MC)[..., None]
     for first, second in itertools.combinations(range(len(rows_K)), 2):
-        count_C, other_C = groups.count_MC[first], groups.count_MC[second]
-        known_C = count_C * other_C / _or_one(count_C + other_C)
-        if not known_C.any():
+        common_n = (groups.count_MC[[first, second]] > 0).all(0).nonzero()[:, 0]
+        if not len(common_n):
             continue
-        share_C = known_C / known_C.sum()
-        apart_d = share_C @ (mean_KCd[first] - mean_KCd[second])
-        of_classes = apart_d.square().sum() - groups.size * (share_C.square() / _or_one(known_C)).sum()
         of_rows = (mean_Kd[first] - mean_Kd[second]).square().sum()
         of_rows -= groups.size * (1 / rows_K[first] + 1 / rows_K[second])
-        distances.append(min(of_classes.item(), of_rows.item()))
+        count_2n, sum_2nd = groups.count_MC[[first, second]][:, common_n], groups.sum_MCd[[first, second]][:, common_n]
+        mean_nd, other_mean_nd = sum_2nd / count_2n[..., None]
+        away_nn = torch.cdist(mean_nd, other_mean_nd).square().nan_to_num()
+        nearest_n = torch.from_numpy(linear_sum_assignment(away_nn.numpy())[1])
+        of_classes = [
+            _distance_of_classes(count_2n[0], mean_nd, count_2n[1, other_n], other_mean_nd[other_n], groups.size)
+            for other_n in (torch.arange(len(common_n)), nearest_n)
+        ]
+        distances.append(min(of_rows.item(), *of_classes))
     return sum(distances) / max(1, len(distances))
+
+
+def _distance_of_classes(
+    count_n: Tensor, mean_nd: Tensor, other_count_n: Tensor, other_mean_nd: Tensor, size: float
+) -> float:
+    """
+    Returns the squared distance of the means of two groups over n classes of each in equal proportions, without what
+    is expected of chance.
+    """
+    known_n = count_n * other_count_n / (count_n + other_count_n)
+    share_n = known_n / known_n.sum()
+    apart_d = share_n @ (mean_nd - other_mean_nd)
+    return (apart_d.square().sum() - size * (share_n.square() / known_n).sum()).item()
 
 
 def _variance_between(sums: ClassSums) -> float:

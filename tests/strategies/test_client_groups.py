@@ -67,29 +67,47 @@ def test_proportions_of_classes_make_no_shift():
     assert shifts(apart)[0, 1] > 2
 
 
+def distance_and_shift(means_gCd, classes):
+    """Returns how far the inputs and the classes of two groups of four clients are apart, whose spread is known."""
+    clients = clients_of_groups([0, 1] * 4, means_gCd, classes, rows=1000)
+    variances = SCALES_d.double().square().diag()
+    counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
+    scatters = torch.stack([client.scatter() for client in clients])
+    white = ClassSums.whitened(counts, sums, scatters, variances)
+    groups = white.of_groups(torch.tensor([0, 1] * 4))
+    return input_distance(groups), shifts(groups)[0, 1].item()
+
+
 def test_inputs_of_groups_are_apart_by_what_is_not_in_their_labels():
     """Labels that mean something else leave inputs as they are, other proportions leave classes as they are."""
     means_1Cd = means_of_groups(1, 2.0)
     moved_gCd = torch.cat([means_1Cd, means_1Cd.roll(1, 1)])
-
-    def found(means_gCd, classes):
-        clients = clients_of_groups([0, 1] * 4, means_gCd, classes, rows=1000)
-        variances = SCALES_d.double().square().diag()
-        counts, sums = (torch.stack([getattr(client, name) for client in clients]) for name in ("count_C", "sum_Cd"))
-        scatters = torch.stack([client.scatter() for client in clients])
-        white = ClassSums.whitened(counts, sums, scatters, variances)
-        groups = white.of_groups(torch.tensor([0, 1] * 4))
-        return input_distance(groups), shifts(groups)[0, 1].item()
-
-    distance, shift = found(moved_gCd, [EVERY] * 8)
+    distance, shift = distance_and_shift(moved_gCd, [EVERY] * 8)
     assert distance == pytest.approx(0, abs=0.05) and shift > 10
-    distance, shift = found(means_1Cd.expand(2, -1, -1), [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]] * 4)
+    distance, shift = distance_and_shift(means_1Cd.expand(2, -1, -1), [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]] * 4)
     assert distance == pytest.approx(0, abs=0.05) and shift == pytest.approx(0, abs=0.05)
     # Each class is moved by as much: in whatever proportions they come, inputs are that far apart.
     away_d = torch.tensor([0.3, -0.2, 0.0, 0.4, 0.1])
-    distance, shift = found(torch.cat([means_1Cd, means_1Cd + away_d]), [EVERY] * 8)
+    distance, shift = distance_and_shift(torch.cat([means_1Cd, means_1Cd + away_d]), [EVERY] * 8)
     assert distance == pytest.approx(away_d.square().sum().item(), abs=0.08) and shift == pytest.approx(0.3, abs=0.05)
-    assert found(moved_gCd, [[0], [1]] * 4)[0] == 0  # no class in common
+    assert distance_and_shift(moved_gCd, [[0], [1]] * 4)[0] == 0  # no class in common
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([0, 0, 0, 0, 1, 2], [0, 0, 0, 0, 1, 2]), ([0, 1, 1, 2], [0, 0, 1, 2]), ([0, 1, 1, 1], [0, 1, 1, 1])],
+)
+def test_inputs_are_alike_where_labels_mean_something_else_and_classes_come_in_other_proportions(first, second):
+    """Finds the class whose inputs are alike, whatever its label: neither kind of mean by itself is the same."""
+    means_1Cd, own = means_of_groups(1, 2.0), sorted({*first})
+    moved_1Cd = means_1Cd.clone()
+    moved_1Cd[:, own] = means_1Cd[:, own[1:] + own[:1]]
+    classes = [first, second] * 4
+    assert distance_and_shift(torch.cat([means_1Cd, moved_1Cd]), classes)[0] == pytest.approx(0, abs=0.02)
+    # What no label explains is seen all the same, though one of the other two may be smaller by coincidence.
+    away_d = torch.tensor([0.6, -0.4, 0.0, 0.8, 0.2])
+    apart_gCd = torch.cat([means_1Cd, moved_1Cd + away_d])
+    assert 0.6 < distance_and_shift(apart_gCd, classes)[0] < 1.3
 
 
 def test_inputs_of_alike_groups_are_apart_by_nothing_on_average():
