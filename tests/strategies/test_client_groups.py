@@ -110,6 +110,22 @@ def test_inputs_are_alike_where_labels_mean_something_else_and_classes_come_in_o
     assert 0.6 < distance_and_shift(apart_gCd, classes)[0] < 1.3
 
 
+def test_distances_of_inputs_by_hand():
+    """In one direction: the smallest of a pair, less what is expected of chance, and the mean over pairs."""
+
+    def distance(counts, means):
+        counts = torch.tensor(counts).double()
+        return input_distance(ClassSums(counts, (counts * torch.tensor(means))[..., None], 1.0))
+
+    # Means of all rows are alike, of which 1 / 8 + 1 / 4 is expected of chance; nothing is known of the third group.
+    assert distance([[4, 4, 0], [4, 0, 0], [0, 0, 5]], [[3, -3, 0], [0, 0, 0], [0, 0, 9]]) == pytest.approx(-0.375)
+    assert distance([[2], [2], [2]], [[0], [2], [4]]) == pytest.approx((3 + 3 + 15) / 3)
+    # Classes count by what is known of them, 3 / 4 and 1 / 4: of the difference 3 / 4 * 4 chance makes 1 / 2.
+    assert distance([[3, 1], [3, 1]], [[0, 90], [4, 90]]) == pytest.approx(9 - 0.5)
+    # Under another label is what lies nearest, and known are 3 * 1 / 4 of each.
+    assert distance([[3, 1], [3, 1]], [[0, 90], [90, 0]]) == pytest.approx(-1 / 1.5)
+
+
 def test_inputs_of_alike_groups_are_apart_by_nothing_on_average():
     """Subtracts what is expected of chance, of few rows: the smaller of two estimates lies a little below 0."""
     generator, counts = torch.Generator().manual_seed(0), torch.tensor([[6.0, 3.0], [2.0, 9.0]]).double()
