@@ -122,6 +122,8 @@ def test_distances_of_inputs_by_hand():
     assert distance([[2], [2], [2]], [[0], [2], [4]]) == pytest.approx((3 + 3 + 15) / 3)
     # Classes count by what is known of them, 3 / 4 and 1 / 4: of the difference 3 / 4 * 4 chance makes 1 / 2.
     assert distance([[3, 1], [3, 1]], [[0, 90], [4, 90]]) == pytest.approx(9 - 0.5)
+    # Proportions are those of labels, whatever lies nearest: each class counts half, of which 3 / 4 is known.
+    assert distance([[3, 1], [1, 3]], [[0, 90], [90, 0]]) == pytest.approx(-1 / 1.5)
     # Under another label is what lies nearest, and known are 3 * 1 / 4 of each.
     assert distance([[3, 1], [3, 1]], [[0, 90], [90, 0]]) == pytest.approx(-1 / 1.5)
 

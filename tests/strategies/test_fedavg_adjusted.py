@@ -17,6 +17,7 @@ def test_a_step_by_hand(tmp_path):
     own = np.concatenate([np.flatnonzero(labels_N == 0)[:9], np.flatnonzero(labels_N == 1)[:3]])
     data = FederatedDataset(rows, [own], reserved=np.arange(50, 60))
     settings = dict(rounds=1, clients_per_round=1, per_device_train_batch_size=12, optim="sgd", learning_rate=0.1)
+    settings |= dict(per_device_eval_batch_size=5)  # labels are counted over several batches
     settings |= dict(max_grad_norm=0.0, warmup_steps=0, lr_scheduler_type="constant", save_strategy="no")
     model = tiny_expert().eval()
     batch = {name: torch.tensor(rows.select(own)[name]) for name in ("input_ids", "attention_mask")}
