@@ -28,7 +28,7 @@ from .setting_kinds import check_setting_kinds
 # Of a client whose group is unknown.
 NOBODY = -1
 # Squared standard deviations: groups whose inputs are further apart look different. Groups that are found where there
-# are none came to 0.6 at most, kinds of pictures and turned ones to 1.3 and more (docs/results.md).
+# are none came to 0.6 at most, kinds of pictures and turned ones to 1.2 and more (docs/results.md).
 INPUTS_DIFFER = 1.0
 
 
