@@ -58,7 +58,7 @@ BOOKS = {
     "scaffold": {"control_D", "exp_avg", "exp_avg_sq"},
     # Clients of whom the server learns, and its gate, which knows the groups that they make.
     "fedmoe_groups": {"contribution_SM", "group_M", "count_MC", "sum_MCd", "gram_dd", "scatter_Mdd"}
-    | {"gate.classifier.weight", "gate_bias_N"},
+    | {"gate.classifier.weight", "gate_bias_N", "input_distance"},
     "fedem": {"pi_M", "exp_avg", "exp_avg_sq"},
     "pfedmm": {"pi_M", "exp_avg", "exp_avg_sq"},
     "fedrolex": {"round"},
