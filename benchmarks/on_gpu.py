@@ -47,12 +47,19 @@ def comparison(rounds: int, graphs: bool) -> Job:
     return Job([*command, "--size", "wide", *out], 90, [*command, "--size", "tiny", *out, "--rounds", "1"])
 
 
-TESTS = ["-m", "pytest", "-q", "--tb=short", str(HERE.parent / "tests" / "training" / "test_on_gpu.py")]
+def tests(path: str, processes: int, seconds: int, *quick: str) -> Job:
+    """Tests of a file that need a GPU; for `--quick` they are listed, or others take their place."""
+    command = ["-m", "pytest", "-q", "--tb=short", str(HERE.parent / "tests" / path)]
+    return Job([*command, "-m", "gpu", "-n", str(processes)], seconds, [*command, *(quick or ("--co", "-m", "gpu"))])
+
+
 JOBS = {
-    "tests": Job([*TESTS, "-m", "gpu", "-n", "8"], 150, [*TESTS, "--collect-only", "-m", "gpu"]),
+    "tests": tests("training/test_on_gpu.py", 8, 150),
     "yelp": benchmark("yelp_round", "--zero 0 --models whole --threads 8", 70),
     "cifar": comparison(8, graphs=True),
     "cifar_plain": comparison(8, graphs=False),
+    # A round of each recipe in the paper's size; two at once are 50 GB of a card at most.
+    "presets": tests("recipes/test_paper_sizes.py", 2, 240, "-m", "slow", "-k", "yelp"),
     "peers": benchmark("peers", "--shapes cifar --launches 1 --rounds 10", 130, "--quick --shapes cifar"),
     "stage_b": benchmark("stage_b", "--sizes 124M --layers 12 --hidden 768", 60),
     "at_once": benchmark("clients_at_once", "--repetitions 1", 60),

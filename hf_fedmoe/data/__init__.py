@@ -37,6 +37,7 @@ from .partitions import (
     shards,
 )
 from .reserved_set import ReservedSet
+from .shortening import with_fewer_rows
 from .sources import load_named_classes, load_rows, load_source
 from .synthetic_mixture import SyntheticMixture, synthetic_mixture
 from .token_rows import pack, token_rows
@@ -86,4 +87,5 @@ __all__ = [
     "synthetic_mixture",
     "token_rows",
     "with_domains",
+    "with_fewer_rows",
 ]

@@ -44,6 +44,10 @@ class ClassifierExperiment(Experiment):
     unseen_share: float = field(default=0.0, metadata={"help": "Share of the clients that take part in no round."})
     start_epochs: int = field(default=0, metadata={"help": "Passes of the common start over the reserved set."})
     num_models: int = field(default=3, metadata={"help": "M, the models of FedEM and FedMix, the heads of pFedMM."})
+    rehearse: bool = field(
+        default=False,
+        metadata={"help": "Two short rounds first, that tell how long the run takes, how much memory and disk."},
+    )
     compare: list[str] = field(
         default_factory=lambda: ["fedavg", "fedmoe"],
         metadata={"help": "What a recipe trains, in this order: names of methods."},
@@ -70,7 +74,7 @@ class ClassifierExperiment(Experiment):
     }
     shares: ClassVar[tuple[str, ...]] = ("client_test_share", "unseen_share")
     not_of_data = (
-        *(*Experiment.not_of_data, "compare", "model_config", "gate", "start_epochs", "num_models"),
+        *(*Experiment.not_of_data, "compare", "rehearse", "model_config", "gate", "start_epochs", "num_models"),
         *("num_main_experts", "num_routed_experts", "top_l", "peft", "rank", "target_modules", "augmentation"),
     )
 

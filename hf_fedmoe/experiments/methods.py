@@ -184,8 +184,12 @@ def train_or_go_on(trainer: FederatedTrainer) -> None:
     folder = trainer.args.output_dir
     assert folder is not None  # `TrainingArguments` have one by now
     trainer.goes_on_by = "the same command"
-    started = Path(folder).is_dir() and get_last_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=started or None)
+    trainer.train(resume_from_checkpoint=has_begun(folder) or None)
+
+
+def has_begun(folder: str) -> str | None:
+    """Finds the last checkpoint of a run that was stopped in a folder, if there is one."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def metrics_of_tests(trainer: FederatedTrainer, data: FederatedDataset) -> dict[str, float]:

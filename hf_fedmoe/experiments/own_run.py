@@ -18,6 +18,7 @@ from .folders import check_writable
 from .methods import (
     analyse,
     check_method,
+    has_begun,
     leave_as_it_is,
     majority_scores,
     make_trainer,
@@ -26,6 +27,7 @@ from .methods import (
 )
 from .own_advice import RunBeside, advise, margin
 from .own_data import OwnData, parse_own
+from .rehearsal import rehearse
 
 
 # A control that takes longer is run only when it is asked for.
@@ -96,6 +98,8 @@ def train_own(told: dict[str, Any], images: bool, method: str = "fedmoe", contro
     run = _Run(experiment, args, data, processor, folder)
     args.output_dir = str(folder / method)
     make_trainer(method, experiment, args, data, processor, train_first=leave_as_it_is)
+    if experiment.rehearse and not has_begun(args.output_dir):
+        print(f"{method} takes {rehearse(method, experiment, args, data, processor)}.", flush=True)
     data.plot(folder / "clients.png")
 
     results = {"majority_class": majority_scores(data)}

@@ -21,6 +21,7 @@ from .library_warnings import without_library_warnings
 from .methods import (
     analyse,
     check_method,
+    has_begun,
     leave_as_it_is,
     majority_scores,
     make_trainer,
@@ -28,6 +29,7 @@ from .methods import (
     train_or_go_on,
 )
 from .recipe_help import recipe_help
+from .rehearsal import rehearse
 from .settings import parse_settings, read_preset, read_words
 
 
@@ -109,6 +111,12 @@ def _run(experiment_class: type[ClassifierExperiment], settings_file: Path, argv
         for method in experiment.compare:
             args.output_dir = str(output_dir / method)
             make_trainer(method, experiment, args, data, processor, train_first=leave_as_it_is)
+        for method in experiment.compare if experiment.rehearse else ():
+            args.output_dir = str(output_dir / method)
+            if has_begun(args.output_dir):
+                continue
+            say(f"\n{method}: rehearsing two rounds of few local steps ...")
+            say(f"{method} takes {rehearse(method, experiment, args, data, processor)}.")
     if is_main:
         data.plot(output_dir / "clients.png")
     assert data.test is not None

@@ -37,6 +37,14 @@ class RoundsBar:
         """Says that runs are tried out, before the first one trains."""
         self._bar.set_postfix_str(f"trying {counted(sum(map(len, busy)), 'run')} out, data and models")
 
+    def rehearse(self, busy: list[Run]) -> None:
+        """Says which runs are rehearsed."""
+        self._bar.set_postfix_str(f"rehearsing {'; '.join(run.row for run in busy[:MOST_NAMED])}")
+
+    def say(self, line: str) -> None:
+        """Writes a line above the bar."""
+        self._bar.write(line)
+
     def watch(self, busy: list[Run]) -> None:
         """Shows where the running ones are; what has noted no round yet reads its data and makes its model."""
         rounds = [noted_round(run.folder) for run in busy]
@@ -51,4 +59,4 @@ class RoundsBar:
         """Counts a run as ended, and writes a line above the bar."""
         self._ended += self._rounds[run.folder]
         self._bar.n = self._ended
-        self._bar.write(line)
+        self.say(line)

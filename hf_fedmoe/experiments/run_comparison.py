@@ -5,12 +5,16 @@ Every run has a folder of its own. A finished one is only read again, one that w
 checkpoint, and one that fails leaves the others alone.
 """
 
+import json
 import os
+import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..data.counted import counted
 from ..data.sources import DATA_FOLDER_VARIABLE, WITH_PACKAGES
 from ..reporting import (
     ClientScore,
@@ -25,13 +29,16 @@ from ..reporting import (
 )
 from ..training import FedMoETrainingArguments
 from ..training.client_evaluation import CLIENT_TABLE_NAME
+from .amounts import time_in_words
+from .classifier_experiment import ClassifierExperiment
 from .comparison import KINDS, Comparison, check_seeds, check_settings, read_comparison
 from .experiment import Experiment
 from .folders import check_writable, claim_folder, folder_of
 from .kind import Kind
+from .methods import has_begun
 from .named_strategies import STRATEGIES, load_plugin
 from .rounds_bar import RoundsBar
-from .runs import Run, execute, try_out
+from .runs import FORECAST, Run, execute, rehearse_run, try_out
 from .settings import Setting, nearest, read_preset, settings_of, typed_settings
 from .side_by_side import Failure, SideBySide
 
@@ -191,6 +198,7 @@ def run_all(runs: dict[str, list[Run]], num_jobs: int) -> list[tuple[Run, Failur
                 raise ValueError(failure.reason)
             if failure:
                 raise RuntimeError(failure.details or failure.reason)
+        _rehearse(waiting, processes, bar)
         for number, (run, failure) in enumerate(processes.run(execute, waiting, bar.watch), start=1):
             bar.end(run, f"{number} of {len(waiting)}: {run}{f' failed: {failure.reason}' if failure else ''}")
             details = run.folder / "error.txt"
@@ -201,6 +209,32 @@ def run_all(runs: dict[str, list[Run]], num_jobs: int) -> list[tuple[Run, Failur
             else:
                 details.unlink(missing_ok=True)
     return failed
+
+
+def _rehearse(waiting: list[Run], processes: SideBySide, bar: RoundsBar) -> None:
+    """Tells how long the rows take that ask for it and have not begun, each by a rehearsal of its first seed."""
+    firsts: dict[str, Run] = {}
+    for run in waiting:
+        experiment = run.parse()[0]
+        asks = isinstance(experiment, ClassifierExperiment) and experiment.rehearse
+        if asks and run.trains and not has_begun(str(run.folder)):
+            firsts.setdefault(run.row, run)
+    if not firsts:
+        return
+    seconds: dict[str, float] = {}
+    # On the disk that the runs will write to.
+    with tempfile.TemporaryDirectory(prefix="_rehearsal-", dir=waiting[0].folder.parents[1]) as scratch:
+        tasks = [replace(run, folder=Path(scratch, folder_of(row))) for row, run in firsts.items()]
+        for run, failure in processes.run(rehearse_run, tasks, bar.rehearse):
+            if failure:
+                bar.say(f"{run.row}: no forecast, {failure.reason}")
+                continue
+            forecast = json.loads((run.folder / FORECAST).read_text())
+            seconds[run.row] = forecast["seconds"]
+            bar.say(f"{run.row} takes {forecast['told']}.")
+    told = [run for run in waiting if run.row in seconds]
+    total = sum(seconds[run.row] for run in told) / processes.num_processes
+    bar.say(f"{counted(len(told), 'run')} of these rows: about {time_in_words(total)} in all.")
 
 
 def compare(

@@ -16,13 +16,18 @@ from transformers.utils import logging
 from ..federation import write_json
 from ..reporting import RunResult
 from ..training import FedMoETrainingArguments
+from .classifier_experiment import ClassifierExperiment
 from .comparison import KINDS
 from .experiment import Experiment
 from .library_warnings import without_library_warnings
 from .methods import train_or_go_on
 from .named_strategies import source_of
 from .noted_rounds import NOTE, NotesRounds
+from .rehearsal import rehearse
 from .settings import parse_settings, settings_of, typed
+
+
+FORECAST = "forecast.json"
 
 
 @dataclass
@@ -172,6 +177,18 @@ def try_out(runs: list[Run]) -> None:
                 tried.add(run.row)
             except (ValueError, OSError, ImportError) as error:
                 raise ValueError(f"{run}: {' '.join(str(error).split())}") from error
+
+
+@without_library_warnings(notes=False)
+def rehearse_run(run: Run) -> None:
+    """Rehearses a run of classifiers in its folder, and leaves the forecast there."""
+    _be_quiet(run.threads)
+    experiment, args = run.parse()
+    assert isinstance(experiment, ClassifierExperiment)  # which has the setting that asks for this
+    processor = experiment.load_processor()
+    _, data = experiment.load_data(processor, run.seed)
+    forecast = rehearse(run.method, experiment, args, data, processor)
+    write_json(run.folder / FORECAST, {"seconds": forecast.seconds, "told": str(forecast)})
 
 
 def _be_quiet(threads: int) -> None:

@@ -17,17 +17,20 @@ class TimeIsUpError(BaseException):
 
 class ClientClock:
     """
-    Ends the training of a client that takes longer than it may.
+    Measures the training of clients, and ends that of one that takes longer than it may.
 
     In the main thread an alarm of the operating system (`SIGALRM`) interrupts whatever Python runs or waits for,
     also a collator that hangs. In other threads the time is looked at between batches only.
 
     Args:
         seconds (`float`, *optional*): For each client; without limit if 0 or left out.
+
+    Attributes:
+        spent (`float`): Seconds that clients have trained for so far, in this process.
     """
 
     def __init__(self, seconds: float | None = None):
-        self.seconds = seconds
+        self.seconds, self.spent = seconds, 0.0
         self._end: float | None = None
         self._whole = 0
 
@@ -39,6 +42,15 @@ class ClientClock:
         Raises:
             `TimeoutError`: If that takes longer than `count` times `seconds`.
         """
+        started = time.perf_counter()
+        try:
+            with self._limit(count):
+                yield
+        finally:
+            self.spent += time.perf_counter() - started
+
+    @contextmanager
+    def _limit(self, count: int) -> Iterator[None]:
         if not self.seconds:
             yield
             return

@@ -44,6 +44,7 @@ class RoundReport:
         loss (`float`): Mean local training loss, weighted by examples; NaN where clients do not tell it.
         bytes_down (`int`), bytes_up (`int`): Communication with all participants.
         seconds (`dict[str, float]`): By stage: `clients`, `server`, `synchronise`.
+        training_seconds (`float`): Of `clients`, what local training took in this process, without probes and files.
         metrics (`dict[str, float]`): What the strategy reports.
         refused (`dict[int, str]`): Clients whose training failed or whose upload was refused, and why.
     """
@@ -54,6 +55,7 @@ class RoundReport:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    training_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
 
@@ -117,7 +119,7 @@ class Federation:
         self, round_index: int, clients_per_round: int, on_client: Callable[[int], None] = lambda client: None
     ) -> RoundReport:
         """Runs round `round_index` (from 0); `on_client` is called after each client."""
-        started = time.perf_counter()
+        started, trained = time.perf_counter(), self.local_trainer.clock.spent
         drawn = self.draw(round_index, clients_per_round)
         chosen = soundness.participants_of(self.strategy, self.server, drawn, round_index, self.num_clients)
         self.on_draw(chosen)
@@ -129,6 +131,7 @@ class Federation:
         report = self.report(chosen, replies, round_index)
         uploads = self.mean.uploads(self.close(collected, chosen, replies), round_index)
         report.seconds["clients"] = time.perf_counter() - started
+        report.training_seconds = self.local_trainer.clock.spent - trained
 
         started, self.settled = time.perf_counter(), False
         report.metrics = screened | self.server_step(uploads, round_index)

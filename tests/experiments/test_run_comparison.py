@@ -55,6 +55,34 @@ def runs_of(path, out, size=None, **overrides):
     return plan_runs(read_comparison(path), path.parent, out, size, overrides)
 
 
+def test_rows_are_rehearsed_where_that_is_asked_for(tmp_path, capfd):
+    rows = {"FedAvg": "fedavg", "nothing": "majority_class", "far": {"method": "fedprox", "rehearse": False}}
+    path = written(tmp_path, methods=rows, seeds=[0, 1], columns=["accuracy"], settings=SETTINGS | {"rehearse": True})
+    compare(path, tmp_path / "out")
+    lines = [line.strip() for line in capfd.readouterr().out.splitlines()]
+    takes = [line for line in lines if " takes about " in line]
+    assert len(takes) == 1 and takes[0].startswith("FedAvg takes about ") and "2 rounds of" in takes[0]
+    assert any(line.startswith("2 runs of these rows: about ") for line in lines)
+    # Before anything trains, and nothing is left of it.
+    assert lines.index(takes[0]) < min(index for index, line in enumerate(lines) if " of 6: " in line)
+    assert not list((tmp_path / "out").glob("_rehearsal*")) and not list((tmp_path / "out").rglob("forecast.json"))
+    # What is finished is not rehearsed.
+    compare(path, tmp_path / "out")
+    assert " takes about " not in capfd.readouterr().out
+
+
+def test_a_rehearsal_that_fails_is_told_and_stops_nothing(tmp_path, capfd, monkeypatch):
+    path = written(tmp_path, columns=["accuracy"], settings=SETTINGS | {"rehearse": True})
+    monkeypatch.setattr("hf_fedmoe.experiments.run_comparison.rehearse_run", _fail)
+    compare(path, tmp_path / "out")
+    assert "fedavg: no forecast, RuntimeError: no memory" in capfd.readouterr().out
+    assert (tmp_path / "out" / "fedavg" / "seed-0" / "result.json").is_file()
+
+
+def _fail(run):
+    raise RuntimeError("no memory")
+
+
 def test_command_writes_tables_curves_and_figures(tmp_path, capfd):
     rows = {
         "FedAvg": "fedavg",

@@ -57,10 +57,16 @@ def test_quick_preset_compares_saves_and_classifies(recipe, run, tmp_path, capsy
 
 
 @pytest.mark.parametrize("recipe", TINY)
-def test_paper_preset_runs_on_stand_ins(recipe, run, tmp_path):
+def test_paper_preset_runs_on_stand_ins(recipe, run, tmp_path, capsys):
     """All of the paper's settings but its sizes: a gate of its own with random weights, augmentation, T."""
     settings = "--preset paper --dataset digits --label_column label --partition dirichlet --use_cpu True --bf16 False"
     run(recipe, *settings.split(), "--num_routed_experts", "3")
+    printed = capsys.readouterr().out
+    # Before it starts it says how long it will take, and with what memory; a GPU's besides where there is one.
+    assert (
+        printed.index("fedavg takes about ") < printed.index("fedmoe takes about ") < printed.index("fedavg: 2 rounds")
+    )
+    assert " of memory, " in printed and " on disk.\n" in printed
     checkpoint = json.loads((tmp_path / "run" / "fedmoe" / "checkpoint-2" / "federation.json").read_text())
     settings = checkpoint["identity"]["strategy_settings"]
     assert (settings["correlation"], settings["synchronisation"]) == ("sum", "after_round")

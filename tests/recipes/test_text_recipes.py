@@ -54,12 +54,14 @@ def test_experts_as_adapters(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("recipe", ["yelp_gpt2", "sent140_bert"])
-def test_paper_preset_runs_on_stand_ins(recipe, tmp_path, monkeypatch):
+def test_paper_preset_runs_on_stand_ins(recipe, tmp_path, monkeypatch, capsys):
     """All of the paper's settings but its sizes: a gate with weights of its own, Stage C after the round, SGD."""
     stand_ins = "--preset paper --dataset reviews --model gpt2-reviews --gate gpt2-reviews --use_cpu True --bf16 False"
     argv = [recipe, *stand_ins.split(), *SMALL, "--num_train_epochs", "1", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     main(TextExperiment, RECIPES / f"{recipe}.yaml")
+    printed = capsys.readouterr().out
+    assert printed.index("fedmoe takes about ") < printed.index("fedavg: 2 rounds")
     checkpoint = json.loads((tmp_path / "fedmoe" / "checkpoint-2" / "federation.json").read_text())
     settings = checkpoint["identity"]["strategy_settings"]
     assert (settings["correlation"], settings["synchronisation"]) == ("sum", "after_round")

@@ -1,0 +1,242 @@
+"""
+Two short rounds before a long run. They tell how long it will take, and how much memory and disk: the model, the
+server's step, evaluations and checkpoints are the run's own, only the clients have fewer rows.
+"""
+
+import copy
+import gc
+import math
+import resource
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..data import FederatedDataset, with_fewer_rows
+from ..data.counted import counted
+from ..federation import local_steps
+from ..training import FederatedTrainer, FedMoETrainingArguments
+from ..training.resuming import CLIENTS_FOLDER
+from .amounts import size_in_words, time_in_words
+from .classifier_experiment import ClassifierExperiment
+from .methods import centralised, leave_as_it_is, make_trainer
+from .named_strategies import CENTRALISED
+
+
+# The first round warms up: kernels are chosen and graphs are captured in it.
+ROUNDS = 2
+# Of each client in such a round. A shape is captured as a CUDA graph when it has come twenty times.
+STEPS = 20
+FOLDER = "_rehearsal"
+
+
+@dataclass
+class Forecast:
+    """
+    What a run will take, if it goes on like the second round of its rehearsal.
+
+    Args:
+        rounds (`int`): Of the run.
+        clients (`float`), server (`float`), evaluation (`float`), checkpoint (`float`): Seconds of each in a round
+            that has it; the server's with what it synchronises.
+        evaluations (`int`), checkpoints (`int`): How many there are.
+        last (`float`): Seconds after the last round: what the method does last, and tests.
+        device_bytes (`int`, *optional*): Most memory on the GPU, `None` without one.
+        process_bytes (`int`): Most memory that the process has had.
+        disk_bytes (`int`), free_bytes (`int`): What the run will leave on disk before it is over, and what is free.
+    """
+
+    rounds: int
+    clients: float
+    server: float
+    evaluation: float
+    checkpoint: float
+    evaluations: int
+    checkpoints: int
+    last: float
+    device_bytes: int | None
+    process_bytes: int
+    disk_bytes: int
+    free_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """All of the run."""
+        rounds = self.rounds * (self.clients + self.server)
+        return rounds + self.evaluations * self.evaluation + self.checkpoints * self.checkpoint + self.last
+
+    def __str__(self) -> str:
+        stages = f"clients {time_in_words(self.clients)}, server {time_in_words(self.server)}"
+        times = [f"{counted(self.rounds, 'round')} of {time_in_words(self.clients + self.server)} ({stages})"]
+        for count, what, seconds in (
+            (self.evaluations, "evaluation", self.evaluation),
+            (self.checkpoints, "checkpoint", self.checkpoint),
+        ):
+            if count:
+                times.append(f"{counted(count, what)} of {time_in_words(seconds)}")
+        sizes = [f"{size_in_words(self.process_bytes)} of memory", f"{size_in_words(self.disk_bytes)} on disk"]
+        if self.device_bytes is not None:
+            sizes.insert(0, f"{size_in_words(self.device_bytes)} on the GPU")
+        line = f"about {time_in_words(self.seconds)}: {', '.join(times)}; {', '.join(sizes)}"
+        if self.disk_bytes > self.free_bytes:
+            line += f", of which {size_in_words(self.free_bytes)} are free: give another `output_dir`"
+        return line
+
+
+def rehearse(
+    method: str,
+    experiment: ClassifierExperiment,
+    args: FedMoETrainingArguments,
+    data: FederatedDataset,
+    processor: Any,
+) -> Forecast:
+    """
+    Runs two short rounds of a method in a folder of their own, which is gone afterwards. Local training is taken to be
+    in proportion to its steps. What some methods train before the first round is not in the forecast.
+
+    Args:
+        method (`str`), experiment ([`ClassifierExperiment`]), args ([`FedMoETrainingArguments`]), data, processor: As
+            [`make_trainer`] takes them, which is called again for the run itself.
+    """
+    try:
+        return _rehearsed(method, experiment, args, data, processor)
+    finally:
+        gc.collect()  # a trainer is full of cycles, and the run needs its memory
+
+
+def _rehearsed(
+    method: str,
+    experiment: ClassifierExperiment,
+    args: FedMoETrainingArguments,
+    data: FederatedDataset,
+    processor: Any,
+) -> Forecast:
+    assert args.output_dir is not None  # `TrainingArguments` have one by now
+    folder = Path(args.output_dir, FOLDER)
+    short, few = _short_arguments(args, folder), with_fewer_rows(data, _rows(args))
+    trainer = make_trainer(method, experiment, short, few, processor, train_first=leave_as_it_is)
+    clock = _Clock()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock)
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    _remove(trainer, folder)
+    try:
+        trainer.train()
+        device_bytes = torch.cuda.max_memory_allocated() if on_gpu else None
+        report = trainer.rounds[-1]
+        of_whole, of_short = steps_of_clients(method, args, data), steps_of_clients(method, short, few)
+        ratio = trainer.args.clients_per_round * fmean(of_whole) / sum(of_short[client] for client in report.clients)
+        evaluations = _times(args.eval_strategy, args.eval_steps, args.rounds)
+        checkpoints = _times(args.save_strategy, args.save_steps, args.rounds)
+        # Tests are read by the same model.
+        tests = clock.evaluation * len(data.test or ()) / max(1, len(data.validation or ()))
+        return Forecast(
+            args.rounds,
+            report.seconds["clients"] + (ratio - 1) * report.training_seconds,
+            report.seconds["server"] + report.seconds["synchronise"],
+            clock.evaluation,
+            clock.checkpoint,
+            evaluations,
+            checkpoints,
+            clock.last + tests,
+            device_bytes,
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            _bytes_on_disk(folder, args, len(of_whole), checkpoints),
+            shutil.disk_usage(args.output_dir).free,
+        )
+    finally:
+        _remove(trainer, folder)
+
+
+def steps_of_clients(method: str, args: FedMoETrainingArguments, data: FederatedDataset) -> list[int]:
+    """Counts the local steps of each client in a round. Trained alone, the reserved set is the only one."""
+    if method in CENTRALISED:
+        alone = centralised(args, data)
+        args, data = alone["args"], alone["train_dataset"]
+    return [len(local_steps(size, args, seed=0)) for size in data.client_sizes.tolist()]
+
+
+def _rows(args: FedMoETrainingArguments) -> int:
+    """Returns how many rows a client needs for the steps of a rehearsal, at least two in an epoch."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps
+    return batch * max(2, round(STEPS / max(1, args.num_train_epochs)))
+
+
+def _short_arguments(args: FedMoETrainingArguments, folder: Path) -> FedMoETrainingArguments:
+    short = copy.copy(args)
+    changes: dict[str, Any] = {"output_dir": str(folder), "rounds": ROUNDS, "report_to": [], "push_to_hub": False}
+    changes |= {"load_best_model_at_end": False, "eval_on_start": False, "eval_delay": 0, "disable_tqdm": True}
+    # After each of the two rounds, if at all: the first one's warms up.
+    if args.eval_strategy != "no":
+        changes |= {"eval_strategy": "steps", "eval_steps": 1}
+    if args.save_strategy != "no":
+        changes |= {"save_strategy": "steps", "save_steps": 1}
+    for name, value in changes.items():
+        setattr(short, name, value)
+    return short
+
+
+def _times(strategy: str, every: float | None, rounds: int) -> int:
+    """Counts the rounds after which something is done, the last one among them; an interval below 1 is a share."""
+    if strategy == "no":
+        return 0
+    if strategy != "steps" or not every:
+        return rounds
+    return math.ceil(rounds / (every if every >= 1 else math.ceil(every * rounds)))
+
+
+def _bytes_on_disk(folder: Path, args: FedMoETrainingArguments, num_clients: int, checkpoints: int) -> int:
+    """Counts what a run will have on disk: its checkpoints, and the file of each client that takes part."""
+    of_clients = [path.stat().st_size for path in folder.glob(f"{CLIENTS_FOLDER}/*") if path.is_file()]
+    newest = max(folder.glob("checkpoint-*"), default=None)
+    of_checkpoint = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) if newest else 0
+    taking_part = min(num_clients, args.clients_per_round * args.rounds)
+    kept = min(checkpoints, args.save_total_limit or checkpoints)
+    return kept * of_checkpoint + (round(fmean(of_clients) * taking_part) if of_clients else 0)
+
+
+def _remove(trainer: FederatedTrainer, folder: Path) -> None:
+    """Removes the folder of a rehearsal, by the main process."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+class _Clock(TrainerCallback):
+    """Takes the seconds of the last evaluation, of the last checkpoint and of what is behind the last round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluation = self.checkpoint = self.last = 0.0
+        self._before = time.monotonic()
+
+    def _lap(self) -> float:
+        before, self._before = self._before, time.monotonic()
+        return self._before - before
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Comes before an evaluation, and in it."""
+        if "seconds_server" in state.log_history[-1]:
+            self._lap()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ends an evaluation."""
+        self.evaluation = self._lap()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Ends a checkpoint."""
+        self.checkpoint = self._lap()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Ends what the method does last."""
+        self.last = self._lap()
