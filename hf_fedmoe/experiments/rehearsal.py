@@ -38,7 +38,7 @@ FOLDER = "_rehearsal"
 @dataclass
 class Forecast:
     """
-    What a run will take, if it goes on like the second round of its rehearsal.
+    The time, memory and disk that a run will take, if it goes on like the second round of its rehearsal.
 
     Args:
         rounds (`int`): Of the run.

@@ -1,4 +1,4 @@
-"""What a rehearsal tells, by a clock that goes on by one second with each local step, and by seven with each probe."""
+"""Forecasts of rehearsals, by a clock that goes on by a second with each local step and by seven with each probe."""
 
 from types import SimpleNamespace
 
