@@ -1,6 +1,6 @@
 """
-Compares what a rehearsal says that a run takes with what it takes then, training and test, in the same process. Clients
-have digits, and ten times as many local steps as in the rehearsal.
+Compares what a rehearsal says that a run takes with what it takes then, training and test, in the same process.
+Clients have digits, and ten times as many local steps as in the rehearsal.
 """
 
 import tempfile

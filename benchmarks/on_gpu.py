@@ -39,12 +39,14 @@ def benchmark(name: str, options: str, seconds: int, quick: str = "--quick") -> 
     return Job([script, "--device", "cuda", *options.split()], seconds, [script, *quick.split()])
 
 
-def comparison(rounds: int, graphs: bool) -> Job:
-    """FedAvg on CIFAR-10 in the paper's width, by itself; the table has the seconds of a round."""
+def comparison(out: str, seconds: int, rounds: int, rows: list[str], *options: str) -> Job:
+    """Methods on CIFAR-10 in the paper's width; the table has the seconds of a round."""
     table = str(HERE.parent / "recipes" / "paper" / "table2_cifar10.yaml")
-    command = ["-m", "hf_fedmoe.cli", "compare", table, "--seeds", "0", "--rows", "FedAvg", "--eval_strategy", "no"]
-    out = ["--rounds", str(rounds), "--cuda_graphs", str(graphs), "--out", f"runs/on_gpu/graphs-{graphs}"]
-    return Job([*command, "--size", "wide", *out], 90, [*command, "--size", "tiny", *out, "--rounds", "1"])
+    command = ["-m", "hf_fedmoe.cli", "compare", table, "--seeds", "0", "--rows", *rows, "--out", f"runs/on_gpu/{out}"]
+    command += ["--rehearse", "false", *options]
+    return Job(
+        [*command, "--size", "wide", "--rounds", str(rounds)], seconds, [*command, "--size", "tiny", "--rounds", "1"]
+    )
 
 
 def tests(path: str, processes: int, seconds: int, *quick: str) -> Job:
@@ -53,11 +55,16 @@ def tests(path: str, processes: int, seconds: int, *quick: str) -> Job:
     return Job([*command, "-m", "gpu", "-n", str(processes)], seconds, [*command, *(quick or ("--co", "-m", "gpu"))])
 
 
+FAIR = ["FedAvg", "Fed-MoE"]
+FAIR += [
+    f"FedAvg, {how}"
+    for how in ("fine-tuned on the reserved set at the end", "server trains on the reserved set every round")
+]
 JOBS = {
     "tests": tests("training/test_on_gpu.py", 8, 150),
     "yelp": benchmark("yelp_round", "--zero 0 --models whole --threads 8", 70),
-    "cifar": comparison(8, graphs=True),
-    "cifar_plain": comparison(8, graphs=False),
+    "cifar": comparison("graphs", 90, 8, ["FedAvg"], "--eval_strategy", "no"),
+    "cifar_plain": comparison("plain", 90, 8, ["FedAvg"], "--eval_strategy", "no", "--cuda_graphs", "false"),
     # A round of each recipe in the paper's size; two at once are 50 GB of a card at most.
     "presets": tests("recipes/test_paper_sizes.py", 2, 240, "-m", "slow", "-k", "yelp"),
     "peers": benchmark("peers", "--shapes cifar --launches 1 --rounds 10", 130, "--quick --shapes cifar"),
@@ -72,6 +79,8 @@ JOBS = {
     "channels_last": benchmark("channels_last", "", 60),
     "reading_ahead": benchmark("reading_ahead", "--workers 1 4", 120),
     "zero": benchmark("yelp_round", "--zero 0 1 2 3 --models whole --threads 8", 300),
+    # By itself: `--jobs curve --budget 590`.
+    "curve": comparison("curve", 590, 100, FAIR, "--jobs", "4"),
 }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
 from .mixing import fault_of_reports, move_global_
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -29,6 +30,7 @@ class AFL(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.lambda_rate < 0:
             raise ValueError(f"`lambda_rate` is {self.lambda_rate}: lambda goes up the losses, give 0 or more.")
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..federation import ClientTask, LocalTrainer, Server, StepBatches, Strategy
 from ..weights import Payload
 from .local import kept_or_trained
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -34,6 +35,7 @@ class APFL(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha` is {self.alpha}: give a share in [0, 1], 0 evaluates w and 1 a local model.")
         if self.alpha_rate <= 0:

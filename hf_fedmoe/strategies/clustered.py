@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from .mixing import mix_, parameter_rows
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -39,6 +40,7 @@ class ClusteredFL(Strategy):
     compressible = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         for name in ("eps1", "eps2"):
             if vars(self)[name] < 0:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: norms are compared with it, give 0 or more.")

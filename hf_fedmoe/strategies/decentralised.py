@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from .mixing import mix_, move_global_
+from .setting_kinds import check_setting_kinds
 
 
 MAX_GRAPHS = 1000
@@ -41,6 +42,7 @@ class Decentralised(Strategy):
     compressible = False
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if not 0 < self.edge_probability <= 1:
             raise ValueError(
                 f"`edge_probability` is {self.edge_probability}: give a number in (0, 1], 1 links all clients."

@@ -12,6 +12,7 @@ from ..federation import Server, ServerStep, Strategy, Uploads, warmed_up
 from ..weights import fuse_models_
 from .narrowing import reserved_of
 from .server_training import fine_tune
+from .setting_kinds import check_setting_kinds
 
 
 class FedAvg(Strategy):
@@ -40,6 +41,7 @@ class FedAvgReserved(Strategy):
     needs = "mean"
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.when not in ("round", "end"):
             raise ValueError(f'`when` is {self.when!r}: choose "round" or "end".')
         for name in ("epochs", "batch_size"):
@@ -82,6 +84,7 @@ class FedAvgMovingAverage(Strategy):
     compressible = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if not 0 < self.rate <= 1:
             raise ValueError(f"`rate` is {self.rate}: a moving average needs 0 < rate <= 1.")
 

@@ -9,6 +9,7 @@ Shape suffixes: N examples of a client, B batch, C classes.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from ..federation import ClientTask, LocalTrainer
 from ..weights import Payload
 from .fedavg import FedAvgReserved
+from .setting_kinds import check_setting_kinds
 
 
 # Of a class that a client has no example of, as if it had a millionth of one.
@@ -45,16 +47,21 @@ class FedAvgAdjusted(FedAvgReserved):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_setting_kinds(self)
         if not 0 <= self.strength < float("inf"):
             raise ValueError(f"`strength` is {self.strength}: give 0 or more.")
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         labels_N = torch.cat([batch["labels"] for batch in local.in_order(task.dataset, task.seed)])
 
+        @cache
+        def adjustment(num_classes: int) -> Tensor:
+            count_C = torch.bincount(labels_N, minlength=num_classes).float().clamp_min(ABSENT)
+            return self.strength * count_C.log()
+
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             logits_BC = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
-            count_C = torch.bincount(labels_N, minlength=logits_BC.shape[1]).float().clamp_min(ABSENT)
-            return cross_entropy(logits_BC + self.strength * count_C.log(), batch["labels"])
+            return cross_entropy(logits_BC + adjustment(logits_BC.shape[1]), batch["labels"])
 
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
         return local.train(*args, loss=loss), {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..federation import ClientTask, LocalTrainer, Server, Strategy
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -23,6 +24,7 @@ class FedAvgPlus(Strategy):
     name = "fedavg_plus"
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.tuning_epochs <= 0:
             raise ValueError(
                 f"`tuning_epochs` is {self.tuning_epochs}: give more than 0; `FedAvg` is the method without tuning."

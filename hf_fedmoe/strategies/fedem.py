@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..models import EnsemblePreTrainedModel
 from ..weights import Payload
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -45,6 +46,7 @@ class FedEM(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.num_em_steps < 1:
             raise ValueError(f"`num_em_steps` is {self.num_em_steps}: give at least 1.")
 

@@ -15,6 +15,7 @@ from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy,
 from ..models import FedMoEPreTrainedModel, dense_mixture
 from ..weights import Payload, Slot, StateLayout, fuse_, fuse_integers
 from .narrowing import as_mixture
+from .setting_kinds import check_setting_kinds
 
 
 # The sigmoid of this is 1 to the last bit of float32.
@@ -79,6 +80,7 @@ class FedJETs(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.experts_per_client < 1:
             raise ValueError(f"`experts_per_client` is {self.experts_per_client}: give at least 1.")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..federation import Server, ServerStep, Strategy, Uploads
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -30,6 +31,7 @@ class FedAdagrad(Strategy):
     needs = "mean"
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.server_learning_rate < 0:
             raise ValueError(f"`server_learning_rate` is {self.server_learning_rate}: give 0 or more.")
         if not 0 <= self.beta1 < 1:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..federation import Strategy
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -19,6 +20,7 @@ class FedProx(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.mu < 0:
             raise ValueError(f"`mu` is {self.mu}: the proximal term needs mu >= 0 (0 is FedAvg).")
 

@@ -9,6 +9,7 @@ from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy,
 from ..models import AdapterExpert
 from ..weights import Payload, StateLayout
 from .local import kept_or_trained
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -32,6 +33,7 @@ class FedRep(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.head_epochs <= 0:
             raise ValueError(f"`head_epochs` is {self.head_epochs}: the head needs more than 0 epochs to learn.")
 

@@ -28,6 +28,7 @@ from ..weights import (
 )
 from ..weights.sub_models import Places
 from .narrowing import as_whole
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -55,6 +56,7 @@ class FedRolex(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if not self.capacities or not all(0 < capacity <= 1 for capacity in self.capacities):
             raise ValueError(
                 f"`capacities` is {self.capacities}: give shares above 0 and up to 1, for example (1, 0.5)."

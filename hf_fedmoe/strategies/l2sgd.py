@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
 from .mixing import mix_, move_global_
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -34,6 +35,7 @@ class L2SGD(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         for name in ("mixing_probability", "pull"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}: give a number in [0, 1], 0 never mixes.")

@@ -9,6 +9,7 @@ from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy,
 from ..weights import Payload
 from .local import kept_or_trained
 from .mixing import move_global_
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -37,6 +38,7 @@ class PFedMe(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if self.penalty <= 0:
             raise ValueError(f"`penalty` is {self.penalty}: theta is held near w by a penalty above 0.")
         if self.inner_steps < 1:

@@ -24,6 +24,7 @@ from ..weights import Payload, StateLayout
 from .fedrep import average_body_into_
 from .local import kept_or_trained
 from .narrowing import as_whole
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -57,6 +58,7 @@ class PFedMoE(Strategy):
     needs = "mean"
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if not self.client_models:
             raise ValueError("`client_models` is empty: give the configuration of at least one own model.")
         for name, rate in (("shared_rate", self.shared_rate), ("gate_rate", self.gate_rate)):

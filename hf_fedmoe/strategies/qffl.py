@@ -9,6 +9,7 @@ from torch import Tensor
 from ..federation import ClientTask, LocalTrainer, Server, ServerStep, Strategy, Uploads
 from ..weights import Payload
 from .mixing import fault_of_reports, move_global_, parameter_rows
+from .setting_kinds import check_setting_kinds
 
 
 @dataclass
@@ -28,6 +29,7 @@ class QFFL(Strategy):
     shares_batches = True
 
     def __post_init__(self) -> None:
+        check_setting_kinds(self)
         if not 0 <= self.q < float("inf"):
             raise ValueError(f"`q` is {self.q}: give 0 (the mean of the clients) or more, and no infinity.")
 

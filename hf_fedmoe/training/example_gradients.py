@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data.row_checks import LABELS
 from ..federation import LocalTrainer
+from .precision import without_tf32
 from .readers import Reader
 
 
@@ -42,6 +43,7 @@ def telling_rows(reader: Reader) -> list[int]:
     return [*rows, rows[0], rows[0]][: max(3, len(rows))]  # a dimension of two may be anything
 
 
+@without_tf32()
 def check_example_gradients(
     local: LocalTrainer, rows: Sequence[int], collate: Callable[[Sequence[int]], dict[str, Tensor]], loss_is: str
 ) -> None:
