@@ -1,5 +1,6 @@
 """The text recipes: tokenizers, pretrained experts, sentences."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     pipeline,
@@ -38,6 +40,9 @@ class TextExperiment(DomainExperiment):
 
     text_column: str | None = field(default=None, metadata={"help": "Column of texts, when it is not obvious."})
     max_length: int = field(default=64, metadata={"help": "Tokens of a text."})
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Batches have so many tokens or a multiple: a GPU replays few shapes."}
+    )
     peft: str = field(default="none", metadata={"help": "Experts as adapters of one base: 'lora', or 'none'."})
     rank: int = field(default=8, metadata={"help": "Of the LoRA adapters; lora_alpha is twice as much."})
     target_modules: list[str] = field(
@@ -48,7 +53,8 @@ class TextExperiment(DomainExperiment):
     ensemble_class = EnsembleForSequenceClassification
     multi_head_class = MultiHeadForSequenceClassification
     source_arguments = ("text_column", "label_column")
-    lowest = {**DomainExperiment.lowest, "max_length": 1, "rank": 1}
+    not_of_data = (*DomainExperiment.not_of_data, "pad_to_multiple_of")
+    lowest = {**DomainExperiment.lowest, "max_length": 1, "pad_to_multiple_of": 1, "rank": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +72,11 @@ class TextExperiment(DomainExperiment):
         return data.map(
             lambda rows: processor(rows["text"], truncation=True, max_length=self.max_length), batched=True
         )
+
+    def collators(self, processor: PreTrainedTokenizerBase) -> dict[str, Callable]:
+        if self.pad_to_multiple_of is None:
+            return {}
+        return {"data_collator": DataCollatorWithPadding(processor, pad_to_multiple_of=self.pad_to_multiple_of)}
 
     def make_expert(self, data: FederatedDataset, processor: PreTrainedTokenizerBase) -> PreTrainedModel:
         name = find_model(self.model)

@@ -80,6 +80,22 @@ def test_the_command_line_overrides_the_preset():
     assert (args.preset, args.optim.value, args.per_device_train_batch_size) == ("paper", "sgd", 1)
 
 
+def test_batches_of_few_shapes_where_that_is_asked_for():
+    recipe, _ = parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--pad_to_multiple_of", "16"])
+    tokenizer = recipe.load_processor()
+    collate = recipe.collators(tokenizer)["data_collator"]
+    rows = [{"input_ids": list(range(5, 5 + length)), "label": 1} for length in (3, 17)]
+    batch, short = collate(rows), collate(rows[:1])
+    assert batch["input_ids"].shape == (2, 32) and short["input_ids"].shape == (1, 16)
+    assert batch["attention_mask"].sum(1).tolist() == [3, 17] and batch["labels"].tolist() == [1, 1]
+    assert parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", [])[0].collators(tokenizer) == {}
+    for recipe_name in ("yelp_gpt2", "sent140_bert"):
+        paper, _ = parse(TextExperiment, RECIPES / f"{recipe_name}.yaml", ["--preset", "paper", "--use_cpu", "True"])
+        assert paper.pad_to_multiple_of == 16
+    with pytest.raises(ValueError, match="`pad_to_multiple_of` is 0: give at least 1"):
+        parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--pad_to_multiple_of", "0"])
+
+
 def test_unknown_names_list_the_choices(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"`--preset` is 'fast': yelp_gpt2.yaml has quick, paper"):
         parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--preset", "fast"])
