@@ -102,9 +102,18 @@ def rehearse(
     Args:
         method (`str`), experiment ([`ClassifierExperiment`]), args ([`FedMoETrainingArguments`]), data, processor: As
             [`make_trainer`] takes them, which is called again for the run itself.
+
+    Raises:
+        ValueError: When the GPU has too little memory.
     """
     try:
         return _rehearsed(method, experiment, args, data, processor)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{method!r} does not fit into the GPU's memory, before anything is trained: take fewer "
+            '`num_routed_experts`, adapters (`peft` "lora"), a smaller `per_device_train_batch_size` or '
+            f"`per_device_eval_batch_size`, or another model. It says: {' '.join(str(error).split())}"
+        ) from error
     finally:
         gc.collect()  # a trainer is full of cycles, and the run needs its memory
 

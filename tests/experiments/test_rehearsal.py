@@ -116,6 +116,20 @@ def test_an_evaluation_and_what_comes_last_are_timed(tmp_path):
     assert found.last > 2 * found.evaluation
 
 
+def test_what_does_not_fit_is_told_before_the_run(tmp_path, monkeypatch):
+    experiment, args, data, processor = made(tmp_path)
+
+    def no_room(*anything):
+        raise torch.OutOfMemoryError("CUDA out of memory.\n  Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Participants, "train", no_room)
+    with pytest.raises(
+        ValueError, match=r"'fedavg' does not fit .* take fewer .* memory\. Tried to allocate 2\.00 GiB\.$"
+    ):
+        rehearse("fedavg", experiment, args, data, processor)
+    assert not list((tmp_path / "run").glob("*"))
+
+
 FORECAST = Forecast(100, 60.0, 12.0, 30.0, 2.0, 20, 1, 100.0, None, 3_200_000_000, 142_000_000_000, 500_000_000_000)
 
 
