@@ -109,6 +109,7 @@ def test_every_method_has_the_losses_of_the_cpu(name, tmp_path):
     # As above. Noise of 3e-7 in every linear layer on the CPU made a difference of 1e-6 at most; a coordinate or a
     # client that is chosen otherwise, being equal to another but for rounding, makes a larger one.
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+    assert found["refused"] == expected["refused"]
     if name in PERSONAL_RUNS:
         assert found["names"] == expected["names"]
         assert_allclose(found["logits"], expected["logits"], **TOLERANCE)
