@@ -67,7 +67,7 @@ FASTER_WAYS = {
 GRAPH_RUNS = {"adamw": {}, "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"}, "bf16": {"bf16": True}}
 # With a state of the optimizer, of the server or of the clients; with dropout, whose masks follow from the seed.
 RESUMED = (
-    *("fedavg_client_optimizer", "fedmoe_paper", "fedmoe_download_mixture"),
+    *("fedavg_client_optimizer", "fedmoe_paper", "fedmoe_download_mixture", "fedmoe_groups"),
     *("afl", "apfl", "clustered", "decentralised", "fedrolex", "lora_fedavg"),
 )
 
