@@ -9,6 +9,7 @@ Shape suffixes: N examples of a client, B batch, C classes.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,14 @@ class FedAvgAdjusted(FedAvgReserved):
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         labels_N = torch.cat([batch["labels"] for batch in local.in_order(task.dataset, task.seed)])
 
+        @cache  # once for all steps: a GPU is waited for whenever it counts
+        def added(num_labels: int) -> Tensor:
+            count_C = torch.bincount(labels_N, minlength=num_labels).float().clamp_min(ABSENT)
+            return self.strength * count_C.log()
+
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             logits_BC = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
-            count_C = torch.bincount(labels_N, minlength=logits_BC.shape[1]).float().clamp_min(ABSENT)
-            return cross_entropy(logits_BC + self.strength * count_C.log(), batch["labels"])
+            return cross_entropy(logits_BC + added(logits_BC.shape[1]), batch["labels"])
 
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
         return local.train(*args, loss=loss), {}

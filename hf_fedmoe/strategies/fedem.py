@@ -61,7 +61,7 @@ class FedEM(Strategy):
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         q_NM, pi_M = self.expect(local, task)
-        places = local.own_rows(local.plan(task.dataset, task.seed))
+        places = local.own_places(local.plan(task.dataset, task.seed))
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             return (q_NM[next(places)] * model_losses(model, batch)).sum(1).mean()
