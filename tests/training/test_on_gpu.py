@@ -4,6 +4,7 @@ CPU's side runs in another process, see `tests/cpu_process.py`.
 """
 
 import multiprocessing
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 
@@ -31,9 +32,12 @@ from tests.runs_on_a_device import (
     loaded_logits,
     logits,
     losses,
+    owners_run,
     plain_run,
+    private_run,
     run_of_a_method,
     sparse_inference,
+    told_of_clients,
     trained,
 )
 from tests.tiny_federation import (
@@ -63,6 +67,24 @@ FASTER_WAYS = {
     "at_once": {"clients_at_once": 2},
     "read_ahead": {"dataloader_num_workers": 2},
     "compiled": {"torch_compile": True},
+}
+# With normalisation layers: methods with client models or steps of their own.
+OF_IMAGES = ("fedavg_adjusted", "fedmoe_groups", "fedjets", "fedem", "pfedmoe", "ifca", "fedrolex")
+# Filters, screens and reducers between clients and a method. Losses of some clients are 1 % apart.
+ON_THE_WAY = {
+    "median": {"robust_fusion": "median"},
+    "trimmed_mean": {"robust_fusion": "trimmed_mean", "expected_attackers": 0.2},
+    "geometric_median": {"robust_fusion": "geometric_median"},
+    "krum": {"robust_fusion": "krum", "expected_attackers": 0.2},
+    "multi_krum": {"robust_fusion": "multi_krum", "expected_attackers": 0.2},
+    "norm": {"max_update_norm": 0.1},
+    "norm_ratio": {"max_update_norm_ratio": 1.0},
+    **{code: {"upload_compression": code} for code in ("bf16", "int8", "top_k")},
+}
+PRIVATE = {
+    "clients": {"noise_multiplier": 0.1, "clipping_norm": 0.5, "delta": 1e-2},
+    "moving norm": {"noise_multiplier": 0.1, "clipping_norm": 0.5, "delta": 1e-2, "clipping_quantile": 0.5},
+    "examples": {"example_noise_multiplier": 0.1, "example_clipping_norm": 0.5, "example_delta": 1e-2},
 }
 GRAPH_RUNS = {"adamw": {}, "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"}, "bf16": {"bf16": True}}
 # With a state of the optimizer, of the server or of the clients; with dropout, whose masks follow from the seed.
@@ -117,9 +139,76 @@ def test_every_method_has_the_losses_of_the_cpu(name, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_images_have_the_losses_of_the_cpu(method, tmp_path):
-    found, expected = both(image_run, tmp_path, method)
+    assert_alike_in_rounds(*both(image_run, tmp_path, method))
+
+
+def assert_alike_in_rounds(found, expected):
+    assert (found["device"], expected["device"]) == (DEVICE, "cpu")
     # BatchNorm divides by the deviation of maps of few pixels: noise of 3e-7 in linear layers alone came to 5e-6.
-    assert found == pytest.approx(expected, rel=2e-3)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    for (refused, metrics), (theirs, expected_metrics) in zip(found["told"], expected["told"], strict=True):
+        assert refused == theirs and metrics == pytest.approx(expected_metrics, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_methods_with_images_have_the_losses_of_the_cpu(name, tmp_path):
+    assert_alike_in_rounds(*both(image_run, tmp_path, name))
+
+
+@pytest.mark.parametrize("settings", ON_THE_WAY.values(), ids=ON_THE_WAY)
+def test_what_happens_to_uploads_is_that_of_the_cpu(settings, tmp_path):
+    assert_alike_in_rounds(*both(image_run, tmp_path, "fedavg", clients_per_round=5, **settings))
+
+
+@pytest.mark.parametrize("settings", PRIVATE.values(), ids=PRIVATE)
+def test_private_runs_end_like_on_the_cpu(settings, tmp_path):
+    pytest.importorskip("dp_accounting")
+    if any(name.startswith("example") for name in settings):
+        pytest.importorskip("opacus")
+    found, expected = both(private_run, tmp_path, **settings)
+    assert (found.pop("device"), expected.pop("device")) == (DEVICE, "cpu")
+    # The same noise, far larger than rounding.
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_owners_of_text_end_like_on_the_cpu(tmp_path):
+    found, expected = both(owners_run, tmp_path)
+    assert (found.pop("device"), expected.pop("device")) == (DEVICE, "cpu")
+    assert found.pop("losses") == pytest.approx(expected.pop("losses"), rel=1e-3)
+    assert found.pop("written") == expected.pop("written")
+    for client, numbers in found.items():
+        for name, value in numbers.items():
+            assert_allclose(value, expected[client][name], rtol=0, atol=5e-3, err_msg=f"{client} {name}")
+
+
+def test_what_is_told_of_clients_and_experts_is_that_of_the_cpu(tmp_path):
+    expected = on_the_cpu(told_of_clients, tmp_path, "cpu")
+    found, expected = told_of_clients(tmp_path, DEVICE), expected.result()
+    (shares, right), (groups, shifts) = found["analysed"], found["differ"]
+    assert right == pytest.approx(expected["analysed"][1]) and groups == expected["differ"][0]
+    assert_allclose(shares, expected["analysed"][0], rtol=0, atol=1e-4)
+    assert_allclose(shifts, expected["differ"][1], rtol=0, atol=1e-2)
+    assert_allclose(*([number for part in told["shown"] for number in part] for told in (found, expected)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["fedavg", "fedavg_adjusted", "scaffold", "pfedme", "apfl", "fedem", "fedjets", "ifca"]
+)
+def test_the_host_waits_no_oftener_with_more_local_steps(name, tmp_path):
+    """Waits for copies too, which `tests/invariants/test_host_waits.py` cannot see on a CPU."""
+    found = []
+    for epochs in (1, 3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            # It warns of each wait.
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                image_run(tmp_path / str(epochs), False, name, rounds=1, num_train_epochs=epochs, cuda_graphs=False)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found.append(sum("synchronizing CUDA operation" in str(each.message) for each in caught))
+    # The mean loss of each client at least.
+    assert found[0] == found[1] >= 2
 
 
 @pytest.mark.parametrize("method", METHODS)
