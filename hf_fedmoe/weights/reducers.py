@@ -96,7 +96,8 @@ def fuse_geometric_median_(
     bank_SP: Tensor, uploads_mP: Tensor, weights_Sm: Tensor, keep_S: Tensor, layout: StateLayout
 ) -> Tensor:
     """Fuses by the geometric median, with the least weighted sum of distances (RFA, Pillutla et al. 2022)."""
-    square_mm = squared_distances(lambda columns: uploads_mP[:, columns], layout)
+    # On the host: each of many steps asks whether it was the last.
+    square_mm = squared_distances(lambda columns: uploads_mP[:, columns], layout).cpu()
     rate_S1 = weights_Sm.sum(1, keepdim=True)
     share_Sm = torch.stack([weiszfeld(share_m, square_mm) for share_m in _shares(weights_Sm).to(square_mm)])
     return fuse_models_(bank_SP, uploads_mP, rate_S1 * share_Sm.to(weights_Sm), keep_S, layout)
