@@ -125,9 +125,9 @@ def private_run(folder: Path, use_cpu: bool, **changes: Any) -> dict[str, Any]:
     return {"device": device_of(run.model), "loss": run.evaluate()["eval_loss"], "norm": norm}
 
 
-def owners_run(folder: Path, use_cpu: bool) -> dict[str, Any]:
+def owners_run(folder: Path, use_cpu: bool, **changes: Any) -> dict[str, Any]:
     """Owners of texts in rounds: what the router makes of each one's text, what it costs, and a continuation."""
-    run = owners_trainer(folder, use_cpu=use_cpu, adam_epsilon=1e-3)
+    run = owners_trainer(folder, use_cpu=use_cpu, adam_epsilon=1e-3, **changes)
     run.train()
     model, found = run.model.eval(), {"device": device_of(run.model), "losses": [r.loss for r in run.rounds]}
     with torch.no_grad():

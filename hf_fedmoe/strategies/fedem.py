@@ -98,7 +98,9 @@ def model_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of each model of an ensemble on each example, `[B, M]`."""
     logits_BMC = model(**batch).model_logits.float()
     labels_BM = batch["labels"][:, None].expand(logits_BMC.shape[:2])
-    return cross_entropy(logits_BMC.transpose(1, 2), labels_BM, reduction="none")
+    # As rows: with `full_determinism` a GPU has no other cross-entropy.
+    losses_N = cross_entropy(logits_BMC.flatten(0, 1), labels_BM.flatten(), reduction="none")
+    return losses_N.view(labels_BM.shape)
 
 
 def expectation(losses_NM: Tensor, pi_M: Tensor) -> tuple[Tensor, Tensor]:

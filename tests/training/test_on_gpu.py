@@ -160,6 +160,35 @@ def test_what_happens_to_uploads_is_that_of_the_cpu(settings, tmp_path):
     assert_alike_in_rounds(*both(image_run, tmp_path, "fedavg", clients_per_round=5, **settings))
 
 
+@pytest.mark.parametrize(
+    "name", ["fedmoe", "fedmoe_groups", "fedjets", "fedem", "ifca", "fedavg_krum", "fedmoe_median"]
+)
+def test_full_determinism_refuses_nothing_that_is_done(name, tmp_path, deterministic):
+    run = trainer(name, tmp_path, use_cpu=False, full_determinism=True, **SETTINGS)
+    run.train()
+    losses(run)
+
+
+@pytest.mark.parametrize("fusion", ["trimmed_mean", "geometric_median"])
+def test_full_determinism_refuses_no_fusion(fusion, tmp_path, deterministic):
+    told = image_run(tmp_path, False, "fedavg", clients_per_round=5, robust_fusion=fusion, full_determinism=True)[
+        "told"
+    ]
+    assert not any(refused for refused, _ in told)
+
+
+def test_full_determinism_refuses_no_owners(tmp_path, deterministic):
+    found, again = (owners_run(tmp_path / name, False, full_determinism=True) for name in ("first", "second"))
+    assert found["losses"] == again["losses"]
+
+
+@pytest.fixture
+def deterministic():
+    """Lets others have what is faster."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("settings", PRIVATE.values(), ids=PRIVATE)
 def test_private_runs_end_like_on_the_cpu(settings, tmp_path):
     pytest.importorskip("dp_accounting")
