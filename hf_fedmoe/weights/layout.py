@@ -210,19 +210,16 @@ class StateLayout:
 
 def in_one_copy(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     """
-    Moves many tensors to a device in one copy for each dtype: a GPU is waited for by each. If all are there they stay
+    Moves many tensors to a device in one copy for each dtype: a GPU is waited for by each. Those that are there stay
     as they are, what is moved has memory of its own.
     """
-    device = torch.device(device)
-    if all(tensor.device == device for tensor in tensors.values()):
-        return dict(tensors)
-    moved: dict[str, Tensor] = {}
-    for dtype in {tensor.dtype for tensor in tensors.values()}:
-        own = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+    device, moved = torch.device(device), dict(tensors)
+    for kind in {(tensor.dtype, tensor.device) for tensor in tensors.values() if tensor.device != device}:
+        own = {name: tensor for name, tensor in tensors.items() if (tensor.dtype, tensor.device) == kind}
         flat = torch.cat([tensor.reshape(-1) for tensor in own.values()]).to(device)
         parts = flat.split([tensor.numel() for tensor in own.values()])
         moved |= {name: part.view(own[name].shape).clone() for name, part in zip(own, parts, strict=True)}
-    return {name: moved[name] for name in tensors}
+    return moved
 
 
 def copy_module(module: nn.Module) -> nn.Module:

@@ -127,6 +127,9 @@ def test_many_tensors_are_moved_in_one_copy_of_each_dtype():
         assert (found.device.type, found.shape, found.dtype) == ("meta", tensor.shape, tensor.dtype)
         assert found.untyped_storage().nbytes() == tensor.nbytes  # nobody else's
     assert in_one_copy({}, "meta") == {}
+    with Copies() as copies:
+        mixed = in_one_copy(tensors | {"of": moved["of"]}, "meta")
+    assert mixed["of"] is moved["of"] and copies.count == 2 and list(mixed) == list(tensors)
 
 
 def test_where_tensors_begin_is_copied_once(monkeypatch):
