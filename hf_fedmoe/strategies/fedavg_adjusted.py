@@ -52,14 +52,14 @@ class FedAvgAdjusted(FedAvgReserved):
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         labels_N = torch.cat([batch["labels"] for batch in local.in_order(task.dataset, task.seed)])
 
-        @cache  # once for all steps: a GPU is waited for whenever it counts
-        def added(num_labels: int) -> Tensor:
-            count_C = torch.bincount(labels_N, minlength=num_labels).float().clamp_min(ABSENT)
+        @cache
+        def adjustment(num_classes: int) -> Tensor:
+            count_C = torch.bincount(labels_N, minlength=num_classes).float().clamp_min(ABSENT)
             return self.strength * count_C.log()
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             logits_BC = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
-            return cross_entropy(logits_BC + added(logits_BC.shape[1]), batch["labels"])
+            return cross_entropy(logits_BC + adjustment(logits_BC.shape[1]), batch["labels"])
 
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)
         return local.train(*args, loss=loss), {}
