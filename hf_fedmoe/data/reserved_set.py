@@ -75,5 +75,7 @@ class ReservedSet:
         return self._collated(indices, self._train_collate)
 
     def _collated(self, indices: Iterable[int], collate: Callable) -> dict[str, Tensor]:
-        batch = collate([self._examples[int(index)] for index in indices])
-        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        # Indices on a GPU are waited for, so all at once; what goes there need not be.
+        places = indices.tolist() if isinstance(indices, Tensor) else map(int, indices)
+        batch = collate([self._examples[place] for place in places])
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}

@@ -89,8 +89,8 @@ def read_upload(message: Message, asked: Asked, server: Server, codec: Codec | N
         except (RuntimeError, IndexError) as error:  # places beyond the row
             raise MessageError(f"its encoded update cannot be read: {error}") from error
     integers = {name: known.clone() for name, known in server.integers[0].items() if name not in asked.names}
-    # Not as views, which would keep the message.
-    integers |= {name: tensor.clone() for name, tensor in part(tensors, INTEGERS).items()}
+    # Not as views, which would keep the message; where the server's own are.
+    integers |= {name: tensor.to(out_P.device, copy=True) for name, tensor in part(tensors, INTEGERS).items()}
     num_examples, metrics = _numbers(facts)
     beside = {name: tensor.to(out_P.device) for name, tensor in part(tensors, BESIDE).items()}
     return Payload(out_P, integers, num_examples, metrics, beside)

@@ -38,7 +38,10 @@ def log_likelihoods(model: PreTrainedModel, ids_NT: Tensor, **how: Any) -> Tenso
     for ids_BT in ids_NT.split(BATCH):
         ids_BT = ids_BT.to(model.device)
         logits = model(input_ids=ids_BT, use_cache=False, **how).logits[:, :-1].float()
-        found.append(-torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids_BT[:, 1:], reduction="none").cpu())
+        next_BS = ids_BT[:, 1:]
+        # As rows: a GPU with deterministic algorithms has no other cross-entropy.
+        told_N = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), next_BS.flatten(), reduction="none")
+        found.append(told_N.view(next_BS.shape).cpu())
     return torch.cat(found)
 
 

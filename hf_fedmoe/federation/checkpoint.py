@@ -1,6 +1,7 @@
 """The part of a checkpoint beside the model: strategy tensors, the clients' files, the run's identity."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ def save_federation(folder: Path, server: Server, store: ClientStore, identity: 
     for index, integers in enumerate(server.integers):
         tensors |= {f"{INTEGERS_PREFIX}{index}.{name}": tensor for name, tensor in integers.items()}
     save_file(tensors, folder / TENSORS_NAME)
-    state = {"identity": identity, "clients": {str(client): name for client, name in store.manifest.items()}}
+    state = {
+        "identity": identity,
+        "clients": {str(client): name for client, name in store.manifest.items()},
+        # What a method keeps on the host although its models are on a GPU. Of a run on CPUs nobody can tell.
+        "on_host": [name for name, tensor in server.tensors.items() if tensor.device != server.bank_SP.device],
+    }
     (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -43,19 +49,19 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def load_federation(folder: Path, server: Server, store: ClientStore) -> None:
-    """Restores what [`save_federation`] wrote."""
-    tensors = load_file(folder / TENSORS_NAME)
+    """Restores what [`save_federation`] wrote, where the bank is but for what was on the host beside a GPU."""
+    tensors, state = load_file(folder / TENSORS_NAME), json.loads((folder / STATE_NAME).read_text())
+    on_host = state.get("on_host", [])
 
-    def named(prefix: str) -> dict[str, Tensor]:
+    def named(prefix: str, on_host: Collection[str] = ()) -> dict[str, Tensor]:
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        # Copies: in a file tensors begin anywhere, and where they begin decides how sums of them are rounded.
         return {
-            # Copies: in a file tensors begin anywhere, and where they begin decides how sums of them are rounded.
-            name.removeprefix(prefix): tensor.to(server.bank_SP.device, copy=True)
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
+            name: tensor.to("cpu" if name in on_host else server.bank_SP.device, copy=True)
+            for name, tensor in own.items()
         }
 
-    server.tensors = named(STRATEGY_PREFIX)
+    server.tensors = named(STRATEGY_PREFIX, on_host)
     server.integers = [named(f"{INTEGERS_PREFIX}{index}.") for index in range(len(server.integers))]
-    clients = json.loads((folder / STATE_NAME).read_text())["clients"]
-    store.manifest = {int(client): name for client, name in clients.items()}
+    store.manifest = {int(client): name for client, name in state["clients"].items()}
     store.digests = read_manifest(folder).clients

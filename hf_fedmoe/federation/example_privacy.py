@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..weights import all_finite
+from ..weights import all_finite, in_one_copy
 from .local_updates import LocalUpdates
 from .noise import Normals, seeded_normals, system_normals
 from .randomness import Stream, fresh_seed, seed_of
@@ -199,13 +199,20 @@ class PrivateUpdates(LocalUpdates):
             steps.clip_and_accumulate()
             steps.add_noise()
             steps.scale_grad()
+        noise = self._noise() if z else {}
         for name, parameter in self._learning():
             assert parameter.grad is not None  # `DPOptimizer` has just set it
             if z:
-                noise = self._normals(parameter.numel()).view_as(parameter).to(parameter)
-                parameter.grad.add_(noise, alpha=z * self.privacy.clipping_norm / steps.expected_batch_size)
+                parameter.grad.add_(noise[name], alpha=z * self.privacy.clipping_norm / steps.expected_batch_size)
             if self._mu:
                 parameter.grad.add_(parameter - self._received[name], alpha=self._mu)
+
+    def _noise(self) -> dict[str, Tensor]:
+        """Draws the noise of a step, which is moved in one copy: a GPU is waited for by each."""
+        parameters = dict(self._learning())
+        drawn = {name: self._normals(parameter.numel()).view_as(parameter) for name, parameter in parameters.items()}
+        first = next(iter(parameters.values()))
+        return in_one_copy({name: each.to(parameters[name].dtype) for name, each in drawn.items()}, first.device)
 
     def _leave_out_unsound_rows(self) -> None:
         """Makes the gradients 0 of rows of which one is not finite."""

@@ -269,6 +269,12 @@ class LocalTrainer:
         """The indices of each batch of [`LocalTrainer.steps`]: as planned, or of this process's share."""
         return (self.process_group.share(batch)[0] for step in plan for batch in step)
 
+    def own_places(self, plan: list[list[list[int]]]) -> Iterator[Tensor]:
+        """Gives [`LocalTrainer.own_rows`] as indices on the device: in one copy, as a GPU is waited for by each."""
+        batches = list(self.own_rows(plan))
+        places_N = torch.tensor(list(itertools.chain(*batches)), dtype=torch.int64)
+        return iter(places_N.to(self.accelerator.device).split([len(batch) for batch in batches]))
+
     def steps(self, dataset: Subset, plan: list[list[list[int]]], seed: int) -> Iterator[StepBatches]:
         """The batches of each planned step; `seed` is that of dropout and augmentation, see [`ExamplePrivacy`]."""
         if self.example_privacy is not None:

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from transformers.utils import logging
 
 from ..data import ReservedSet
-from ..weights import Payload, all_finite
+from ..weights import Payload, all_finite, in_one_copy
 from . import soundness
 from .client_store import ClientStore
 from .contract import ClientTask, Server, Strategy, has_plain_clients
@@ -133,7 +133,7 @@ class Participants:
             reply.received_bytes = task.received.num_bytes
         if reply.fault is None:
             reply.sent_bytes, reply.tensors = payload.num_bytes, payload.tensors
-            reply.integers = {name: tensor.cpu() for name, tensor in payload.integers.items()}
+            reply.integers = in_one_copy(payload.integers, "cpu")
             reply.num_examples, reply.metrics = payload.num_examples, payload.metrics
         return reply, retained
 

@@ -203,5 +203,7 @@ class PrivateUploads(AverageableUploads):
         if z:
             views = server.layout.views(server.bank_SP[0])
             for tensor in (views[name] for name in self.names):
-                tensor.add_(self.normals(tensor.numel()).view_as(tensor).to(tensor), alpha=z * norm / divisor)
+                # Not waited for: the next is drawn meanwhile.
+                noise = self.normals(tensor.numel()).view_as(tensor).to(tensor, non_blocking=True)
+                tensor.add_(noise, alpha=z * norm / divisor)
         return mean.clipping.move(server, self.norms, z > 0, self.normals)

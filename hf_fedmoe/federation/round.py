@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers.utils import logging
 
+from ..weights import in_one_copy
 from . import soundness
 from .captured_passes import CapturedPasses
 from .client_choice import CLIENT_CHOICES
@@ -201,7 +202,7 @@ class Federation:
         uploads = collected.close(
             places,
             [chosen[place] for place in places],
-            [{name: tensor.to(device) for name, tensor in reply.integers.items()} for reply in sound],
+            [in_one_copy(reply.integers, device) for reply in sound],
             torch.tensor([reply.num_examples for reply in sound], dtype=torch.float32, device=device),
             [reply.metrics for reply in sound],
             [reply.probed.to(device) for reply in sound if reply.probed is not None],

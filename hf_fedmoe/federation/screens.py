@@ -123,12 +123,14 @@ class Krum:
         kept = m - f if self.many else 1
         scores_m = krum_scores(squared_distances(updates.block, updates.layout, updates.names), f)
         order = scores_m.argsort(stable=True).tolist()
-        return Verdict({place: self._reason(scores_m, place, order[kept - 1]) for place in sorted(order[kept:])})
+        scores = scores_m.tolist()
+        largest = scores[order[kept - 1]]
+        return Verdict({place: self._reason(scores[place], largest) for place in sorted(order[kept:])})
 
-    def _reason(self, scores_m: Tensor, place: int, last: int) -> str:
+    def _reason(self, score: float, largest: float) -> str:
         return (
-            f"its update is too far from the others': Krum's score is {scores_m[place]:.3g}, and {scores_m[last]:.3g} "
-            "the largest that was kept"
+            f"its update is too far from the others': Krum's score is {score:.3g}, and {largest:.3g} the largest that "
+            "was kept"
         )
 
 

@@ -25,7 +25,7 @@ from .building_fedmoe_causal import FedMoECausalBuilding
 from .configuration_checks import built
 from .configuration_fedmoe_causal import FedMoECausalConfig
 from .lora_fedmoe_causal import ExpertsInUse, OwnersLora, attach_experts, checkpointed_with, find_targets
-from .router_fedmoe_causal import UNKNOWN, expert_weights_of, running_means
+from .router_fedmoe_causal import UNKNOWN, expert_weights_of, running_means, running_sums
 
 
 logger = logging.get_logger(__name__)
@@ -196,9 +196,13 @@ class FedMoEForCausalLM(FedMoECausalBuilding, GenerationMixin):
         found = []
         for expert in range(len(self.config.expert_names)):
             logits_BSV = self(**inputs, expert=expert, use_cache=False).logits[:, :-1].float()
-            told_BS = -nn.functional.cross_entropy(logits_BSV.transpose(1, 2), input_ids[:, 1:], reduction="none")
+            # As rows: a GPU with deterministic algorithms has no other cross-entropy.
+            told_N = -nn.functional.cross_entropy(
+                logits_BSV.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+            )
+            told_BS = told_N.view(counted_BS.shape)
             # Padding may be without end unlikely, which times 0 is no number.
-            found.append(nn.functional.pad(told_BS.where(counted_BS, 0), (1, 0)).cumsum(1))
+            found.append(running_sums(nn.functional.pad(told_BS.where(counted_BS, 0), (1, 0)), 1))
         return expert_weights_of(torch.stack(found, dim=-1), 1.0, self.config.top_l)
 
     def forward(

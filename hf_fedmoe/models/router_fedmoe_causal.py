@@ -188,7 +188,7 @@ def text_statistics(
         own_N = counts_N[counts_N <= len(ids_T)].to(ids_T.device)
         if len(own_N) == 0:
             continue
-        sums_TH = embed(ids_T).double().cumsum(0)
+        sums_TH = running_sums(embed(ids_T).double(), 0)
         features_NH = sums_TH[own_N - 1] / own_N[:, None]
         if longest is not None:
             features_NH = features_NH * (longest / features_NH.norm(dim=1, keepdim=True)).clamp_max(1)
@@ -253,6 +253,19 @@ def unpacked_bits(bits_P: Tensor) -> Tensor:
     return gram_DD + gram_DD.triu(1).T
 
 
+def running_sums(values: Tensor, dim: int) -> Tensor:
+    """
+    Sums up to and including each position.
+
+    Args:
+        values (`torch.Tensor`): The values.
+        dim (`int`): The dimension along which they are summed.
+    """
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():  # where a GPU refuses
+        return values.cpu().cumsum(dim).to(values.device)
+    return values.cumsum(dim)
+
+
 def running_means(
     values_BTE: Tensor, attention_mask_BT: Tensor | None = None, position_ids_BT: Tensor | None = None
 ) -> Tensor:
@@ -274,7 +287,7 @@ def running_means(
     if attention_mask_BT is not None:
         counted_BT1 = attention_mask_BT.to(values_BTE)[..., None]
     # A column for the counts, so that both are summed and begin anew alike.
-    sums = torch.cat([values_BTE * counted_BT1, counted_BT1], dim=-1).cumsum(dim=1)
+    sums = running_sums(torch.cat([values_BTE * counted_BT1, counted_BT1], dim=-1), 1)
     if position_ids_BT is not None:
         places_T = torch.arange(sums.shape[1], device=sums.device)
         first_BT = (places_T * (position_ids_BT == 0)).cummax(dim=1).values

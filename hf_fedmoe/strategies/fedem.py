@@ -63,7 +63,7 @@ class FedEM(Strategy):
 
     def train_client(self, local: LocalTrainer, task: ClientTask) -> tuple[Payload, dict[str, Tensor]]:
         q_NM, pi_M = self.expect(local, task)
-        places = local.own_rows(local.plan(task.dataset, task.seed))
+        places = local.own_places(local.plan(task.dataset, task.seed))
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             return (q_NM[next(places)] * model_losses(model, batch)).sum(1).mean()
@@ -100,7 +100,9 @@ def model_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of each model of an ensemble on each example, `[B, M]`."""
     logits_BMC = model(**batch).model_logits.float()
     labels_BM = batch["labels"][:, None].expand(logits_BMC.shape[:2])
-    return cross_entropy(logits_BMC.transpose(1, 2), labels_BM, reduction="none")
+    # As rows: with `full_determinism` a GPU has no other cross-entropy.
+    losses_N = cross_entropy(logits_BMC.flatten(0, 1), labels_BM.flatten(), reduction="none")
+    return losses_N.view(labels_BM.shape)
 
 
 def expectation(losses_NM: Tensor, pi_M: Tensor) -> tuple[Tensor, Tensor]:

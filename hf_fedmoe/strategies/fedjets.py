@@ -119,7 +119,9 @@ class FedJETs(Strategy):
         experts = [task.client] if is_anchor else scores_K.topk(self.experts_per_client).indices.tolist()
         names = tensors_of(local.layout, experts)
         task.received.weigh(local.layout, names)
-        places = local.own_rows(local.plan(task.dataset, task.seed))
+        places = local.own_places(local.plan(task.dataset, task.seed))
+        # A GPU is waited for by each list of indices that it is given: this one is for all steps.
+        experts_E = torch.tensor(experts, device=local.accelerator.device)
 
         model = as_mixture(local.worker)
 
@@ -130,7 +132,7 @@ class FedJETs(Strategy):
             if is_anchor:
                 own_B = torch.full_like(labels_B, task.client)
                 return cross_entropy(logits_BEC[:, 0], labels_B) + cross_entropy(gate_logits_BK, own_B)
-            weights_BE = gate_logits_BK[:, experts].softmax(-1)
+            weights_BE = gate_logits_BK[:, experts_E].softmax(-1)
             return nll_loss(dense_mixture(logits_BEC, weights_BE, 1.0, 0, model.config.mix), labels_B)
 
         args = (task.dataset, task.received_P, task.integers, task.out_P, task.seed, task.kept_optimizer)

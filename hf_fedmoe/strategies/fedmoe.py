@@ -263,7 +263,7 @@ class FedMoE(Strategy):
         return report | {
             "alpha": model.alpha.item(),
             "gate_entropy": gating_entropy(Q_RK).item(),
-            **{f"expert_{k}_share": share.item() for k, share in enumerate(share_K)},
+            **{f"expert_{k}_share": share for k, share in enumerate(share_K.tolist())},
         }
 
     def finish(self, server: Server, step: ServerStep) -> None:
@@ -342,7 +342,7 @@ class FedMoE(Strategy):
             return {}
         num_main = server.model.config.num_main_experts
         names = [f"main_{s}" for s in range(num_main)] + [f"expert_{k}" for k in range(len(lost_S) - num_main)]
-        return {f"{name}_discarded_energy": lost.item() for name, lost in zip(names, lost_S, strict=True)}
+        return {f"{name}_discarded_energy": lost for name, lost in zip(names, lost_S.tolist(), strict=True)}
 
     def _fine_tune_start(self, server: Server, step: ServerStep) -> dict[str, float]:
         """A copy of the main expert, trained on the reserved set, for the next round's participants."""

@@ -27,6 +27,8 @@ from .setting_kinds import check_setting_kinds
 
 # Of a client whose group is unknown.
 NOBODY = -1
+# Sums of the server's that are many small steps, in which a GPU would be waited for.
+ON_HOST = ("group_M", "count_MC", "sum_MCd", "gram_dd", "scatter_Mdd", "input_distance", "contribution_SM")
 # Squared standard deviations: groups whose inputs are further apart look different. Groups that are found where there
 # are none came to 0.6 at most, kinds of pictures and turned ones to 1.2 and more (docs/results.md).
 INPUTS_DIFFER = 1.0
@@ -171,6 +173,8 @@ class FedMoEGroups(Strategy):
         return ClientStatistics(**payload.tensors).fault(payload.num_examples) if payload.tensors else None
 
     def update(self, server: Server, uploads: Uploads, step: ServerStep) -> dict[str, float]:
+        # A checkpoint of a run on CPUs has brought them to where the models are.
+        server.tensors |= {name: server.tensors[name].cpu() for name in ON_HOST}
         self._find_groups(server, uploads)
         report = self._fuse(server, uploads)
         if (server.tensors["group_M"] != NOBODY).any():

@@ -58,8 +58,9 @@ def calibrated(
         for alpha in ALPHAS:
             alpha_1 = torch.full_like(model.alpha, alpha)
             log_P_RC = dense_mixture(logits_RSC, Q_RK, alpha_1, config.num_main_experts, config.mix)
-            found[temperature, alpha] = cross_entropy(log_P_RC, labels_R).item()
-    return min(found, key=lambda pair: found[pair])
+            found[temperature, alpha] = cross_entropy(log_P_RC, labels_R)
+    losses = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+    return min(losses, key=lambda pair: losses[pair])
 
 
 class GateFit:
@@ -259,8 +260,9 @@ def train_gate(
     steps = 0
     for _ in track(range(epochs), "Training the gate"):
         total, steps = torch.zeros_like(total), 0
-        for indices in split_rows(torch.randperm(len(reserved), generator=generator), batch_size, never_one):
-            indices = indices.to(reserved.labels_R.device)
+        # In one copy, as a GPU is waited for by each.
+        order_R = torch.randperm(len(reserved), generator=generator).to(reserved.labels_R.device)
+        for indices in split_rows(order_R, batch_size, never_one):
             loss, grad_norm = fit.learn(reserved, cached, indices, objective)
             norm, total = norm + grad_norm, total + loss
             steps += 1

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..federation import Federation, StepBatches
 from ..strategies import ClientTask, has_own_loss
-from ..weights import Payload
+from ..weights import Payload, all_finite
 from .example_gradients import check_example_gradients, check_nothing_is_kept, telling_rows
 from .readers import Reader
 from .single_rows import check_single_rows
@@ -152,7 +152,7 @@ class Trial:
                 f"{self._loss_is} depends on no parameter that learns: all gradients are None. Set `requires_grad` of "
                 "those that clients are to train."
             )
-        if local.accelerator.scaler is None and not all(torch.isfinite(grad).all() for grad in gradients):
+        if local.accelerator.scaler is None and not all_finite(gradients):
             raise ValueError(
                 f"{self._loss_is} has a gradient that is not finite on the shortest or the longest row: no client "
                 "could send a sound model."

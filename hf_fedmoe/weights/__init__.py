@@ -2,7 +2,7 @@
 
 from .compression import COMPRESSIONS, Codec, compress_upload, encoded_names, make_codec, read_upload_
 from .fusion import add_to_sum_, collapse, fuse_, fuse_integers, mean_of_sum_
-from .layout import Slot, StateLayout, copy_module, release
+from .layout import Slot, StateLayout, copy_module, in_one_copy, release
 from .lora_rows import fit_rank_, fuse_models_, mix_rows, sizes_at_rank, widen_rank_
 from .payload import Payload, all_finite, keep_private_, negative_variance, payload_fault
 from .reducers import Reducer, by_entries, fuse_geometric_median_, median, trimmed_mean
@@ -39,6 +39,7 @@ __all__ = [
     "fuse_geometric_median_",
     "fuse_integers",
     "fuse_models_",
+    "in_one_copy",
     "keep_private_",
     "make_codec",
     "mean_of_sum_",

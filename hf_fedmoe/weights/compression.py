@@ -149,6 +149,7 @@ def _encode_top_k(update_U: Tensor, share: float) -> dict[str, Tensor]:
 def _decode_top_k(sent: dict[str, Tensor], num_elements: int) -> Tensor:
     places = sent["places"].long()
     # A GPU that is asked to write beyond its memory does nothing more for this process.
-    if len(places) and not 0 <= places.min() <= places.max() < num_elements:
-        raise IndexError(f"places from {places.min()} to {places.max()}, of {num_elements} entries")
+    lowest, highest = torch.stack(torch.aminmax(places)).tolist() if len(places) else (0, 0)
+    if len(places) and not 0 <= lowest <= highest < num_elements:
+        raise IndexError(f"places from {lowest} to {highest}, of {num_elements} entries")
     return sent["values"].new_zeros(num_elements).scatter_(0, places, sent["values"])

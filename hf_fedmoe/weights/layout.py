@@ -4,7 +4,7 @@ Shape suffixes: P elements of one row, S rows of a bank.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -117,16 +117,23 @@ class StateLayout:
         return frozenset(slot.name for pair in self.batchnorm for slot in pair)
 
     @cached_property
-    def _starts(self) -> Tensor:
-        return torch.tensor([slot.start for slot in self.slots if slot.shape.numel()])
+    def _starts(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _starts_on(self, device: torch.device) -> Tensor:
+        """Returns where the tensors of a row begin, copied to a device once."""
+        if device not in self._starts:
+            starts = [slot.start for slot in self.slots if slot.shape.numel()]
+            self._starts[device] = torch.tensor(starts, device=device)
+        return self._starts[device]
 
     def blank_(self, row_P: Tensor) -> None:
         """Empties a row for somebody to write: zeros, and a value that no model has at the start of each tensor."""
-        row_P.zero_().index_fill_(0, self._starts.to(row_P.device), torch.finfo(self.dtype).min)
+        row_P.zero_().index_fill_(0, self._starts_on(row_P.device), torch.finfo(self.dtype).min)
 
     def blanks(self, row_P: Tensor) -> list[str]:
         """Names of the tensors that nobody has written since [`StateLayout.blank_`]."""
-        blank = row_P[self._starts.to(row_P.device)] == torch.finfo(self.dtype).min
+        blank = row_P[self._starts_on(row_P.device)] == torch.finfo(self.dtype).min
         if not blank.any():
             return []
         names = [slot.name for slot in self.slots if slot.shape.numel()]
@@ -199,6 +206,20 @@ class StateLayout:
                 raise ValueError(f"All experts must have one architecture, but {fault}.")
             self.bind(module, row_P)
         return bank_SP
+
+
+def in_one_copy(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """
+    Moves many tensors to a device in one copy for each dtype: a GPU is waited for by each. Those that are there stay
+    as they are, what is moved has memory of its own.
+    """
+    device, moved = torch.device(device), dict(tensors)
+    for kind in {(tensor.dtype, tensor.device) for tensor in tensors.values() if tensor.device != device}:
+        own = {name: tensor for name, tensor in tensors.items() if (tensor.dtype, tensor.device) == kind}
+        flat = torch.cat([tensor.reshape(-1) for tensor in own.values()]).to(device)
+        parts = flat.split([tensor.numel() for tensor in own.values()])
+        moved |= {name: part.view(own[name].shape).clone() for name, part in zip(own, parts, strict=True)}
+    return moved
 
 
 def copy_module(module: nn.Module) -> nn.Module:

@@ -101,7 +101,7 @@ def fuse_lora_svd(
     fused, discarded = [], []
     for weights_R in weights_SR:
         # An expert takes nothing of the other experts' old factors: without them the core is a fraction of the stack.
-        taken_R = weights_R != 0
+        taken_R = (weights_R != 0).nonzero()[:, 0]  # a GPU is waited for once, and by each mask again
         basis_iq, core_A = torch.linalg.qr(A_Ri[taken_R].T)
         basis_op, core_B = torch.linalg.qr(B_oR[:, taken_R] * weights_R[taken_R])
         U, sigma, Vh = torch.linalg.svd(core_B @ core_A.T, full_matrices=False)
@@ -138,7 +138,7 @@ def in_basis_of(fused: LoraFactors, old: LoraFactors) -> LoraFactors:
     A_ri, B_or = old.A_ri.to(fused.A_ri), old.B_or.to(fused.B_or)
     sigma_r = fused.A_ri.square().sum(1)
     noise = _ROUNDINGS * torch.finfo(sigma_r.dtype).eps * sigma_r.max()
-    live_r = sigma_r > noise
+    live_r = (sigma_r > noise).nonzero()[:, 0]  # as above, a GPU is waited for by each mask
     # The update is U_op sigma_p V_pi, the old A is its U s_k V_ki; k = min(r, i), p <= k.
     sigma_p1 = sigma_r[live_r, None]
     V_pi, U_op = fused.A_ri[live_r] / sigma_p1.sqrt(), fused.B_or[:, live_r] / sigma_p1[:, 0].sqrt()
@@ -150,7 +150,7 @@ def in_basis_of(fused: LoraFactors, old: LoraFactors) -> LoraFactors:
     basis_Ki = torch.cat([V_ki, new_pi[strength_p > noise]])  # K = k + q
     rows_pK = torch.cat([inside_pk, outside_pi @ basis_Ki[len(V_ki) :].T], 1)
     turn_pp, sigma_p, rows_pK = torch.linalg.svd(sigma_p1 * rows_pK, full_matrices=False)
-    live_p = sigma_p > noise
+    live_p = (sigma_p > noise).nonzero()[:, 0]
     rows_pK = rows_pK[live_p]
     # The rotation of the rank space under which these rows are nearest to the old ones.
     Y_kp, _, Zt_pp = torch.linalg.svd(rows_pK[:, : len(V_ki)].T, full_matrices=False)
@@ -163,7 +163,7 @@ def in_basis_of(fused: LoraFactors, old: LoraFactors) -> LoraFactors:
     balanced_k = W_ok.norm(dim=0).sqrt()
     balanced_k[balanced_k.square() <= noise] = 0
     size_k = torch.where(s_k < _THIN * balanced_k, balanced_k, s_k)
-    used_k = size_k > torch.finfo(size_k.dtype).eps * size_k.max()
+    used_k = (size_k > torch.finfo(size_k.dtype).eps * size_k.max()).nonzero()[:, 0]
     A_ri = A_ri + U_rk @ (size_k[:, None] * frame_ki - s_k[:, None] * V_ki)
     U_rk = U_rk[:, used_k]
     # What A does not see of B is no part of the update, and stays.
@@ -202,7 +202,7 @@ def _stack(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float) 
     A_Ri = torch.cat([adapter.A_ri for adapter in adapters]).to(scaled_SJ)
     B_oR = torch.cat([adapter.B_or for adapter in adapters], 1).to(scaled_SJ)
     ranks_J = torch.tensor([adapter.A_ri.shape[0] for adapter in adapters], device=A_Ri.device)
-    return A_Ri, B_oR, scaled_SJ.repeat_interleave(ranks_J, 1)
+    return A_Ri, B_oR, scaled_SJ.repeat_interleave(ranks_J, 1, output_size=len(A_Ri))
 
 
 def _scaled(adapters: Sequence[LoraFactors], weights_SJ: Tensor, scaling: float) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .layout import StateLayout
+from .layout import StateLayout, in_one_copy
 
 
 # Beyond it, counting on would lose count.
@@ -111,10 +111,9 @@ def _fault_of_integers(integers: dict[str, Tensor], known: dict[str, Tensor]) ->
         if found != expected:
             return f"it sends {found} as `{name}`, expected {expected}"
     counts = {name: t for name, t in integers.items() if name.endswith("num_batches_tracked")}
-    if counts:
-        for name, count in zip(counts, torch.stack(list(counts.values())).tolist(), strict=True):
-            if not 0 <= count < MOST_BATCHES:
-                return f"`{name}` is {count}, which is no count of batches"
+    for name, count in in_one_copy(counts, "cpu").items():
+        if not 0 <= count.item() < MOST_BATCHES:
+            return f"`{name}` is {count.item()}, which is no count of batches"
     return None
 
 

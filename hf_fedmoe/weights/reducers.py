@@ -14,6 +14,7 @@ normalisation layer.
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ _LEAST, _FARTHEST = 1e-6, 1e6
 
 def median(sorted_mB: Tensor, share_mB: Tensor) -> Tensor:
     """Returns the weighted median: below it and above it is half of the weight; the middle of two such values."""
-    passed_mB = share_mB.cumsum(0)
+    passed_mB = _passed(share_mB)
     ends = ((passed_mB < 0.5 + side).sum(0).clamp_max(len(sorted_mB) - 1) for side in (-_ROUNDING, _ROUNDING))
     lower_B, upper_B = (sorted_mB.gather(0, index_B[None])[0] for index_B in ends)
     return (lower_B + upper_B) / 2
@@ -51,11 +52,16 @@ def trimmed_mean(trim: float) -> Rule:
     """
 
     def rule(sorted_mB: Tensor, share_mB: Tensor) -> Tensor:
-        passed_mB = share_mB.cumsum(0)
+        passed_mB = _passed(share_mB)
         kept_mB = (passed_mB.clamp_max(1 - trim) - (passed_mB - share_mB).clamp_min(trim)).clamp_min(0)
         return (kept_mB * sorted_mB).sum(0) / kept_mB.sum(0)
 
     return rule
+
+
+def _passed(share_mB: Tensor) -> Tensor:
+    """Returns sums of shares up to each: row by row, as a GPU refuses `cumsum` with `full_determinism`."""
+    return torch.stack(list(accumulate(share_mB)))
 
 
 def by_entries(rule: Rule) -> Reducer:
@@ -96,7 +102,8 @@ def fuse_geometric_median_(
     bank_SP: Tensor, uploads_mP: Tensor, weights_Sm: Tensor, keep_S: Tensor, layout: StateLayout
 ) -> Tensor:
     """Fuses by the geometric median, with the least weighted sum of distances (RFA, Pillutla et al. 2022)."""
-    square_mm = squared_distances(lambda columns: uploads_mP[:, columns], layout)
+    # On the host: each of many steps asks whether it was the last.
+    square_mm = squared_distances(lambda columns: uploads_mP[:, columns], layout).cpu()
     rate_S1 = weights_Sm.sum(1, keepdim=True)
     share_Sm = torch.stack([weiszfeld(share_m, square_mm) for share_m in _shares(weights_Sm).to(square_mm)])
     return fuse_models_(bank_SP, uploads_mP, rate_S1 * share_Sm.to(weights_Sm), keep_S, layout)

@@ -94,6 +94,17 @@ def test_a_count_that_is_left_out_is_asked_for(asked_and_answer, monkeypatch):
     assert found == {"count": count} and found["count"].data_ptr() != count.data_ptr()  # no view of the message
 
 
+def test_counts_are_where_the_servers_models_are(asked_and_answer, monkeypatch):
+    engine, asked, answer = asked_and_answer
+    on_device = {name: torch.tensor(3, device="meta") for name in ("count", "kept")}
+    monkeypatch.setattr(engine.server, "integers", [on_device])
+    message = replace(answer, tensors=answer.tensors | {"integers/count": torch.tensor(5)})
+    out_P = torch.empty_like(engine.server.bank_SP[0], device="meta")
+    asked = replace(asked, names=asked.names | {"count"})
+    found = read_upload(message, asked, engine.server, None, out_P).integers
+    assert {name: tensor.device.type for name, tensor in found.items()} == {"count": "meta", "kept": "meta"}
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_uploads_are_refused_by_name(name, asked_and_answer):
     forge, words = FORGERIES[name]

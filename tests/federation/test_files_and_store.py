@@ -176,6 +176,27 @@ def test_what_is_read_begins_where_fresh_tensors_do(tmp_path):
         )
 
 
+def test_what_was_on_the_host_beside_a_gpu_is_so_again(tmp_path):
+    """A method that adds up sums on the host finds them there when it goes on, and all else where its models are."""
+    on_a_gpu, on_a_cpu = torch.zeros(1, 3, device="meta"), torch.zeros(1, 3)
+    sums = torch.arange(3.0)
+    found = {}
+    for name, bank_SP in (("gpu", on_a_gpu), ("cpu", on_a_cpu)):
+        (tmp_path / name).mkdir()
+        server = SimpleNamespace(tensors={"sum_d": sums}, integers=[{"n": torch.tensor(3)}], bank_SP=bank_SP)
+        store = ClientStore(tmp_path / "clients")
+        save_federation(tmp_path / name, server, store, {})
+        write_manifest(tmp_path / name, 0, {})
+        server.bank_SP = on_a_gpu
+        load_federation(tmp_path / name, server, store)
+        found[name] = server.tensors["sum_d"], server.integers[0]["n"]
+    assert [[tensor.device.type for tensor in tensors] for tensors in found.values()] == [
+        ["cpu", "meta"],
+        ["meta"] * 2,
+    ]
+    assert torch.equal(found["gpu"][0], sums)
+
+
 def test_client_store_without_checkpoints_has_a_file_for_each_client(tmp_path):
     store = ClientStore(tmp_path / "clients")
     (tmp_path / "clients").mkdir()

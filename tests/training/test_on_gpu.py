@@ -4,6 +4,7 @@ CPU's side runs in another process, see `tests/cpu_process.py`.
 """
 
 import multiprocessing
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 
@@ -31,9 +32,12 @@ from tests.runs_on_a_device import (
     loaded_logits,
     logits,
     losses,
+    owners_run,
     plain_run,
+    private_run,
     run_of_a_method,
     sparse_inference,
+    told_of_clients,
     trained,
 )
 from tests.tiny_federation import (
@@ -64,10 +68,28 @@ FASTER_WAYS = {
     "read_ahead": {"dataloader_num_workers": 2},
     "compiled": {"torch_compile": True},
 }
+# With normalisation layers: methods with client models or steps of their own.
+OF_IMAGES = ("fedavg_adjusted", "fedmoe_groups", "fedjets", "fedem", "pfedmoe", "ifca", "fedrolex")
+# Filters, screens and reducers between clients and a method. Losses of some clients are 1 % apart.
+ON_THE_WAY = {
+    "median": {"robust_fusion": "median"},
+    "trimmed_mean": {"robust_fusion": "trimmed_mean", "expected_attackers": 0.2},
+    "geometric_median": {"robust_fusion": "geometric_median"},
+    "krum": {"robust_fusion": "krum", "expected_attackers": 0.2},
+    "multi_krum": {"robust_fusion": "multi_krum", "expected_attackers": 0.2},
+    "norm": {"max_update_norm": 0.1},
+    "norm_ratio": {"max_update_norm_ratio": 1.0},
+    **{code: {"upload_compression": code} for code in ("bf16", "int8", "top_k")},
+}
+PRIVATE = {
+    "clients": {"noise_multiplier": 0.1, "clipping_norm": 0.5, "delta": 1e-2},
+    "moving norm": {"noise_multiplier": 0.1, "clipping_norm": 0.5, "delta": 1e-2, "clipping_quantile": 0.5},
+    "examples": {"example_noise_multiplier": 0.1, "example_clipping_norm": 0.5, "example_delta": 1e-2},
+}
 GRAPH_RUNS = {"adamw": {}, "momentum": {"optim": "sgd", "optim_args": "momentum=0.9"}, "bf16": {"bf16": True}}
 # With a state of the optimizer, of the server or of the clients; with dropout, whose masks follow from the seed.
 RESUMED = (
-    *("fedavg_client_optimizer", "fedmoe_paper", "fedmoe_download_mixture"),
+    *("fedavg_client_optimizer", "fedmoe_paper", "fedmoe_download_mixture", "fedmoe_groups"),
     *("afl", "apfl", "clustered", "decentralised", "fedrolex", "lora_fedavg"),
 )
 
@@ -109,6 +131,7 @@ def test_every_method_has_the_losses_of_the_cpu(name, tmp_path):
     # As above. Noise of 3e-7 in every linear layer on the CPU made a difference of 1e-6 at most; a coordinate or a
     # client that is chosen otherwise, being equal to another but for rounding, makes a larger one.
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+    assert found["refused"] == expected["refused"]
     if name in PERSONAL_RUNS:
         assert found["names"] == expected["names"]
         assert_allclose(found["logits"], expected["logits"], **TOLERANCE)
@@ -116,9 +139,117 @@ def test_every_method_has_the_losses_of_the_cpu(name, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_images_have_the_losses_of_the_cpu(method, tmp_path):
-    found, expected = both(image_run, tmp_path, method)
+    assert_alike_in_rounds(*both(image_run, tmp_path, method))
+
+
+def assert_alike_in_rounds(found, expected):
+    assert (found["device"], expected["device"]) == (DEVICE, "cpu")
     # BatchNorm divides by the deviation of maps of few pixels: noise of 3e-7 in linear layers alone came to 5e-6.
-    assert found == pytest.approx(expected, rel=2e-3)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-3)
+    for (refused, metrics), (theirs, expected_metrics) in zip(found["told"], expected["told"], strict=True):
+        assert refused == theirs and metrics == pytest.approx(expected_metrics, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_methods_with_images_have_the_losses_of_the_cpu(name, tmp_path):
+    assert_alike_in_rounds(*both(image_run, tmp_path, name))
+
+
+@pytest.mark.parametrize("settings", ON_THE_WAY.values(), ids=ON_THE_WAY)
+def test_what_happens_to_uploads_is_that_of_the_cpu(settings, tmp_path):
+    assert_alike_in_rounds(*both(image_run, tmp_path, "fedavg", clients_per_round=5, **settings))
+
+
+@pytest.mark.parametrize(
+    "name", ["fedmoe", "fedmoe_groups", "fedjets", "fedem", "ifca", "fedavg_krum", "fedmoe_median"]
+)
+def test_full_determinism_refuses_nothing_that_is_done(name, tmp_path, deterministic):
+    run = trainer(name, tmp_path, use_cpu=False, full_determinism=True, **SETTINGS)
+    run.train()
+    losses(run)
+
+
+@pytest.mark.parametrize("fusion", ["trimmed_mean", "geometric_median"])
+def test_full_determinism_refuses_no_fusion(fusion, tmp_path, deterministic):
+    told = image_run(tmp_path, False, "fedavg", clients_per_round=5, robust_fusion=fusion, full_determinism=True)[
+        "told"
+    ]
+    assert not any(refused for refused, _ in told)
+
+
+def test_full_determinism_refuses_no_owners(tmp_path, deterministic):
+    found, again = (owners_run(tmp_path / name, False, full_determinism=True) for name in ("first", "second"))
+    assert found["losses"] == again["losses"]
+
+
+@pytest.fixture
+def deterministic():
+    """Lets others have what is faster."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("settings", PRIVATE.values(), ids=PRIVATE)
+def test_private_runs_end_like_on_the_cpu(settings, tmp_path):
+    pytest.importorskip("dp_accounting")
+    if any(name.startswith("example") for name in settings):
+        pytest.importorskip("opacus")
+    found, expected = both(private_run, tmp_path, **settings)
+    assert (found.pop("device"), expected.pop("device")) == (DEVICE, "cpu")
+    # The same noise, far larger than rounding.
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_owners_of_text_end_like_on_the_cpu(tmp_path):
+    found, expected = both(owners_run, tmp_path)
+    assert (found.pop("device"), expected.pop("device")) == (DEVICE, "cpu")
+    assert found.pop("losses") == pytest.approx(expected.pop("losses"), rel=1e-3)
+    assert found.pop("written") == expected.pop("written")
+    for client, numbers in found.items():
+        for name, value in numbers.items():
+            assert_allclose(value, expected[client][name], rtol=0, atol=5e-3, err_msg=f"{client} {name}")
+
+
+def test_what_is_told_of_clients_and_experts_is_that_of_the_cpu(tmp_path):
+    expected = on_the_cpu(told_of_clients, tmp_path, "cpu")
+    found, expected = told_of_clients(tmp_path, DEVICE), expected.result()
+    (shares, right), (groups, shifts) = found["analysed"], found["differ"]
+    assert right == pytest.approx(expected["analysed"][1]) and groups == expected["differ"][0]
+    assert_allclose(shares, expected["analysed"][0], rtol=0, atol=1e-4)
+    assert_allclose(shifts, expected["differ"][1], rtol=0, atol=1e-2)
+    assert_allclose(*([number for part in told["shown"] for number in part] for told in (found, expected)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["fedavg", "fedavg_adjusted", "scaffold", "pfedme", "apfl", "fedem", "fedjets", "ifca"]
+)
+def test_the_host_waits_no_oftener_with_more_local_steps(name, tmp_path):
+    """Waits for copies too, which `tests/invariants/test_host_waits.py` cannot see on a CPU."""
+    settings = {"rounds": 1, "cuda_graphs": False}
+    one, three = (waits(image_run, tmp_path, name, num_train_epochs=epochs, **settings) for epochs in (1, 3))
+    # The mean loss of each client at least.
+    assert one == three >= 2
+
+
+def test_a_step_that_hides_examples_waits_for_its_noise_once(tmp_path):
+    pytest.importorskip("opacus")
+    settings = PRIVATE["examples"] | {"cuda_graphs": False}
+    one, three = (waits(private_run, tmp_path, num_train_epochs=epochs, **settings) for epochs in (1, 3))
+    # Of three clients in two rounds, 3 steps an epoch. Besides it asks whether gradients are finite, and BERT whether
+    # there is padding.
+    assert three - one <= 3 * (3 * 2 * 3 * 2)
+
+
+def waits(run, folder, *args, **settings):
+    """Counts how often the host waits for the GPU in a run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # of each wait
+        try:
+            run(folder / str(settings["num_train_epochs"]), False, *args, **settings)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(each.message) for each in caught)
 
 
 @pytest.mark.parametrize("method", METHODS)

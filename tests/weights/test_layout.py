@@ -1,7 +1,8 @@
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_fedmoe.weights import StateLayout, copy_module, release
+from hf_fedmoe.weights import StateLayout, copy_module, in_one_copy, release
 
 
 class TiedWithBatchNorm(nn.Module):
@@ -99,3 +100,43 @@ def test_what_nobody_has_written_is_named():
     assert layout.blanks(row_P) == []
     row_P.fill_(float("nan"))  # what a model that has diverged is
     assert layout.blanks(row_P) == []
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default:
+            self.count += result.device != args[0].device
+        return result
+
+
+def test_many_tensors_are_moved_in_one_copy_of_each_dtype():
+    tensors = {"count": torch.tensor(3), "mean": torch.rand(2, 3), "of": torch.arange(4), "rest": torch.rand(5)}
+    stay = in_one_copy(tensors, "cpu")
+    assert stay is not tensors and all(stay[name] is tensor for name, tensor in tensors.items())
+    with Copies() as copies:
+        moved = in_one_copy(tensors, "meta")
+    assert copies.count == 2
+    assert list(moved) == list(tensors)
+    for name, tensor in tensors.items():
+        found = moved[name]
+        assert (found.device.type, found.shape, found.dtype) == ("meta", tensor.shape, tensor.dtype)
+        assert found.untyped_storage().nbytes() == tensor.nbytes  # nobody else's
+    assert in_one_copy({}, "meta") == {}
+    with Copies() as copies:
+        mixed = in_one_copy(tensors | {"of": moved["of"]}, "meta")
+    assert mixed["of"] is moved["of"] and copies.count == 2 and list(mixed) == list(tensors)
+
+
+def test_where_tensors_begin_is_copied_once(monkeypatch):
+    layout = StateLayout.of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    made, make = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: made.append(kwargs) or make(*args, **kwargs))
+    for _ in range(2):
+        layout.blank_(torch.empty(layout.size, device="meta"))
+    layout.blank_(torch.empty(layout.size))
+    assert made == [{"device": torch.device("meta")}, {"device": torch.device("cpu")}]
