@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, default_data_collat
 from hf_fedmoe.demo import explain
 from hf_fedmoe.models import FedMoEForSequenceClassification
 from hf_fedmoe.reporting import analyse_experts, diagnose
-from hf_fedmoe.strategies import PFedMoE
+from hf_fedmoe.strategies import FedAvgReserved, PFedMoE
 from hf_fedmoe.training import FederatedTrainer, FedMoETrainer
 from tests import every_method
 from tests.every_method import METHODS, PERSONAL_RUNS, RUNS, image_model, trainer
@@ -39,11 +39,12 @@ Numbers = list[list[float]]
 
 
 def trained(method: str, folder: Path, use_cpu: bool, lora: bool = False, **changes: Any) -> FederatedTrainer:
-    """A finished run of Fed-MoE or FedAvg with texts."""
+    """A finished run of Fed-MoE, of FedAvg or of one that is tuned at the end, with texts."""
     peft_config = LoraConfig(r=4) if lora else None
     args = tiny_args(folder, use_cpu=use_cpu, **SETTINGS | changes)
-    if method == "fedavg":
-        run = FederatedTrainer(tiny_expert(), args, tiny_federation(), peft_config=peft_config)
+    if method in ("fedavg", "fedavg_tuned_at_end"):
+        strategy = FedAvgReserved(when="end", epochs=4, learning_rate=1e-2) if method != "fedavg" else None
+        run = FederatedTrainer(tiny_expert(), args, tiny_federation(), strategy, peft_config=peft_config)
     else:
         run = FedMoETrainer(tiny_mixture(peft_config=peft_config), args, train_dataset=tiny_federation())
     run.train()

@@ -260,6 +260,22 @@ def test_bf16_has_nearly_the_losses_of_fp32(method, tmp_path):
     assert any(not torch.equal(parameter, parameter.bfloat16().float()) for parameter in half.model.parameters())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_that_was_tuned_at_the_end_is_the_one_that_answers(bf16, tmp_path):
+    """In one run on a GPU its accuracy was, in three digits, that of the model before; nobody knows why."""
+    tuned, plain = (
+        trained(method, tmp_path, use_cpu=False, bf16=bf16) for method in ("fedavg_tuned_at_end", "fedavg")
+    )
+    assert [report.loss for report in tuned.rounds] == pytest.approx(
+        [report.loss for report in plain.rounds], rel=1e-3
+    )
+    assert tuned.evaluate()["eval_loss"] < plain.evaluate()["eval_loss"] - 0.02
+    if not bf16:
+        found, expected = both(plain_run, tmp_path, "fedavg_tuned_at_end")
+        # The server's Adam divides gradients that are 0 but for rounding by themselves.
+        assert found["losses"] == pytest.approx(expected["losses"], rel=5e-3)
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_like_one_that_was_never_interrupted(name, tmp_path):
     def run(folder):
