@@ -168,7 +168,8 @@ def _rehearsed(
             device_bytes,
             peak_bytes(),
             _bytes_on_disk(folder, args, len(of_whole), len(report.clients), checkpoints),
-            shutil.disk_usage(args.output_dir).free + _size_of(folder),
+            shutil.disk_usage(next(each for each in folder.absolute().parents if each.exists())).free
+            + _size_of(folder),
         )
     finally:
         _remove(trainer, folder)
@@ -246,7 +247,7 @@ def _bytes_on_disk(
     kept = checkpoints
     if args.save_total_limit is not None and args.save_total_limit > 0:
         kept = max(args.save_total_limit, 2 if args.metric_for_best_model else 1)
-    newest = max(folder.glob("checkpoint-*"))
+    newest = max(folder.glob("checkpoint-*"), default=folder)  # another machine's processes have no checkpoint
     if not args.save_only_model:
         since = min(num_clients, clients_of_round * math.ceil(args.rounds / checkpoints))
         files = min(files + min(kept, checkpoints - 1) * since, clients_of_round * args.rounds)

@@ -199,9 +199,7 @@ def test_empty_blocks_are_as_if_left_out(tmp_path):
             rows("A: fedavg\n  B: {method: pfedmoe, client_models: small}"),
             "B, seed 0: `client_models` is 'small': give a",
         ),
-        (
-            "`capacities` is 'half': give a list of numbers",
-        ),
+        ("`capacities` is 'half': give a list of numbers",),
         (rows("A: fedavg\n  B: {method: fedavg, num_clients: 400}"), "B, seed 0: .*400 clients"),
     ],
 )

@@ -1,12 +1,14 @@
 """Forecasts of rehearsals, by a clock that goes on by a second with each local step and by seven with each probe."""
 
 import gc
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hf_fedmoe.experiments import ImageExperiment, make_trainer, parse_settings, rehearsal
+from hf_fedmoe.experiments.process_memory import peak_bytes
 from hf_fedmoe.experiments.rehearsal import Forecast, rehearse, steps_of_clients, times
 from hf_fedmoe.federation import LocalTrainer, Participants
 from hf_fedmoe.training import FederatedTrainer
@@ -110,7 +112,11 @@ def test_the_disk_is_that_of_the_run_and_the_run_is_as_without(method, tmp_path)
 
 def test_an_evaluation_and_what_comes_last_are_timed(tmp_path):
     experiment, args, data, processor = made(tmp_path, eval_strategy="no", save_strategy="no")
+    block = bytearray(600_000_000)
+    del block
+    high = peak_bytes()
     found = rehearse("fedavg_tuned_at_end", experiment, args, data, processor)
+    assert sys.platform != "linux" or found.process_bytes < high - 300_000_000  # without what came before
     assert (found.evaluations, found.evaluation, found.checkpoints, found.checkpoint) == (0, 0.0, 0, 0.0)
     assert found.last > 0 and found.disk_bytes == 0
     experiment, args, data, processor = made(tmp_path)
@@ -144,6 +150,32 @@ def test_all_who_take_part_are_counted(tmp_path, clock):
     took = sum(report.seconds["clients"] for report in trainer.rounds) / len(trainer.rounds)
     assert all(len(report.clients) >= 4 for report in trainer.rounds)
     assert found.clients == pytest.approx(took, rel=0.3)
+
+
+def test_steps_that_gather_batches_are_of_more_rows(tmp_path):
+    _, args = parse_settings(
+        ImageExperiment, {**SETTINGS, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path)}
+    )
+    # Seven steps in each of three epochs; of ten epochs and more at least two.
+    assert rehearsal._rows(args) == 7 * 2 * 4
+    args.num_train_epochs = 30
+    assert rehearsal._rows(args) == 2 * 2 * 4
+
+
+def test_a_rehearsal_reports_to_nobody_and_chooses_no_model(tmp_path):
+    settings = {**SETTINGS, "save_steps": 2, "load_best_model_at_end": True, "eval_delay": 3, "eval_on_start": True}
+    _, args = parse_settings(ImageExperiment, {**settings, "output_dir": str(tmp_path)})
+    args.report_to, args.push_to_hub = ["tensorboard"], True
+    short = rehearsal._short_arguments(args, tmp_path / "short")
+    assert (short.report_to, short.push_to_hub, short.load_best_model_at_end) == ([], False, False)
+    assert (short.eval_on_start, short.eval_delay, short.rounds, short.client_choice) == (False, 0, 2, "uniform")
+    assert (args.report_to, args.push_to_hub, args.rounds) == (["tensorboard"], True, 5)
+
+
+def test_the_best_models_are_as_many_as_evaluations_at_most(tmp_path):
+    changes = {"save_strategy": "best", "metric_for_best_model": "loss", "num_train_epochs": 0.1}
+    found = rehearse("fedavg", *made(tmp_path, **changes))
+    assert (found.evaluations, found.checkpoints) == (3, 3)
 
 
 CLIENTS = {"noise_multiplier": 0.5, "clipping_norm": 1.0, "delta": 1e-3}
