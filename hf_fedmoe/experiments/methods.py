@@ -155,6 +155,11 @@ def make_strategy(
     if method == "pfedmoe":
         assert expert is not None
         changes = settings.get("client_models", [{}])
+        if not isinstance(changes, list) or not all(isinstance(changed, dict) for changed in changes):
+            raise ValueError(
+                f"`client_models` is {changes!r}: give a list of what differs from the expert's configuration, for "
+                'example [{"hidden_size": 16}].'
+            )
         settings["client_models"] = [expert.config.to_dict() | changed for changed in changes]
     return STRATEGIES[method](**settings)
 

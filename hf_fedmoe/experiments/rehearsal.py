@@ -6,7 +6,6 @@ server's step, evaluations and checkpoints are the run's own, only the clients h
 import copy
 import gc
 import math
-import resource
 import shutil
 import time
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from .amounts import size_in_words, time_in_words
 from .classifier_experiment import ClassifierExperiment
 from .methods import centralised, leave_as_it_is, make_trainer
 from .named_strategies import CENTRALISED
+from .process_memory import forget_peak, peak_bytes
 
 
 # The first round warms up: kernels are chosen and graphs are captured in it.
@@ -33,6 +33,7 @@ ROUNDS = 2
 # Of each client in such a round. A shape is captured as a CUDA graph when it has come twenty times.
 STEPS = 20
 FOLDER = "_rehearsal"
+NO_ROOM = torch.OutOfMemoryError.__name__
 
 
 @dataclass
@@ -47,8 +48,8 @@ class Forecast:
         evaluations (`int`), checkpoints (`int`): How many there are.
         last (`float`): Seconds after the last round: what the method does last, and tests.
         device_bytes (`int`, *optional*): Most memory on the GPU, `None` without one.
-        process_bytes (`int`): Most memory that the process has had.
-        disk_bytes (`int`), free_bytes (`int`): What the run will leave on disk before it is over, and what is free.
+        process_bytes (`int`): Most memory of the process.
+        disk_bytes (`int`), free_bytes (`int`): Most that the run will have on disk, and what is free.
     """
 
     rounds: int
@@ -97,7 +98,8 @@ def rehearse(
 ) -> Forecast:
     """
     Runs two short rounds of a method in a folder of their own, which is gone afterwards. Local training is taken to be
-    in proportion to its steps. What some methods train before the first round is not in the forecast.
+    in proportion to its steps. What some methods train before the first round is not in the forecast, nor are tests of
+    clients and of a mixture's experts after the last.
 
     Args:
         method (`str`), experiment ([`ClassifierExperiment`]), args ([`FedMoETrainingArguments`]), data, processor: As
@@ -108,7 +110,10 @@ def rehearse(
     """
     try:
         return _rehearsed(method, experiment, args, data, processor)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, ValueError) as error:
+        # A round tells of clients that have no room, and the trial of a model that has none.
+        if not isinstance(error, torch.OutOfMemoryError) and NO_ROOM not in str(error):
+            raise
         raise ValueError(
             f"{method!r} does not fit into the GPU's memory, before anything is trained: take fewer "
             '`num_routed_experts`, adapters (`peft` "lora"), a smaller `per_device_train_batch_size` or '
@@ -135,15 +140,20 @@ def _rehearsed(
     on_gpu = trainer.accelerator.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     _remove(trainer, folder)
     try:
         trainer.train()
         device_bytes = torch.cuda.max_memory_allocated() if on_gpu else None
         report = trainer.rounds[-1]
+        if crowded := [fault for round_ in trainer.rounds for fault in round_.refused.values() if NO_ROOM in fault]:
+            raise torch.OutOfMemoryError(crowded[0])
         of_whole, of_short = steps_of_clients(method, args, data), steps_of_clients(method, short, few)
-        ratio = trainer.args.clients_per_round * fmean(of_whole) / sum(of_short[client] for client in report.clients)
-        evaluations = _times(args.eval_strategy, args.eval_steps, args.rounds)
-        checkpoints = _times(args.save_strategy, args.save_steps, args.rounds)
+        ratio = len(report.clients) * fmean(of_whole) / sum(of_short[client] for client in report.clients)
+        evaluations = times(args.eval_strategy, args.eval_steps, args.rounds, args.eval_delay) + args.eval_on_start
+        checkpoints = evaluations if args.save_strategy == "best" else None
+        if checkpoints is None:
+            checkpoints = times(args.save_strategy, args.save_steps, args.rounds)
         # Tests are read by the same model.
         tests = clock.evaluation * len(data.test or ()) / max(1, len(data.validation or ()))
         return Forecast(
@@ -156,9 +166,10 @@ def _rehearsed(
             checkpoints,
             clock.last + tests,
             device_bytes,
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-            _bytes_on_disk(folder, args, len(of_whole), checkpoints),
-            shutil.disk_usage(args.output_dir).free,
+            peak_bytes(),
+            _bytes_on_disk(folder, args, len(of_whole), len(report.clients), checkpoints),
+            shutil.disk_usage(next(each for each in folder.absolute().parents if each.exists())).free
+            + _size_of(folder),
         )
     finally:
         _remove(trainer, folder)
@@ -175,13 +186,23 @@ def steps_of_clients(method: str, args: FedMoETrainingArguments, data: Federated
 def _rows(args: FedMoETrainingArguments) -> int:
     """Returns how many rows a client needs for the steps of a rehearsal, at least two in an epoch."""
     batch = args.train_batch_size * args.gradient_accumulation_steps
-    return batch * max(2, round(STEPS / max(1, args.num_train_epochs)))
+    return batch * max(2, round(STEPS / args.num_train_epochs))
 
 
 def _short_arguments(args: FedMoETrainingArguments, folder: Path) -> FedMoETrainingArguments:
     short = copy.copy(args)
     changes: dict[str, Any] = {"output_dir": str(folder), "rounds": ROUNDS, "report_to": [], "push_to_hub": False}
     changes |= {"load_best_model_at_end": False, "eval_on_start": False, "eval_delay": 0, "disable_tqdm": True}
+    # A round without a client would say nothing.
+    if args.client_choice == "poisson":
+        changes["client_choice"] = "uniform"
+    # Of few rows a step takes a larger share, which would cost more privacy than there is.
+    changes["privacy_accountant"] = "rdp"
+    if args.is_private and args.noise_multiplier is None:
+        changes["noise_multiplier"] = min(1.0, args.clients_per_round / 20)
+    if args.hides_examples and args.example_noise_multiplier is None:
+        changes["example_noise_multiplier"] = 1.0
+    changes |= {"target_epsilon": None, "example_target_epsilon": None}
     # After each of the two rounds, if at all: the first one's warms up.
     if args.eval_strategy != "no":
         changes |= {"eval_strategy": "steps", "eval_steps": 1}
@@ -192,23 +213,49 @@ def _short_arguments(args: FedMoETrainingArguments, folder: Path) -> FedMoETrain
     return short
 
 
-def _times(strategy: str, every: float | None, rounds: int) -> int:
-    """Counts the rounds after which something is done, the last one among them; an interval below 1 is a share."""
+def times(strategy: str, every: float | None, rounds: int, first: float = 0) -> int:
+    """
+    Counts the rounds after which something is done, the last one among them.
+
+    Args:
+        strategy (`str`): `"no"`, `"steps"`, or after each round.
+        every (`float`, *optional*): Of `"steps"`: the interval, a share of all rounds if below 1.
+        rounds (`int`): Of the run.
+        first (`float`, *optional*, defaults to 0): Nothing is done before this round.
+    """
     if strategy == "no":
         return 0
-    if strategy != "steps" or not every:
-        return rounds
-    return math.ceil(rounds / (every if every >= 1 else math.ceil(every * rounds)))
+    interval: float = 1
+    if strategy == "steps":
+        interval = math.ceil(every * rounds) if every and every < 1 else every or rounds
+    due = (index for index in range(1, rounds + 1) if index % interval == 0 or index == rounds)
+    return sum(index >= first for index in due)
 
 
-def _bytes_on_disk(folder: Path, args: FedMoETrainingArguments, num_clients: int, checkpoints: int) -> int:
-    """Counts what a run will have on disk: its checkpoints, and the file of each client that takes part."""
+def _bytes_on_disk(
+    folder: Path, args: FedMoETrainingArguments, num_clients: int, clients_of_round: int, checkpoints: int
+) -> int:
+    """
+    Counts the most that a run will have on disk: its checkpoints, with one more before the oldest is deleted, and the
+    files of clients that took part, with those that older checkpoints need.
+    """
     of_clients = [path.stat().st_size for path in folder.glob(f"{CLIENTS_FOLDER}/*") if path.is_file()]
-    newest = max(folder.glob("checkpoint-*"), default=None)
-    of_checkpoint = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) if newest else 0
-    taking_part = min(num_clients, args.clients_per_round * args.rounds)
-    kept = min(checkpoints, args.save_total_limit or checkpoints)
-    return kept * of_checkpoint + (round(fmean(of_clients) * taking_part) if of_clients else 0)
+    of_client = fmean(of_clients) if of_clients else 0
+    files = min(num_clients, clients_of_round * args.rounds)
+    if not checkpoints:
+        return round(of_client * files)
+    kept = checkpoints
+    if args.save_total_limit is not None and args.save_total_limit > 0:
+        kept = max(args.save_total_limit, 2 if args.metric_for_best_model else 1)
+    newest = max(folder.glob("checkpoint-*"), default=folder)  # another machine's processes have no checkpoint
+    if not args.save_only_model:
+        since = min(num_clients, clients_of_round * math.ceil(args.rounds / checkpoints))
+        files = min(files + min(kept, checkpoints - 1) * since, clients_of_round * args.rounds)
+    return round(min(kept + 1, checkpoints) * _size_of(newest) + of_client * files)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _remove(trainer: FederatedTrainer, folder: Path) -> None:
@@ -231,10 +278,9 @@ class _Clock(TrainerCallback):
         before, self._before = self._before, time.monotonic()
         return self._before - before
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        """Comes before an evaluation, and in it."""
-        if "seconds_server" in state.log_history[-1]:
-            self._lap()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        """Ends a round, whether it is logged or not."""
+        self._lap()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

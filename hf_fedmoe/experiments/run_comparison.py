@@ -5,9 +5,10 @@ Every run has a folder of its own. A finished one is only read again, one that w
 checkpoint, and one that fails leaves the others alone.
 """
 
+import heapq
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
@@ -37,8 +38,9 @@ from .folders import check_writable, claim_folder, folder_of
 from .kind import Kind
 from .methods import has_begun
 from .named_strategies import STRATEGIES, load_plugin
+from .rehearsal import FOLDER
 from .rounds_bar import RoundsBar
-from .runs import FORECAST, Run, execute, rehearse_run, try_out
+from .runs import FORECAST, NO_MATTER, Run, execute, rehearse_run, try_out
 from .settings import Setting, nearest, read_preset, settings_of, typed_settings
 from .side_by_side import Failure, SideBySide
 
@@ -222,9 +224,11 @@ def _rehearse(waiting: list[Run], processes: SideBySide, bar: RoundsBar) -> None
     if not firsts:
         return
     seconds: dict[str, float] = {}
-    # On the disk that the runs will write to.
-    with tempfile.TemporaryDirectory(prefix="_rehearsal-", dir=waiting[0].folder.parents[1]) as scratch:
-        tasks = [replace(run, folder=Path(scratch, folder_of(row))) for row, run in firsts.items()]
+    # On the disk that the runs will write to. One that was killed leaves it behind.
+    scratch = waiting[0].folder.parents[1] / FOLDER
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        tasks = [replace(run, folder=scratch / folder_of(row)) for row, run in firsts.items()]
         for run, failure in processes.run(rehearse_run, tasks, bar.rehearse):
             if failure:
                 bar.say(f"{run.row}: no forecast, {failure.reason}")
@@ -232,9 +236,20 @@ def _rehearse(waiting: list[Run], processes: SideBySide, bar: RoundsBar) -> None
             forecast = json.loads((run.folder / FORECAST).read_text())
             seconds[run.row] = forecast["seconds"]
             bar.say(f"{run.row} takes {forecast['told']}.")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     told = [run for run in waiting if run.row in seconds]
-    total = sum(seconds[run.row] for run in told) / processes.num_processes
-    bar.say(f"{counted(len(told), 'run')} of these rows: about {time_in_words(total)} in all.")
+    if told:
+        total = side_by_side([seconds[run.row] for run in told], processes.num_processes)
+        bar.say(f"{counted(len(told), 'run')} of these rows: about {time_in_words(total)} in all.")
+
+
+def side_by_side(seconds: list[float], num_processes: int) -> float:
+    """Returns when the last task has ended, if each is begun by the process that is free first."""
+    ends = [0.0] * num_processes
+    for each in seconds:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def compare(
@@ -286,7 +301,7 @@ def compare(
     metrics = _metrics_of(runs)
     check_writable(out, "--out")
     common, with_lora = common_settings(comparison, path.parent, size)
-    common["with_lora"] = with_lora
+    common = {name: value for name, value in common.items() if name not in NO_MATTER} | {"with_lora": with_lora}
     claim_folder(out, {"file": path.name, "kind": comparison.kind, "size": size}, common)
     left_out = ""
     if rows:

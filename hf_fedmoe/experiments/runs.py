@@ -28,6 +28,8 @@ from .settings import parse_settings, settings_of, typed
 
 
 FORECAST = "forecast.json"
+# Settings that change nothing about the results of a run.
+NO_MATTER = ("rehearse",)
 
 
 @dataclass
@@ -106,7 +108,8 @@ class Run:
 
     def _changed(self, found: dict[str, Any]) -> list[str]:
         theirs, ours = _canonical(self.kind, found["settings"]), _canonical(self.kind, self.identity)
-        return sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
+        differing = {name for name in theirs | ours if theirs.get(name) != ours.get(name)}
+        return sorted(differing - {*NO_MATTER})
 
     def result(self) -> RunResult | None:
         """The figures of the run when it has ended."""

@@ -4,6 +4,7 @@ Personalized Federated Learning".
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,10 @@ class PFedMoE(Strategy):
 
     def __post_init__(self) -> None:
         check_setting_kinds(self)
+        if not isinstance(self.client_models, Sequence) or not all(
+            isinstance(config, PreTrainedConfig | dict) for config in self.client_models
+        ):
+            raise ValueError(f"`client_models` is {self.client_models!r}: give a list of configurations of models.")
         if not self.client_models:
             raise ValueError("`client_models` is empty: give the configuration of at least one own model.")
         for name, rate in (("shared_rate", self.shared_rate), ("gate_rate", self.gate_rate)):

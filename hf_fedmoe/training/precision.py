@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -44,7 +45,9 @@ def without_tf32() -> Iterator[None]:
     Computes products of float32 in a block as such: on a GPU those of convolutions are TF32 unless told, which keeps
     10 of 23 bits.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    # Whose attributes are made when they are asked for, which type checkers do not see.
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     if Version(torch.__version__) < Version("2.9"):
         before = matmul.allow_tf32, cudnn.allow_tf32
         matmul.allow_tf32 = cudnn.allow_tf32 = False

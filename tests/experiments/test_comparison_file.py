@@ -195,6 +195,11 @@ def test_empty_blocks_are_as_if_left_out(tmp_path):
         (("clients_per_round: 2", "clients_per_round: 9"), "`clients_per_round` is 9, but there are 6 clients"),
         (rows("A: fedavg\n  B: {method: fedmoe, num_main_experts: 0}"), "B, seed 0: `gate` is 'main_features'"),
         (rows("A: fedavg\n  B: {method: pfedmoe, client_models: []}"), "B, seed 0: `client_models` is empty"),
+        (
+            rows("A: fedavg\n  B: {method: pfedmoe, client_models: small}"),
+            "B, seed 0: `client_models` is 'small': give a",
+        ),
+        ("`capacities` is 'half': give a list of numbers",),
         (rows("A: fedavg\n  B: {method: fedavg, num_clients: 400}"), "B, seed 0: .*400 clients"),
     ],
 )

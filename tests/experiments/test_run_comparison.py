@@ -14,7 +14,7 @@ from hf_fedmoe.experiments import FailedRunsError, ImageExperiment, compare, mak
 from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.named_strategies import CENTRALISED
-from hf_fedmoe.experiments.run_comparison import plan_runs
+from hf_fedmoe.experiments.run_comparison import plan_runs, side_by_side
 from hf_fedmoe.experiments.runs import execute, try_out
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
@@ -56,6 +56,7 @@ def runs_of(path, out, size=None, **overrides):
 
 
 def test_rows_are_rehearsed_where_that_is_asked_for(tmp_path, capfd):
+    (tmp_path / "out" / "_rehearsal" / "of-one-that-was-killed").mkdir(parents=True)
     rows = {"FedAvg": "fedavg", "nothing": "majority_class", "far": {"method": "fedprox", "rehearse": False}}
     path = written(tmp_path, methods=rows, seeds=[0, 1], columns=["accuracy"], settings=SETTINGS | {"rehearse": True})
     compare(path, tmp_path / "out")
@@ -64,19 +65,33 @@ def test_rows_are_rehearsed_where_that_is_asked_for(tmp_path, capfd):
     assert len(takes) == 1 and takes[0].startswith("FedAvg takes about ") and "2 rounds of" in takes[0]
     assert any(line.startswith("2 runs of these rows: about ") for line in lines)
     # Before anything trains, and nothing is left of it.
+    assert (tmp_path / "out" / "_rehearsal").exists() is False
     assert lines.index(takes[0]) < min(index for index, line in enumerate(lines) if " of 6: " in line)
-    assert not list((tmp_path / "out").glob("_rehearsal*")) and not list((tmp_path / "out").rglob("forecast.json"))
+    assert not list((tmp_path / "out").rglob("forecast.json"))
     # What is finished is not rehearsed.
+    before = (tmp_path / "out" / "fedavg" / "seed-1" / "result.json").read_text()
     compare(path, tmp_path / "out")
     assert " takes about " not in capfd.readouterr().out
+    # Whether there was one makes no other run.
+    written(tmp_path, methods=rows, seeds=[0, 1], columns=["accuracy"], settings=SETTINGS | {"rehearse": False})
+    compare(path, tmp_path / "out", overrides={"rehearse": True})
+    assert (tmp_path / "out" / "fedavg" / "seed-1" / "result.json").read_text() == before
 
 
 def test_a_rehearsal_that_fails_is_told_and_stops_nothing(tmp_path, capfd, monkeypatch):
     path = written(tmp_path, columns=["accuracy"], settings=SETTINGS | {"rehearse": True})
     monkeypatch.setattr("hf_fedmoe.experiments.run_comparison.rehearse_run", _fail)
     compare(path, tmp_path / "out")
-    assert "fedavg: no forecast, RuntimeError: no memory" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "fedavg: no forecast, RuntimeError: no memory" in printed and "of these rows" not in printed
     assert (tmp_path / "out" / "fedavg" / "seed-0" / "result.json").is_file()
+
+
+def test_rows_side_by_side_take_as_long_as_the_busiest_process():
+    assert side_by_side([5.0], 4) == 5.0
+    assert side_by_side([3.0, 1.0, 1.0, 2.0], 1) == 7.0
+    # The second process takes the three short ones.
+    assert side_by_side([3.0, 1.0, 1.0, 2.0], 2) == 4.0
 
 
 def _fail(run):

@@ -18,6 +18,10 @@ class Settings:
     limit: float | None = None
     switch: bool = False
     name: str = "a"
+    shares: tuple[float, ...] = (1.0,)
+    ranks: list[int] | None = None
+    parts: tuple[str, ...] | None = None
+    pair: tuple[int, str] = (1, "a")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,15 @@ class Settings:
         ({"rate": "0.5"}, "`rate` is '0.5': give a number."),
         ({"limit": float("nan")}, "`limit` is nan: give a number."),
         ({"switch": "false"}, "`switch` is 'false', a text: give True or False."),
+        ({"shares": "0.5"}, "`shares` is '0.5': give a list of numbers."),
+        ({"shares": 0.5}, "`shares` is 0.5: give a list of numbers."),
+        ({"shares": None}, "`shares` is None: give a list of numbers, or leave it out."),
+        ({"shares": (0.5, float("nan"))}, "`shares` is (0.5, nan): give a list of numbers."),
+        ({"ranks": [4, 2.5]}, "`ranks` is [4, 2.5]: give a list of whole numbers."),
+        ({"ranks": [True]}, "`ranks` is [True]: give a list of whole numbers."),
+        ({"parts": "classifier"}, "`parts` is 'classifier': give a list of texts."),
+        ({"parts": {"head": 1}}, "`parts` is {'head': 1}: give a list of texts."),
+        ({"parts": ("a", None)}, "`parts` is ('a', None): give a list of texts."),
     ],
 )
 def test_other_kinds_are_refused(changes, message):
@@ -38,7 +51,8 @@ def test_other_kinds_are_refused(changes, message):
 
 def test_what_python_and_numpy_count_with_is_taken():
     check_setting_kinds(Settings(count=np.int64(2), rate=1, limit=float("inf"), switch=True))
-    check_setting_kinds(Settings(rate=np.float32(0.5), name=3))
+    check_setting_kinds(Settings(rate=np.float32(0.5), name=3, pair="ab"))
+    check_setting_kinds(Settings(shares=np.array([0.5]), ranks=range(3), parts=[""]))
 
 
 NUMBERS = [
@@ -58,6 +72,24 @@ def test_every_strategy_says_which_of_its_numbers_is_none(strategy, name, value)
     others = {"client_models": []} if strategy.__name__ == "PFedMoE" else {}
     with pytest.raises(ValueError, match=f"^`{name}` is {value!r}: give a "):
         strategy(**others, **{name: value})
+
+
+@pytest.mark.parametrize("value", ["1", True, 3.5, ["a"], (None,)])
+@pytest.mark.parametrize("strategy", [strategies.FedRolex, strategies.HeteroFL])
+def test_shares_are_numbers(strategy, value):
+    with pytest.raises(ValueError, match=r"^`capacities` is .*: give a list of numbers"):
+        strategy(capacities=value)
+
+
+@pytest.mark.parametrize("value", ["small", 3.5, ["small"], (None,), {"hidden_size": 8}])
+def test_own_models_are_configurations(value):
+    with pytest.raises(ValueError, match=r"^`client_models` is .*: give a list of configurations of models"):
+        strategies.PFedMoE(client_models=value)
+
+
+def test_the_beginnings_of_names_are_no_single_text():
+    with pytest.raises(ValueError, match=r"^`head` is 'classifier': give a list of texts"):
+        strategies.FedRep(head="classifier")
 
 
 def test_the_strategies_with_numbers_are_all_there():
