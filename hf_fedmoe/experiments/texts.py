@@ -60,6 +60,11 @@ class TextExperiment(DomainExperiment):
         super().__post_init__()
         if self.peft not in ("none", "lora"):
             raise ValueError(f"`peft` is {self.peft!r}: choose 'lora' or 'none'.")
+        if self.pad_to_multiple_of and self.max_length % self.pad_to_multiple_of:
+            raise ValueError(
+                f"`pad_to_multiple_of` is {self.pad_to_multiple_of}, of which `max_length` = {self.max_length} is no "
+                "multiple: the longest texts would be made longer than that."
+            )
 
     def load_processor(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with a pad token."""

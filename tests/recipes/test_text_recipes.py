@@ -92,8 +92,9 @@ def test_batches_of_few_shapes_where_that_is_asked_for():
     for recipe_name in ("yelp_gpt2", "sent140_bert"):
         paper, _ = parse(TextExperiment, RECIPES / f"{recipe_name}.yaml", ["--preset", "paper", "--use_cpu", "True"])
         assert paper.pad_to_multiple_of == 16
-    with pytest.raises(ValueError, match="`pad_to_multiple_of` is 0: give at least 1"):
-        parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--pad_to_multiple_of", "0"])
+    for told, message in (("0", "is 0: give at least 1"), ("24", "is 24, of which `max_length` = 64 is no multiple")):
+        with pytest.raises(ValueError, match=f"`pad_to_multiple_of` {message}"):
+            parse(TextExperiment, RECIPES / "yelp_gpt2.yaml", ["--pad_to_multiple_of", told])
 
 
 def test_unknown_names_list_the_choices(tmp_path, monkeypatch, capsys):
