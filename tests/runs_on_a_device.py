@@ -145,7 +145,7 @@ def owners_run(folder: Path, use_cpu: bool, **changes: Any) -> dict[str, Any]:
 
 
 def told_of_clients(folder: Path, device: str) -> dict[str, Any]:
-    """What a mixture's experts say of rows, in what clients differ, and the parts of an answer of a demo."""
+    """Returns the experts' scores on rows, in what clients differ, and the parts of an answer of a demo."""
     model, expert = mixture(lora=False).to(device), tiny_expert().to(device)
     analysed = analyse_experts(model, tiny_rows(40), default_data_collator, batch_size=7)
     differ = diagnose(tiny_federation(4, 40), expert, default_data_collator)

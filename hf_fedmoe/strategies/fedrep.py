@@ -91,12 +91,7 @@ def names_of_part(layout: StateLayout, model: nn.Module, beginnings: tuple[str, 
     """
     Returns the names of a row's tensors that begin so, or, without `beginnings`, that lie outside of the backbone
     (`base_model_prefix`) of a Hugging Face model: its head.
-
-    Raises:
-        ValueError: When `beginnings` is one text, which would be taken for many of a letter each.
     """
-    if isinstance(beginnings, str):
-        raise ValueError(f"The names of the part are {beginnings!r}: give a tuple, ({beginnings!r},).")
     if beginnings is not None:
         return {slot.name for slot in layout.slots if slot.name.startswith(tuple(beginnings))}
     prefix = (model.base if isinstance(model, AdapterExpert) else model).base_model_prefix

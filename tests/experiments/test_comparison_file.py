@@ -76,6 +76,7 @@ def rows(text):
         (rows("P: {method: fedprox, mu: -1}"), "The row 'P': `mu` is -1.0: the proximal term needs"),
         (rows("P: {method: fedprox, mu: .nan}"), "The row 'P': `mu` is nan: give a finite number"),
         (rows("P: {method: fedprox, mu: big}"), "The row 'P': `mu` is 'big': give a number"),
+        (rows("P: {method: fedrolex, capacities: half}"), "The row 'P': `capacities` is 'half': give a number"),
         (rows("P: {method: fedavg_moving_average, rate: 2}"), "The row 'P': `rate` is 2.0: a moving average needs"),
         (rows("P: {method: fedavg_reserved, batch_size: 0}"), "The row 'P': `batch_size` is 0: give at least 1"),
         (rows("P: {method: fedavg, round: 1}"), "The row 'P': There is no setting 'round': is it rounds?"),
@@ -197,9 +198,8 @@ def test_empty_blocks_are_as_if_left_out(tmp_path):
         (rows("A: fedavg\n  B: {method: pfedmoe, client_models: []}"), "B, seed 0: `client_models` is empty"),
         (
             rows("A: fedavg\n  B: {method: pfedmoe, client_models: small}"),
-            "B, seed 0: `client_models` is 'small': give a",
+            r"B, seed 0: `client_models` is \['small'\]: give a list of what differs",
         ),
-        ("`capacities` is 'half': give a list of numbers",),
         (rows("A: fedavg\n  B: {method: fedavg, num_clients: 400}"), "B, seed 0: .*400 clients"),
     ],
 )

@@ -1,6 +1,6 @@
 """
-With `full_determinism` PyTorch refuses on a GPU what adds up in any order there: `torch.use_deterministic_algorithms`
-lists it. What methods do on tensors of a GPU is nothing of that; a CPU shows it too.
+Methods do nothing on tensors of a GPU that PyTorch refuses there with `full_determinism`: what adds up in any order,
+as `torch.use_deterministic_algorithms` lists it. A CPU shows it too.
 """
 
 import pytest

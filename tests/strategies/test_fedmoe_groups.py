@@ -216,14 +216,13 @@ def test_what_it_needs_is_said_before_the_run(tmp_path, monkeypatch):
         patch.setattr(client_statistics, "classification_head", lambda model: None)
         refused("BertForSequenceClassification has no linear layer with `num_labels` = 3 outputs: take a model")
     refused("`gate` is 'main_features' with 1 prototypes of each expert, but", model=tiny_mixture())
-    refused(
-        r"The names of the part are 'classifier': give a tuple, \('classifier',\)", strategy=FedMoEGroups("classifier")
-    )
     for name, value in (("statistics_size", 0), ("final_expert_epochs", -1), ("expert_batch_size", 0)):
         with pytest.raises(ValueError, match=f"`{name}` is {value}: give at least"):
             FedMoEGroups(**{name: value})
     with pytest.raises(ValueError, match="`statistics_size` is True: give a whole number"):
         FedMoEGroups(statistics_size=True)
+    with pytest.raises(ValueError, match="`own` is 'classifier': give a list of texts"):
+        FedMoEGroups("classifier")
     with pytest.raises(ValueError, match="`expert_learning_rate` is 0: give more"):
         FedMoEGroups(expert_learning_rate=0)
     assert not FedMoEGroups(calibrates=False, final_expert_epochs=0).needs_reserved_set()

@@ -1,6 +1,7 @@
 """Bad input is refused before any training, in words that name the field, the value and the remedy."""
 
 import importlib.util
+from dataclasses import dataclass
 
 import datasets
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
 
 from hf_fedmoe.data import FederatedDataset
 from hf_fedmoe.models import FedMoEForSequenceClassification
-from hf_fedmoe.strategies import FedAvg, FedMix, FedMoE, FedProx, FedRep
+from hf_fedmoe.strategies import FedAvg, FedMix, FedMoE, FedRep
 from hf_fedmoe.training import FederatedTrainer, FederatedTrainingArguments, FedMoETrainer, FedMoETrainingArguments
 from hf_fedmoe.training.deepspeed_config import engine_config
 from tests.tiny_federation import (
@@ -340,12 +341,19 @@ def test_a_new_run_does_not_replace_the_checkpoints_of_an_earlier_one(tmp_path):
     assert (tmp_path / "checkpoint-1" / "federation.json").is_file()
 
 
+@dataclass
+class OfOnesOwn(FedAvg):
+    """One whose author has not looked at its setting."""
+
+    mu: float = 0.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"strategy": FedAvg}, r"`strategy` is the class FedAvg: give an instance, `FedAvg\(\)`"),
         ({"strategy": "fedavg"}, "`strategy` is 'fedavg', a str: give an instance"),
-        ({"strategy": FedProx(mu=float("nan"))}, "`mu` is nan: give a number"),
+        ({"strategy": OfOnesOwn(mu=float("nan"))}, "`mu` is nan: give a number"),
         ({"model": "gpt2"}, "`model` is a str: load a classifier"),
         ({"model": None}, "`model` is a NoneType: load a classifier"),
         ({"model": torch.nn.Linear(2, 2)}, "`model` is a Linear: load a classifier"),
