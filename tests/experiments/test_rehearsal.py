@@ -141,6 +141,7 @@ def test_an_evaluation_has_its_own_seconds_whether_rounds_are_logged_or_not(logg
     assert found.last == pytest.approx(3.0 * 100 / 50)
 
 
+@pytest.mark.slow
 def test_all_who_take_part_are_counted(tmp_path, clock):
     """Two are drawn, and FedJETs has the anchors of its four experts take part besides."""
     experiment, args, data, processor = made(tmp_path, num_routed_experts=4, eval_strategy="no", save_strategy="no")
@@ -187,11 +188,11 @@ EXAMPLES = {"example_clipping_norm": 1.0, "example_delta": 1e-3}
     [
         # Of six clients, one in each round on average; in these two rounds nobody is drawn.
         (CLIENTS | {"client_choice": "poisson", "clients_per_round": 1, "noise_source": "seed"}, 1),
-        (CLIENTS | {"client_choice": "poisson", "privacy_accountant": "pld"}, 2),
+        pytest.param(CLIENTS | {"client_choice": "poisson", "privacy_accountant": "pld"}, 2, marks=pytest.mark.slow),
         ({"target_epsilon": 40.0, "clipping_norm": 1.0, "clipping_quantile": 0.5, "delta": 1e-3}, 2),
         # A budget that is enough for five rounds of all rows, and for none of few.
         (EXAMPLES | {"example_noise_multiplier": 1.2, "example_target_epsilon": 6.0}, 2),
-        (EXAMPLES | {"example_target_epsilon": 6.0}, 2),
+        pytest.param(EXAMPLES | {"example_target_epsilon": 6.0}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_private_runs_have_a_forecast(settings, of_round, tmp_path, clock):
@@ -215,10 +216,10 @@ def test_fewer_epochs_are_of_more_rows(tmp_path, clock):
     "settings",
     [
         {"save_total_limit": 1},
-        {"save_total_limit": 2},
-        {"save_total_limit": None},
+        pytest.param({"save_total_limit": 2}, marks=pytest.mark.slow),
+        pytest.param({"save_total_limit": None}, marks=pytest.mark.slow),
         {"save_steps": 3},
-        {"save_only_model": True},
+        pytest.param({"save_only_model": True}, marks=pytest.mark.slow),
         {
             "save_total_limit": 1,
             "load_best_model_at_end": True,

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,8 +15,9 @@ from hf_fedmoe.experiments import FailedRunsError, ImageExperiment, compare, mak
 from hf_fedmoe.experiments.comparison import KINDS, read_comparison
 from hf_fedmoe.experiments.folders import claim_folder
 from hf_fedmoe.experiments.named_strategies import CENTRALISED
-from hf_fedmoe.experiments.run_comparison import plan_runs, side_by_side
-from hf_fedmoe.experiments.runs import execute, try_out
+from hf_fedmoe.experiments.run_comparison import _rehearse, plan_runs, side_by_side
+from hf_fedmoe.experiments.runs import execute, rehearse_run, try_out
+from hf_fedmoe.experiments.side_by_side import Failure
 from hf_fedmoe.federation import Federation
 from hf_fedmoe.models import as_expert
 from hf_fedmoe.reporting import read_client_table
@@ -78,13 +80,19 @@ def test_rows_are_rehearsed_where_that_is_asked_for(tmp_path, capfd):
     assert (tmp_path / "out" / "fedavg" / "seed-1" / "result.json").read_text() == before
 
 
-def test_a_rehearsal_that_fails_is_told_and_stops_nothing(tmp_path, capfd, monkeypatch):
-    path = written(tmp_path, columns=["accuracy"], settings=SETTINGS | {"rehearse": True})
-    monkeypatch.setattr("hf_fedmoe.experiments.run_comparison.rehearse_run", _fail)
-    compare(path, tmp_path / "out")
-    printed = capfd.readouterr().out
-    assert "fedavg: no forecast, RuntimeError: no memory" in printed and "of these rows" not in printed
-    assert (tmp_path / "out" / "fedavg" / "seed-0" / "result.json").is_file()
+def test_a_rehearsal_that_fails_is_told_and_stops_nothing(tmp_path):
+    class Failing:
+        num_processes = 2
+
+        def run(self, function, tasks, watch):
+            assert function is rehearse_run and [task.row for task in tasks] == ["fedavg"]
+            yield tasks[0], Failure("RuntimeError: no memory")
+
+    runs = runs_of(written(tmp_path, settings=SETTINGS | {"rehearse": True}), tmp_path / "out")
+    told = []
+    _rehearse(runs["fedavg"], Failing(), SimpleNamespace(rehearse=None, say=told.append))
+    assert told == ["fedavg: no forecast, RuntimeError: no memory"]
+    assert not (tmp_path / "out" / "_rehearsal").exists()
 
 
 def test_rows_side_by_side_take_as_long_as_the_busiest_process():
@@ -92,10 +100,6 @@ def test_rows_side_by_side_take_as_long_as_the_busiest_process():
     assert side_by_side([3.0, 1.0, 1.0, 2.0], 1) == 7.0
     # The second process takes the three short ones.
     assert side_by_side([3.0, 1.0, 1.0, 2.0], 2) == 4.0
-
-
-def _fail(run):
-    raise RuntimeError("no memory")
 
 
 def test_command_writes_tables_curves_and_figures(tmp_path, capfd):

@@ -57,6 +57,7 @@ def test_quick_preset_compares_saves_and_writes_on(recipes, tmp_path, capsys):
 def test_paper_preset_runs_on_the_shipped_plays(recipes, tmp_path):
     """All of its settings but the sizes: the gate is a network of its own, SGD, Fed-MoE by the paper's letter."""
     stand_ins = "--preset paper --dataset shakespeare --use_cpu True --num_routed_experts 2 --compare fedmoe"
+    stand_ins += " --rehearse False"
     recipes(*stand_ins.split(), "--output_dir", str(tmp_path))
     checkpoint = json.loads((tmp_path / "fedmoe" / "checkpoint-2" / "federation.json").read_text())["identity"]
     assert checkpoint["strategy_settings"]["synchronisation"] == "after_round"
