@@ -151,9 +151,8 @@ def _rehearsed(
         of_whole, of_short = steps_of_clients(method, args, data), steps_of_clients(method, short, few)
         ratio = len(report.clients) * fmean(of_whole) / sum(of_short[client] for client in report.clients)
         evaluations = times(args.eval_strategy, args.eval_steps, args.rounds, args.eval_delay) + args.eval_on_start
-        checkpoints = evaluations if args.save_strategy == "best" else None
-        if checkpoints is None:
-            checkpoints = times(args.save_strategy, args.save_steps, args.rounds)
+        saved = times(args.save_strategy, args.save_steps, args.rounds)
+        checkpoints = evaluations if args.save_strategy == "best" else saved
         # Tests are read by the same model.
         tests = clock.evaluation * len(data.test or ()) / max(1, len(data.validation or ()))
         return Forecast(
